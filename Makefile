@@ -1,0 +1,63 @@
+# Needs make and Python >= 3.11; everything else is installed into $(VENV) on first use and re-used afterwards.
+#   make demo     train a LoRA on the CPU on the embedded tiny model
+#   make check    lint, format, static and unit tests
+#   make test     every test that needs no GPU
+# Another interpreter: make demo PYTHON=python3.12. An environment that exists already: make test VENV=path/to/venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+RUN_STAMP := $(VENV)/.installed-flux
+DEV_STAMP := $(VENV)/.installed-dev
+DEMO_PHOTOS := outputs/demo/photos
+LAST_DEMO_PHOTO := $(DEMO_PHOTOS)/toy-5.jpg
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo check test format clean
+
+help:
+	@sed -n '2,5s/^# *//p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python >= 3.11 with venv and pip is needed, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11 (Debian and Ubuntu: install python3-venv too)." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): requirements_flux.txt $(BIN)/python
+	$(PIP_INSTALL) -r requirements_flux.txt
+	@touch $@
+
+# Both files in one call, so that pip never moves a version of the first one to please the second.
+$(DEV_STAMP): requirements_dev.txt $(RUN_STAMP)
+	$(PIP_INSTALL) -r requirements_flux.txt -r requirements_dev.txt
+	@touch $@
+
+# The photos are written one after the other: when the last one is there, all are.
+$(LAST_DEMO_PHOTO): tools/draw_demo_photos.py | $(RUN_STAMP)
+	$(BIN)/python tools/draw_demo_photos.py $(DEMO_PHOTOS)
+
+demo: $(RUN_STAMP) $(LAST_DEMO_PHOTO)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
+	  train_dreambooth_lora_flux2.py @configs/runs/demo_cpu.args
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -m "not e2e and not launch and not gpu" tests
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest -q --durations=15 -m "not gpu" tests
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Keeps $(VENV) and every other folder under outputs/: those may hold a LoRA that took hours.
+clean:
+	rm -rf outputs/demo .pytest_cache .ruff_cache
+	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -print | xargs rm -rf

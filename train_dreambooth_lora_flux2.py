@@ -1,0 +1,2849 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
+#     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
+#     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0",
+# ]
+# ///
+"""Train a FLUX.2 LoRA on a few pictures of a subject or a style (DreamBooth, text-to-image).
+
+    python train_dreambooth_lora_flux2.py @configs/runs/demo_cpu.args                      CPU, embedded tiny model
+    accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
+        train_dreambooth_lora_flux2.py @configs/runs/dog.args                              one GPU, FLUX.2 [dev]
+
+The file reads in the order in which a run happens:
+
+    Arguments               flags, their checks, saved command lines; no heavy import before they pass
+    Model families          what differs between FLUX.2 [dev] and [klein]; where the parts of a model come from
+    Data                    decode policy, captions, buckets, the index of checked images, the endless sample stream
+    Text and latents        prompts and images are encoded once and cached by content
+    Models and LoRA         the frozen transformer and the fp32 adapter in it
+    Flow matching           noise, sigma, velocity and the loss
+    Optimizer and schedule  AdamW, 8-bit AdamW, Prodigy; steps and epochs
+    Checkpoints             atomic, verified, exact resume
+    Validation and results  pictures, metrics, model card, upload
+    main                    the story of one run
+
+Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
+"""
+
+# region shared: arguments-imports
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import difflib
+import functools
+import gc
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# endregion shared: arguments-imports
+
+
+# ------------------------------------------------------------------------------------------------------------ Arguments
+# region shared: arguments
+Args = argparse.Namespace  # the flags, as parse_args returns them
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message says what is wrong, where, and what to do. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """Argparse type of a number in a range; `above` leaves out the lower end."""
+
+    cast: type
+    least: float
+    most: float = math.inf
+    above: bool = False
+
+    def __call__(self, text: str) -> float:
+        """The number. Raises ArgumentTypeError, which says the range."""
+        try:
+            value = self.cast(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {self.cast.__name__} value: '{text}'") from None
+        if not self.least <= value <= self.most or (self.above and value == self.least):
+            end = f" and at most {self.most}" if self.most < math.inf else ""
+            raise argparse.ArgumentTypeError(
+                f"must be {'above' if self.above else 'at least'} {self.least}{end}, not {text}"
+            )
+        return value
+
+
+COUNT, NATURAL = Number(int, 1), Number(int, 0)
+POSITIVE, NOT_NEGATIVE, SHARE = Number(float, 0, above=True), Number(float, 0), Number(float, 0, 1)
+
+
+def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """One row of the flag table.
+
+    `kind` is a type or a Number, bool for a switch (--no-NAME turns one off that is on by default), or the closed set
+    'a|b|c', in which upper and lower case are the same.
+    """
+    options |= {"default": default, "help": f"{help} (default: {default})"}
+    if kind is bool:
+        options |= {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    elif isinstance(kind, str):
+        options |= {"type": str.lower, "choices": kind.split("|")}
+    else:
+        options |= {"type": kind}
+    return name, options
+
+
+SHARED_FLAGS = {
+    "Model": [
+        flag("pretrained_model_name_or_path", str, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
+        flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
+        flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
+        flag("cache_dir", str, None, "where downloads are kept; None is the Hugging Face cache"),
+        flag("mixed_precision", "no|bf16|fp16", None, "dtype of the frozen base and of compute; None is bf16 on an "
+             "accelerator and no (fp32) on CPU; the LoRA is fp32 either way"),
+    ],
+    "Data": [
+        flag("dataset_name", str, None, "hub id, or a folder that `datasets` can load, instead of --instance_data_dir"),
+        flag("dataset_config_name", str, None, "configuration of that data set"),
+        flag("image_column", str, "image", "column with the pictures to train on"),
+        flag("caption_column", str, None, "column with the captions; None: text, caption or prompt of a metadata file"),
+        flag("instance_data_dir", str, None, "folder of pictures, with NAME.txt captions or a metadata.jsonl/csv"),
+        flag("instance_prompt", str, None, "caption of pictures without one; replaces [trigger] in captions"),
+        flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
+        flag("repeats", COUNT, 1, "visits of each picture in one epoch"),
+        flag("on_bad_image", "error|skip", "error", "error: list bad pictures and stop; skip: train on the rest"),
+        flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
+    ],
+    "Image size": [
+        flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
+        flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+        flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
+        flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit"),
+        flag("random_flip", bool, False, "mirror half of the visits"),
+        flag("vae_encode_mode", "mode|sample", "mode", "mean of the VAE's distribution, as at inference, or a draw"),
+    ],
+    "Prior preservation": [],
+    "Text": [
+        flag("max_sequence_length", COUNT, 512, "text tokens with the template, at most 512"),
+        flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
+        flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
+        flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict",
+             "that server; this one was reported paused"),
+        flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    ],
+    "LoRA": [
+        flag("rank", COUNT, 16, "rank r of the LoRA matrices"),
+        flag("lora_alpha", POSITIVE, None, "the update is scaled by alpha / rank; None: rank"),
+        flag("lora_dropout", SHARE, 0.0, "dropout on the LoRA's input"),
+        flag("lora_layers", str, None, "comma separated Linear modules, or attention, fal, ai-toolkit; also called "
+             "--lora_blocks; None: all attention projections and the fused ones of the single blocks"),
+        flag("init_lora_from", str, None, "start from this .safetensors LoRA of the same rank and modules"),
+    ],
+    "Flow matching": [
+        flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none",
+             "density of u, where sigma = 1 - u; cosmap and sigma_sqrt weigh the loss instead"),
+        flag("logit_mean", float, 0.0, "mean of logit(u); below 0 trains more on noisy images"),
+        flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)"),
+        flag("mode_scale", float, 1.29, "scale of the mode density"),
+        flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (by image tokens, as "
+             "FLUX.2 is reported to have been trained), none, empirical (that of inference) or a number"),
+        flag("guidance_scale", NOT_NEGATIVE, 1.0, "embedded guidance while training; no effect on [klein]"),
+    ],
+    "Steps": [
+        flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
+        flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step"),
+        flag("num_train_epochs", COUNT, 1, "epochs of pictures x repeats samples"),
+        flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
+        flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
+        flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
+    ],
+    "Optimizer": [
+        flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy"),
+        flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
+        flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
+        flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)"),
+        flag("adam_beta1", SHARE, 0.9, "decay of the first moment (AdamW, Prodigy)"),
+        flag("adam_beta2", SHARE, 0.999, "decay of the second moment (AdamW, Prodigy)"),
+        flag("adam_weight_decay", NOT_NEGATIVE, 1e-4, "weight decay of the LoRA"),
+        flag("adam_epsilon", POSITIVE, 1e-8, "epsilon of the denominator"),
+        flag("prodigy_beta3", float, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
+        flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay"),
+        flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction"),
+        flag("prodigy_safeguard_warmup", bool, True, "Prodigy: keep warm-up out of the step-size estimate"),
+        flag("max_grad_norm", POSITIVE, 1.0, "clip the LoRA's gradient to this L2 norm"),
+        flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
+             "schedule of the learning rate, in optimizer steps"),
+        flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up"),
+        flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts"),
+        flag("lr_power", NOT_NEGATIVE, 1.0, "power of polynomial"),
+    ],
+    "Memory and speed": [
+        flag("gradient_checkpointing", SHARE, 0.0, "recompute activations in the backward pass: alone in every block, "
+             "0.5 in half of them", nargs="?", const=1.0),
+        flag("cache_latents", bool, False, "encode the pictures once, to disk; fixes the crop to the centre"),
+        flag("latents_cache_dir", str, None, "where latents and prompt embeddings are kept; None: OUTPUT_DIR/cache"),
+        flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
+        flag("do_fp8_training", bool, False, "FP8 weights and matmuls for the frozen base"),
+        flag("bnb_quantization_config_path", str, None, "JSON with a bitsandbytes configuration for the frozen base"),
+        flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+        flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
+    ],
+    "Checkpoints": [
+        flag("output_dir", str, "flux2-lora", "folder for everything that the run writes"),
+        flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
+        flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
+        flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
+        flag("resume_from_checkpoint", str, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
+        flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
+    ],
+    "Validation": [
+        flag("validation_prompt", str, None, "draw pictures of these prompts while training", nargs="+"),
+        flag("num_validation_images", NATURAL, 4, "pictures per prompt"),
+        flag("validation_epochs", COUNT, 50, "epochs between validations"),
+        flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
+        flag("num_inference_steps", COUNT, 28, "denoising steps per picture"),
+        flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
+        flag("validation_size", str, None, "'height,width' of those pictures; None: --resolution or the first bucket"),
+        flag("final_validation_prompt", str, None, "prompt of the last pictures; None: --validation_prompt"),
+        flag("skip_final_inference", bool, False, "no pictures at the end"),
+    ],
+    "Logging and Hub": [
+        flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
+        flag("logging_dir", str, "logs", "folder of the tracker files below OUTPUT_DIR"),
+        flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
+        flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
+        flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
+        flag("hub_private", bool, True, "create a private repository"),
+    ],
+    "Other": [
+        flag("dry_run", bool, False, "check data and settings, print the plan, load no weights"),
+    ],
+    "Accepted, no effect": [
+        flag("text_encoder_lr", float, None, "the text encoder is not trained"),
+        flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
+        flag("local_rank", int, None, "comes from the launcher"),
+        flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
+    ],
+}  # fmt: skip
+# Parsed so that saved command lines of other trainers run, and said so at start.
+ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
+PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "output_dir", "cache_dir",
+              "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name")  # fmt: skip
+SECRET_FLAGS = ("hub_token",)
+ON_BY_DEFAULT = ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "hub_private")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
+RECORDS_COMMAND_LINE = {"wandb", "comet_ml", "all"}  # trackers that upload sys.argv
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
+# endregion shared: arguments
+
+# differs: the two scripts do different tasks
+TASK = "text-to-image"
+
+# differs: prior preservation is a text-to-image technique
+OWN_FLAGS = {
+    "Prior preservation": [
+        flag("with_prior_preservation", bool, False, "train beside pictures of the whole class"),
+        flag("class_data_dir", str, None, "folder of class pictures; missing ones are generated into it"),
+        flag("class_prompt", str, None, "caption of the class pictures, such as 'a photo of a dog'"),
+        flag("num_class_images", COUNT, 100, "class pictures wanted"),
+        flag("prior_loss_weight", NOT_NEGATIVE, 1.0, "weight of the class loss"),
+        flag("prior_generation_precision", "no|fp32|bf16|fp16", None, "dtype while class pictures are generated; None: "
+             "that of training"),
+        flag("sample_batch_size", COUNT, 4, "class pictures generated at once"),
+    ],
+}  # fmt: skip
+
+
+# region shared: arguments-parsing
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with the flags in their groups."""
+    summary, _, story = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=story.strip("\n"), allow_abbrev=False, exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for title, shared in SHARED_FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, options in shared + OWN_FLAGS.get(title, []):
+            alias = ("--lora_blocks",) if name == "lora_layers" else ()
+            group.add_argument(f"--{name}", *alias, **options)
+    return parser
+
+
+def expand_saved_lines(argv: list[str]) -> list[str]:
+    """Replaces each `@NAME.args` by the words of that file (shell quoting, # comments); other words stay."""
+    words: list[str] = []
+    for word in argv:
+        if word.startswith("@") and word.endswith(".args"):
+            try:
+                words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{word}: cannot read it ({error}); give the path of a saved command line") from None
+        else:
+            words.append(word)
+    return words
+
+
+def parse_words(parser: argparse.ArgumentParser, words: list[str]) -> tuple[Args, list[str]]:
+    """Parses `words`; a flag with a bad value is reported and left out so that all problems show at once."""
+    problems: list[str] = []
+    while True:
+        try:
+            namespace, unknown = parser.parse_known_args(words)
+            break
+        except argparse.ArgumentError as error:
+            problems.append(str(error).removeprefix("argument "))
+            words = without_flag(words, error.argument_name or "")
+    flags = [option for action in parser._actions for option in action.option_strings]
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], flags, n=3) if word.startswith("--") else []
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
+        problems.append(f"{word}: unknown argument{hint}")
+    return namespace, problems
+
+
+def without_flag(words: list[str], names: str) -> list[str]:
+    """`words` without the flag `names` ('--a' or '--a/--b') and the values that follow it."""
+    kept: list[str] = []
+    inside = False
+    for word in words:
+        if word.startswith("--"):
+            inside = word.split("=")[0] in names.split("/")
+        if not inside:
+            kept.append(word)
+    assert len(kept) < len(words), f"argparse complained about {names!r}, which is not on the command line"
+    return kept
+
+
+def check_numbers(args: Args) -> Iterator[str]:
+    """Problems of numbers that depend on more than their range."""
+    if args.resolution % 16:
+        near = max(16, round(args.resolution / 16) * 16)
+        yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
+    if args.max_sequence_length > 512:
+        yield f"--max_sequence_length {args.max_sequence_length}: FLUX.2 takes at most 512 text tokens"
+    if args.timestep_shift not in ("linear", "none", "empirical") and not positive_number(args.timestep_shift):
+        yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
+
+
+def positive_number(text: str) -> bool:
+    """Whether `text` reads as a finite number above zero."""
+    with contextlib.suppress(ValueError):
+        return 0.0 < float(text) < math.inf
+    return False
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """'height,width;height,width' as a list of (height, width). Raises ValueError on anything else."""
+    sizes = [tuple(int(side) for side in pair.split(",")) for pair in text.split(";") if pair.strip()]
+    if not sizes or any(len(size) != 2 for size in sizes):
+        raise ValueError(text)
+    return sizes
+
+
+def check_sizes(args: Args) -> Iterator[str]:
+    """Problems of --aspect_ratio_buckets and --validation_size."""
+    for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
+        text = getattr(args, name)
+        with contextlib.suppress(ValueError):
+            sizes = parse_sizes(text) if text is not None else []
+            wrong = [f"{h},{w}" for h, w in sizes if min(h, w) < 16 or h % 16 or w % 16]
+            if wrong:
+                yield f"--{name}: {' '.join(wrong)} must be multiples of 16"
+            if len(sizes) <= most:
+                continue
+        yield f"--{name} '{text}': write it as 'height,width'" + (", several with ';' between" if most > 1 else "")
+
+
+def check_model(args: Args) -> Iterator[str]:
+    """Problems of the flags that name the model and the data, as far as the disk can tell."""
+    model = args.pretrained_model_name_or_path
+    if not model:
+        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
+    elif Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        yield f"--pretrained_model_name_or_path {model}: the folder has no model_index.json; give a diffusers folder"
+    elif not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
+    if args.mixed_precision == "fp16":
+        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
+    if args.do_fp8_training or args.bnb_quantization_config_path:
+        yield ("--do_fp8_training, --bnb_quantization_config_path: not in this version yet; leave them out (the base "
+               "is bf16, --gradient_checkpointing saves memory)")  # fmt: skip
+    if args.init_lora_from and not Path(args.init_lora_from).is_file():
+        yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
+    if bool(args.instance_data_dir) == bool(args.dataset_name):
+        yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    if args.instance_data_dir and not Path(args.instance_data_dir).is_dir():
+        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+
+
+def check_text(args: Args) -> Iterator[str]:
+    """Problems of the text encoder flags."""
+    if args.fsdp_text_encoder:
+        yield "--fsdp_text_encoder: needs several processes; on one use --offload"
+    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
+    if args.remote_text_encoder and (url.scheme not in ("http", "https") or not url.hostname):
+        yield f"--remote_text_encoder_url {args.remote_text_encoder_url}: not an http(s) address"
+    elif args.remote_text_encoder and url.hostname not in LOOPBACK and not (args.hub_token or hub_token_on_disk()):
+        yield (f"--remote_text_encoder: {url.hostname} needs a token (`hf auth login`, HF_TOKEN, --hub_token); "
+               "or give a loopback --remote_text_encoder_url, or leave the flag out to encode here")  # fmt: skip
+
+
+def hub_token_on_disk() -> bool:
+    """Whether HF_TOKEN is set or `hf auth login` left a token; does not read it."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file()
+
+
+def check_packages(args: Args) -> Iterator[str]:
+    """Optional packages that the chosen flags need and that are not installed."""
+    wanted = {tracker: f"--report_to {tracker}" for tracker in report_to(args) if tracker in TRACKERS}
+    wanted |= {"prodigyopt": "--optimizer prodigy"} if args.optimizer == "prodigy" else {}
+    wanted |= {"bitsandbytes": "--use_8bit_adam"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    wanted |= {"datasets": "--dataset_name"} if args.dataset_name else {}
+    for package, reason in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"{reason}: the package is missing, install it with `pip install {package}`"
+
+
+def report_to(args: Args) -> list[str]:
+    """The trackers asked for; `all` is every one that is installed, `none` is no tracker."""
+    names = [name.strip().lower() for name in args.report_to.split(",") if name.strip()]
+    if "all" in names:
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    return [name for name in names if name != "none"]
+
+
+def check_trackers_and_hub(args: Args) -> Iterator[str]:
+    """Problems of --report_to, --push_to_hub and the token."""
+    asked = {name.strip().lower() for name in args.report_to.split(",")}
+    for name in sorted(asked - {*TRACKERS, "all", "none", ""}):
+        yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
+    if args.hub_token and asked & RECORDS_COMMAND_LINE:
+        yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
+    if "wandb" in asked and not wandb_can_start():
+        yield "--report_to wandb: not logged in; run `wandb login` or set WANDB_MODE=offline"
+    if args.push_to_hub and not (args.hub_token or hub_token_on_disk()):
+        yield "--push_to_hub: no token; run `hf auth login` or set HF_TOKEN"
+
+
+def wandb_can_start() -> bool:
+    """Whether wandb has a key, or is told to stay offline."""
+    netrc, mode = Path(os.environ.get("NETRC", Path.home() / ".netrc")), os.environ.get("WANDB_MODE")
+    known = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+    return known or bool(os.environ.get("WANDB_API_KEY")) or mode in ("offline", "disabled", "dryrun")
+
+
+def check_output_dir(args: Args) -> Iterator[str]:
+    """Problems of the output folder: not writable, or an earlier run in it that nobody said what to do with."""
+    folder = Path(args.output_dir)
+    if problem := unwritable(folder):
+        yield f"--output_dir {folder}: {problem}; choose another folder"
+        return
+    if folder.resolve() in [Path(path).resolve() for path in ("/", Path.home(), args.instance_data_dir or "/")]:
+        yield f"--output_dir {folder}: is the root, the home or the data folder; choose a folder of its own"
+    target = args.resume_from_checkpoint
+    if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
+        yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
+    earlier = sorted(path.name for path in (*folder.glob("checkpoint-*"), folder / LORA_FILE) if path.exists())
+    if earlier and not (target or args.overwrite_output_dir or args.dry_run):
+        yield (f"--output_dir {folder}: holds an earlier run ({', '.join(earlier[:3])}). To go on with it add\n"
+               "      --resume_from_checkpoint latest\n    to start anew and remove its files (not the cache) add\n"
+               "      --overwrite_output_dir")  # fmt: skip
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why `folder` cannot be made or written to, or None; leaves nothing behind."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        return f"{parent} is a file"
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            return None
+    except OSError as error:
+        return f"cannot write to {parent} ({error.strerror})"
+
+
+SHARED_CHECKS = (check_numbers, check_sizes, check_model, check_text, check_packages,
+                 check_trackers_and_hub, check_output_dir)  # fmt: skip
+# endregion shared: arguments-parsing
+
+
+# differs: prior preservation is a text-to-image technique
+def check_own(args: Args) -> Iterator[str]:
+    """Problems of the prior preservation flags."""
+    if args.prior_generation_precision == "fp16":
+        yield "--prior_generation_precision fp16: FLUX.2's activations overflow fp16; use bf16 or fp32"
+    if args.with_prior_preservation:
+        if not args.class_data_dir:
+            yield "--with_prior_preservation: needs --class_data_dir, a folder for the class pictures"
+        if not args.class_prompt:
+            yield "--with_prior_preservation: needs --class_prompt, such as 'a photo of a dog'"
+
+
+# differs: prior preservation is a text-to-image technique
+def own_notes(args: Args) -> list[tuple[bool, str]]:
+    """(condition, note) for flags of this script that have no effect with the others chosen."""
+    alone = not args.with_prior_preservation
+    return [
+        (alone and bool(args.class_data_dir), "--class_data_dir has no effect without --with_prior_preservation"),
+        (alone and bool(args.class_prompt), "--class_prompt has no effect without --with_prior_preservation"),
+    ]
+
+
+# region shared: arguments-result
+def flag_notes(args: Args) -> list[str]:
+    """One line for each flag that has no effect, or an effect that is easily overlooked, with the others chosen."""
+    prodigy, rate = args.optimizer == "prodigy", args.learning_rate
+    notes = [(bool(getattr(args, name)), f"--{name} is accepted and has no effect") for name in ACCEPTED_NO_EFFECT]
+    notes += [
+        (args.lr_scheduler == "constant" and args.lr_warmup_steps > 0,
+         "--lr_warmup_steps has no effect with --lr_scheduler constant; constant_with_warmup uses it"),
+        (prodigy and args.use_8bit_adam, "--use_8bit_adam has no effect with --optimizer prodigy"),
+        (prodigy and rate is not None and rate < 0.1,
+         f"--learning_rate {rate} is small for Prodigy, which finds the step size itself; 1.0 is usual"),
+        (args.weighting_scheme != "logit_normal" and args.logit_mean != 0.0,
+         "--logit_mean has no effect without --weighting_scheme logit_normal"),
+        (args.cache_latents, "--cache_latents fixes the crop to the centre"),
+        (bool(args.aspect_ratio_buckets) and args.use_aspect_ratio_buckets,
+         "--use_aspect_ratio_buckets has no effect: --aspect_ratio_buckets gives the list"),
+        (not args.push_to_hub and bool(args.hub_model_id), "--hub_model_id has no effect without --push_to_hub"),
+        (bool(args.max_train_steps) and args.num_train_epochs != 1,
+         "--num_train_epochs has no effect: --max_train_steps is given"),
+        (not args.validation_prompt and args.validation_steps is not None,
+         "--validation_steps has no effect without --validation_prompt"),
+        (bool(args.hub_token),
+         "--hub_token shows in the process list and in accelerate's traceback of a failed run; better use HF_TOKEN"),
+    ]  # fmt: skip
+    return [note for condition, note in [*notes, *own_notes(args)] if condition]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
+    parser = build_parser()
+    try:
+        args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    for check in (*SHARED_CHECKS, check_own):
+        problems += check(args)
+    if problems:
+        listed = "".join(f"  - {problem}\n" for problem in problems)
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()
+
+# The heavy imports stand below the arguments so that --help and usage errors answer at once.
+# endregion shared: arguments-result
+
+# region shared: imports
+for _name in ("torchao", "torch.utils._pytree"):  # news from libraries to their own maintainers, at import
+    logging.getLogger(_name).setLevel(logging.ERROR)
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import accelerate
+import diffusers
+import huggingface_hub
+import numpy as np
+import PIL.Image
+import PIL.ImageCms
+import PIL.ImageDraw
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+import transformers
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from diffusers.training_utils import compute_density_for_timestep_sampling, generate_aspect_ratio_buckets
+from huggingface_hub.utils import http_backoff
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+LIBRARIES = (torch, diffusers, transformers, accelerate, huggingface_hub)  # whose versions the numbers depend on
+log = logging.getLogger("flux2_lora")
+# endregion shared: imports
+
+
+# ------------------------------------------------------------------------------------------------------- Model families
+# region shared: families
+@dataclass(frozen=True)
+class ModelFamily:
+    """What differs between the FLUX.2 checkpoints; sizes come from their configs."""
+
+    name: str
+    pipeline: str  # class name in diffusers, as in model_index.json
+    text_encoder: str  # class name in transformers
+    tokenizer: str
+    text_layers: tuple[int, ...]  # indices into hidden_states; 0 is the embedding output
+    text_width: int | None  # joint_attention_dim, tells the klein sizes apart; None = any
+    license: dict[str, str]
+
+
+FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link":
+                "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"}  # fmt: skip
+FAMILIES = (
+    ModelFamily("FLUX.2 [dev]", "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor",
+                (10, 20, 30), None, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 9B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
+                (9, 18, 27), 12288, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 4B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
+                (9, 18, 27), None, {"license": "apache-2.0"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint: a folder on this machine, or a hub repository whose parts are fetched when they are needed."""
+
+    name: str
+    folder: Path
+    remote: bool
+    options: dict[str, Any]  # revision, cache_dir and token of hub calls
+    variant: str | None
+
+    def part(self, subfolder: str) -> Path:
+        """The folder of one part with all its files here; says size and free space before a download."""
+        wanted = {"allow_patterns": [f"{subfolder}/*"], **self.options}
+        if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
+            plan = huggingface_hub.snapshot_download(self.name, dry_run=True, **wanted)
+            if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
+                check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
+        if self.remote:
+            huggingface_hub.snapshot_download(self.name, **wanted)
+        return self.folder / subfolder
+
+    def config(self, subfolder: str) -> dict[str, Any]:
+        """The part's config.json. Raises UserError if the checkpoint has none."""
+        path = self.folder / subfolder / "config.json"
+        if not path.is_file():
+            raise UserError(f"{self.name}: {subfolder}/config.json is missing; is this a complete diffusers folder?")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether model_index.json calls the checkpoint distilled: no guidance at inference, weak to train on."""
+        return bool(json.loads((self.folder / "model_index.json").read_text(encoding="utf-8")).get("is_distilled"))
+
+    def identity(self, subfolder: str) -> str:
+        """Names the weights of a part in cache keys: the commit, or config and size and time of the weight files."""
+        if self.remote:
+            return f"{self.name}@{self.folder.name}/{subfolder}"
+        config = self.folder / subfolder / "config.json"
+        parts = [config.read_text(encoding="utf-8") if config.is_file() else ""]
+        for path in sorted((self.folder / subfolder).glob("*.safetensors")):
+            parts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
+        return digest(*parts)
+
+
+def find_model(args: Args) -> ModelFiles:
+    """Finds the checkpoint and fetches its configs, no weights. Raises UserError if it cannot be reached."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return ModelFiles(name, Path(name), False, {}, args.variant)
+    options = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
+    configs = ["*.json", "*/*.json", "README.md", "tokenizer/*"]
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=configs, **options)
+    except huggingface_hub.errors.GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
+        ) from None
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
+    return ModelFiles(name, Path(folder), True, options, args.variant)
+
+
+def find_family(model: ModelFiles) -> ModelFamily:
+    """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
+    index_path = model.folder / "model_index.json"
+    if not index_path.is_file():
+        raise UserError(f"{model.name}: no model_index.json; a diffusers checkpoint is needed, not a single file")
+    index, config = json.loads(index_path.read_text(encoding="utf-8")), model.config("transformer")
+    matches = [family for family in FAMILIES if family.pipeline == index.get("_class_name")]
+    if not matches:
+        known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
+        raise UserError(f"{model.name}: is a {index.get('_class_name')}; this script trains {known}")
+    if config.get("quantization_config"):
+        raise UserError(f"{model.name}: the transformer is stored quantised, which this version does not train on yet")
+    if model.is_distilled:
+        log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
+    return next((family for family in matches if family.text_width == config.get("joint_attention_dim")), matches[-1])
+
+
+def public_name(model: ModelFiles) -> str:
+    """The hub id, or the last part of a folder: no path of this machine leaves it."""
+    return model.name if model.remote else Path(model.name).absolute().name
+
+
+def digest(*parts: Any) -> str:
+    """A hex name for the parts, stable across machines and Python versions."""
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+# endregion shared: families
+
+
+# ----------------------------------------------------------------------------------------------------------------- Data
+# region shared: data
+PICTURE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
+MAX_PIXELS = 100_000_000
+DECODE_POLICY = 1  # raise it when decode_picture changes: checked pictures are checked again
+
+
+def decode_picture(data: bytes) -> PIL.Image.Image:
+    """Decodes one picture as a person sees it: upright, in sRGB, transparency on white.
+
+    Raises ValueError with the reason for what cannot be trained on: empty, truncated, animated, over 100 MP, float.
+    """
+    if not data:
+        raise ValueError("empty file (0 bytes)")
+    try:
+        picture = PIL.Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise PIL.Image.DecompressionBombError
+        if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+            raise ValueError(f"animated or multi-page ({picture.n_frames} frames)")
+        picture.load()
+    except PIL.UnidentifiedImageError:
+        raise ValueError("not a picture in a known format") from None
+    except PIL.Image.DecompressionBombError:
+        raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"truncated or damaged ({error})") from None
+    return to_rgb(PIL.ImageOps.exif_transpose(picture))
+
+
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """sRGB pixels of a decoded picture: 16-bit grey scaled, alpha on white, colour profile applied."""
+    if picture.mode in ("F", "I"):
+        raise ValueError(f"{picture.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    if picture.mode.startswith("I;16"):
+        picture = PIL.Image.fromarray(np.round(np.asarray(picture) / 257.0).astype(np.uint8))
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layered = picture.convert("RGBA")
+        white = PIL.Image.new("RGBA", layered.size, "white")
+        flat = PIL.Image.alpha_composite(white, layered)
+        flat.info["icc_profile"] = picture.info.get("icc_profile") if picture.mode == "RGBA" else None
+        picture = flat.convert("RGB")
+    return apply_profile(picture).convert("RGB")
+
+
+def apply_profile(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Converts from the embedded colour profile to sRGB; a profile that does not fit the pixels is an error."""
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "CMYK", "L"):
+        return picture
+    try:
+        source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return PIL.ImageCms.profileToProfile(picture, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (PIL.ImageCms.PyCMSError, OSError) as error:
+        raise ValueError(f"unreadable colour profile ({error}); remove it or save the picture as sRGB") from None
+
+
+def cover_size(size: Size, target: Size) -> Size:
+    """The smallest (height, width) of the same shape that covers `target`; for a square: short side = resolution."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+
+
+def picture_to_pixels(
+    picture: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool
+) -> torch.Tensor:
+    """Resizes and crops to `target` (height, width); returns (3, H, W) in [-1, 1].
+
+    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
+    """
+    height, width = cover_size((picture.height, picture.width), target)
+    if (height, width) != (picture.height, picture.width):
+        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    down, right = height - target[0], width - target[1]
+    top, left = (int(crop[0] * (down + 1)), int(crop[1] * (right + 1))) if crop else (down // 2, right // 2)
+    picture = picture.crop((left, top, left + target[1], top + target[0]))
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+    return pixels.flip(-1) if flip else pixels
+
+
+def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest (in logarithm), among equals the one nearest in area."""
+    distances = []
+    for height, width in buckets:
+        aspect = abs(math.log(height / width) - math.log(size[0] / size[1]))
+        area = abs(math.log(height * width) - math.log(size[0] * size[1]))
+        distances.append((round(aspect, 9), area, (height, width)))
+    return min(distances)[2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture as listed, nothing opened: a file, or a row of a data set."""
+
+    name: str
+    path: Path | None = None
+    table: Any = None
+    row: int = -1
+    column: str = ""
+
+    def read(self) -> bytes:
+        """The file's bytes. Raises OSError."""
+        if self.path is not None:
+            return self.path.read_bytes()
+        cell = self.table[self.row][self.column]
+        if cell is None:
+            return b""
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample after the checks; sizes are (height, width) in pixels."""
+
+    source: Source
+    caption: str
+    sha256: str  # of the file's bytes
+    size: Size
+    target: Size
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Pictures below `folder`, sorted; hidden files and folders such as .cache are skipped."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def read_metadata(folder: Path, column: str | None) -> dict[Path, str]:
+    """Captions by picture from metadata.jsonl or metadata.csv in `folder`; {} without one. Raises UserError."""
+    path = next((file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()), None)
+    if path is None and column:
+        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv")
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = filter(str.strip, text.splitlines())
+        rows = (
+            list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else [json.loads(line) for line in lines]
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
+    if not all(isinstance(row, dict) and row.get("file_name") for row in rows):
+        raise UserError(f"{path}: every row needs a 'file_name'")
+    columns = sorted({str(key) for row in rows for key in row})
+    if column and column not in columns:
+        raise UserError(f"--caption_column {column}: not in {path}; columns: {', '.join(columns)}")
+    column = column or next((name for name in ("text", "caption", "prompt") if name in columns), "text")
+    return {inside(folder, row["file_name"]): str(row.get(column) or "").strip() for row in rows}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder/name`. Raises UserError if the name leads out of the folder or to no file."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"metadata of {folder}: '{name}' leads out of the folder")
+    if not path.is_file():
+        raise UserError(f"metadata of {folder}: '{name}' does not exist")
+    return path
+
+
+def list_folder(args: Args) -> list[tuple[Source, str | None]]:
+    """(picture, caption or None) of --instance_data_dir: metadata file first, then captions beside the pictures."""
+    folder = Path(args.instance_data_dir).absolute()
+    pictures, captions = list_pictures(folder), read_metadata(folder, args.caption_column)
+    if not pictures:
+        raise UserError(f"--instance_data_dir {folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    texts = [captions.get(path) or sidecar_caption(path) or None for path in pictures]
+    origin = "its metadata file" if captions else "caption files"
+    captioned = f"{sum(map(bool, texts))} captions from {origin}"
+    log.info(f"data: {len(pictures)} pictures in {args.instance_data_dir}, {captioned}")
+    sources = [Source(str(path.relative_to(folder)), path=path) for path in pictures]
+    return list(zip(sources, texts, strict=True))
+
+
+def sidecar_caption(path: Path) -> str:
+    """The text of NAME.txt or NAME.caption beside a picture, or ''. Raises UserError if it is not UTF-8."""
+    for suffix in (".txt", ".caption"):
+        sidecar = path.with_suffix(suffix)
+        if sidecar.is_file():
+            try:
+                return sidecar.read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError:
+                raise UserError(f"{sidecar}: not UTF-8 text; save it as UTF-8") from None
+    return ""
+
+
+def list_dataset(args: Args) -> list[tuple[Source, str | None]]:
+    """(picture, caption or None) of --dataset_name. Raises UserError for a missing column, naming those there are."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, options = args.dataset_name, {"cache_dir": args.cache_dir, "split": "train", "token": args.hub_token}
+    try:
+        table = datasets.load_dataset(name, args.dataset_config_name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dataset_name {name}: cannot be loaded ({error})") from None
+    for flag_name in ("image_column", "caption_column"):
+        column = getattr(args, flag_name)
+        if column is not None and column not in table.column_names:
+            raise UserError(f"--{flag_name} {column}: not in {name}; columns: {', '.join(table.column_names)}")
+    captions = table[args.caption_column][:] if args.caption_column else [None] * len(table)
+    pictures = table.select_columns([args.image_column]).cast_column(args.image_column, datasets.Image(decode=False))
+    log.info(f"data: {len(table)} rows of {name}")
+    sources = [Source(f"row {row}", None, pictures, row, args.image_column) for row in range(len(table))]
+    return [(source, (text or "").strip() or None) for source, text in zip(sources, captions, strict=True)]
+
+
+def settle_captions(args: Args, listed: list[tuple[Source, str | None]]) -> list[tuple[Source, str]]:
+    """Fills missing captions with --instance_prompt and replaces [trigger]. Raises UserError if one is needed."""
+    missing = [source.name for source, caption in listed if caption is None]
+    triggered = [source.name for source, caption in listed if caption and "[trigger]" in caption]
+    prompt = args.instance_prompt
+    if (missing or triggered) and not prompt:
+        names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
+        raise UserError(f"--instance_prompt: needed, {len(names)} picture(s) have {reason}: {', '.join(names[:5])}")
+    if prompt and not missing and not triggered:
+        log.info("data: every picture has a caption, --instance_prompt is not used")
+    elif missing and len(missing) < len(listed):
+        log.info(f"data: {len(missing)} pictures have no caption and get --instance_prompt: {', '.join(missing[:5])}")
+    return [(source, (caption or prompt).replace("[trigger]", prompt or "")) for source, caption in listed]
+
+
+class PictureIndex:
+    """`index.json` in the cache: which files were read, and what the decoder said of their content.
+
+    A file with the same size and mtime is not read again, content with the same SHA-256 is not decoded again.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        """Loads the index of an earlier start; a damaged or older one is begun anew."""
+        self.path, self.decoded = cache_dir / "index.json", 0
+        self.files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
+        self.pictures: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
+        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError, TypeError):
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            if stored["policy"] == DECODE_POLICY:
+                self.files, self.pictures = stored["files"], stored["pictures"]
+
+    def inspect(self, source: Source) -> tuple[str, list]:
+        """(sha256, [height, width, None or reason]) of a picture; reads and decodes only what is new."""
+        try:
+            stamp = [source.path.stat().st_size, source.path.stat().st_mtime_ns] if source.path else None
+            known = self.files.get(str(source.path)) if source.path else None
+            if known and known[:2] == stamp and known[2] in self.pictures:
+                return known[2], self.pictures[known[2]]
+            data = source.read()
+        except OSError as error:
+            return "", [0, 0, f"cannot be read ({error.strerror or error})"]
+        sha256 = hashlib.sha256(data).hexdigest()
+        if stamp:
+            self.files[str(source.path)] = [*stamp, sha256]
+        if sha256 not in self.pictures:
+            self.pictures[sha256] = self.verdict(data)
+        return sha256, self.pictures[sha256]
+
+    def verdict(self, data: bytes) -> list:
+        """Decodes fully: [height, width, None], or the reason why the picture is refused."""
+        self.decoded += 1
+        try:
+            picture = decode_picture(data)
+        except (ValueError, MemoryError) as error:
+            return [0, 0, str(error)]
+        return [picture.height, picture.width, None]
+
+    def save(self) -> None:
+        """Writes the index so that a crash leaves the old or the new one."""
+        content = {"policy": DECODE_POLICY, "files": self.files, "pictures": self.pictures}
+        write_atomically(self.path, json.dumps(content).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file through a temporary name beside it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def inspect_pictures(
+    args: Args, captioned: list[tuple[Source, str]], cache_dir: Path
+) -> list[tuple[Source, str, str, Size]]:
+    """Checks every picture once, in threads; returns (source, caption, sha256, size) of the good ones.
+
+    Raises UserError with one list of all bad pictures unless --on_bad_image skip.
+    """
+    index = PictureIndex(cache_dir)
+    good, bad = [], ""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress("check pictures", len(captioned)) as progress:
+        results = pool.map(index.inspect, [source for source, _ in captioned])
+        for (source, caption), (sha256, (height, width, reason)) in zip(captioned, results, strict=True):
+            progress.advance()
+            if reason:
+                bad += f"\n    {source.name}: {reason}"
+            else:
+                good.append((source, caption, sha256, (height, width)))
+    index.save()
+    log.info(f"data: {len(captioned)} pictures checked, {index.decoded} of them decoded now")
+    if bad and (args.on_bad_image == "error" or not good):
+        raise UserError(f"these pictures cannot be trained on; mend or remove them, or --on_bad_image skip:{bad}")
+    if bad:
+        log.warning(f"data: {len(captioned) - len(good)} picture(s) are skipped:{bad}")
+    return good
+
+
+def make_generator(seed: int, *purpose: Any) -> torch.Generator:
+    """A CPU generator for one purpose, the same on every machine and process: seeded by blake2b(seed, purpose)."""
+    key = "\x1f".join(map(str, (seed, *purpose))).encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+
+
+@functools.lru_cache(maxsize=256)
+def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
+    """Order of a bucket's samples in its `turn`-th round."""
+    return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(bucket, how often it came before in this cycle) of each micro-step of a cycle.
+
+    A bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle.
+    """
+    offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
+    turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
+    return [(bucket, j) for _, bucket, j in sorted(turns)]
+
+
+class SampleStream:
+    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+
+    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples
+    and keys noise, sigma, crop, flip and caption dropout. Buckets come in proportion to their size. Each bucket goes
+    through permutation after permutation, and a batch may reach into the next one: nothing is dropped.
+    """
+
+    def __init__(
+        self, targets: list[Size], batch: int, seed: int, stream: str, first: int = 0, rank: int = 0,
+        processes: int = 1,
+    ) -> None:  # fmt: skip
+        """`targets` is the geometry of each sample: a batch holds samples of one geometry."""
+        groups: dict[Size, list[int]] = {}
+        for index, target in enumerate(targets):
+            groups.setdefault(target, []).append(index)
+        self.buckets = [groups[target] for target in sorted(groups)]
+        common = math.gcd(*map(len, self.buckets))
+        self.shares = tuple(len(bucket) // common for bucket in self.buckets)
+        self.batch, self.seed, self.stream, self.first = batch, seed, stream, first
+        self.rank, self.processes = rank, processes
+
+    def micro_batch(self, step: int) -> list[tuple[int, int]]:
+        """This process's (sample index, position) pairs of global micro-batch `step`."""
+        cycle, place = divmod(step, sum(self.shares))
+        bucket, earlier = bucket_schedule(self.seed, self.stream, cycle, self.shares)[place]
+        members, global_batch = self.buckets[bucket], self.batch * self.processes
+        start = (cycle * self.shares[bucket] + earlier) * global_batch
+        pairs = []
+        for i in range(self.rank * self.batch, (self.rank + 1) * self.batch):
+            turn, offset = divmod(start + i, len(members))
+            order = permutation(self.seed, self.stream, bucket, turn, len(members))
+            pairs.append((members[order[offset]], step * global_batch + i))
+        return pairs
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Micro-batches from `first` on, for ever."""
+        return map(self.micro_batch, itertools.count(self.first))
+
+
+class TrainingSet(torch.utils.data.Dataset):
+    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+
+    def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
+        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
+        self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
+        self.space, self.samples, self.stream = space, samples, stream
+
+    def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
+        """noise (L, C) and u of the visit, its caption, and cached latent moments or pixels (3, H, W)."""
+        (index, position), run = visit, self.run
+        sample, (rows, columns) = self.samples[index], (side // run.cell for side in self.samples[index].target)
+        flip = run.args.random_flip and self.draw("flip", position) < 0.5
+        drop = self.draw("caption dropout", position) < run.args.caption_dropout
+        item = {
+            "name": sample.source.name,
+            "position": position,
+            "target": sample.target,
+            "caption": "" if drop else sample.caption,
+            "noise": torch.randn(rows * columns, self.space.channels, generator=self.generator("noise", position)),
+            "u": draw_u(run.args, self.generator("sigma", position)),
+        }
+        if run.args.vae_encode_mode == "sample":
+            shape = (self.space.channels // 4, 2 * rows, 2 * columns)
+            item["posterior_noise"] = torch.randn(shape, generator=self.generator("posterior", position))
+        if run.args.cache_latents:
+            return {**item, "moments": load_file(self.space.path(sample, flip))["moments"]}
+        crop = None if run.args.center_crop else torch.rand(2, generator=self.generator("crop", position)).tolist()
+        return {**item, "pixels": picture_to_pixels(decode_picture(sample.source.read()), sample.target, crop, flip)}
+
+    def generator(self, purpose: str, position: int) -> torch.Generator:
+        """The generator of one purpose at one position of this set's stream."""
+        return make_generator(self.run.seed, self.stream, purpose, position)
+
+    def draw(self, purpose: str, position: int) -> float:
+        """A uniform number in [0, 1)."""
+        return torch.rand(1, generator=self.generator(purpose, position)).item()
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
+    return {
+        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
+        for key, value in items[0].items()
+    }
+
+
+def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
+    """Reads and decodes every picture once, settles captions and buckets, prints the plan; loads no weights.
+
+    Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
+    """
+    buckets = choose_buckets(run)
+    captioned = settle_captions(run.args, list_dataset(run.args) if run.args.dataset_name else list_folder(run.args))
+    good = inspect_pictures(run.args, captioned, run.cache_dir)
+    samples = [Sample(*picture, target=nearest_bucket(picture[3], buckets)) for picture in good]
+    report_captions(run, samples)
+    for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
+        small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
+        log.info(f"data: {height:5d} x {width:<5d} {count:6d} picture(s)" + f", {small} of them enlarged" * (small > 0))
+    return samples, buckets
+
+
+def choose_buckets(run: Run) -> list[Size]:
+    """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
+    if run.args.aspect_ratio_buckets:
+        buckets = parse_sizes(run.args.aspect_ratio_buckets)
+    elif run.args.use_aspect_ratio_buckets:
+        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    else:
+        buckets = [(run.args.resolution, run.args.resolution)]
+    wrong = [size for size in buckets if size[0] % run.cell or size[1] % run.cell]
+    if wrong:
+        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
+    return buckets
+
+
+def report_captions(run: Run, samples: list[Sample]) -> None:
+    """Logs the longest caption in tokens and names those that are cut at --max_sequence_length."""
+    if run.args.remote_text_encoder:
+        return  # the tokenizer is the server's
+    tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
+    lengths = {
+        text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1]
+        for text in sorted({s.caption for s in samples})
+    }
+    log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
+    if cut := [s.source.name for s in samples if lengths[s.caption] > most]:
+        log.warning(f"data: {len(cut)} captions are cut at {most} tokens: {', '.join(cut[:5])}")
+
+
+# endregion shared: data
+
+
+# ---------------------------------------------------------------------------------------------- Text and latents (once)
+# region shared: text
+def load_tokenizer(run: Run) -> Any:
+    """The family's tokenizer or processor."""
+    return getattr(transformers, run.family.tokenizer).from_pretrained(run.model.part("tokenizer"))
+
+
+def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int | None) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (1, L) of one prompt in the family's template, as the pipelines make them.
+
+    Padded and cut to `max_length`; None is neither. [dev] has a system message and pads left, [klein] has none and
+    pads right, with an empty thinking block.
+    """
+    limits = {"padding": "max_length", "truncation": True, "max_length": max_length} if max_length else {}
+    if family.pipeline == "Flux2Pipeline":
+        # "[IMG]" would be counted as a picture by the processor
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
+            {"role": "user", "content": [{"type": "text", "text": prompt.replace("[IMG]", "")}]},
+        ]
+        template = {"add_generation_prompt": False, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return tokenizer.apply_chat_template([messages], **template, **limits)
+    messages, template = (
+        [{"role": "user", "content": prompt}],
+        {"add_generation_prompt": True, "enable_thinking": False},
+    )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    return tokenizer(text, return_tensors="pt", **limits)
+
+
+def load_text_encoder(run: Run) -> nn.Module:
+    """The text encoder with only the layers that are read, frozen, in the compute dtype.
+
+    One layer more than the last hidden state stays, because transformers puts the final norm on the last one: with
+    exactly max(layers) of them the third slice would differ from the pipeline's.
+    """
+    folder = run.model.part("text_encoder")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
+    keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:keep]
+    options = {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    spread = run.args.offload and run.device.type != "cpu"
+    if spread:
+        options["device_map"] = "auto"
+    encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
+    return (encoder if spread else encoder.to(run.device)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> torch.Tensor:
+    """Prompt embedding (L, D) of one prompt: the chosen hidden states side by side, pads included and unmasked.
+
+    `encoder.model` leaves out the logits over the vocabulary, which nobody reads.
+    """
+    tokens = tokenize(run.family, tokenizer, prompt, run.args.max_sequence_length).to(run.device)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return torch.cat([output.hidden_states[layer] for layer in run.text_layers], dim=-1)[0].to(run.dtype)
+
+
+def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
+    """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
+
+    The answer is a saved tensor: read with `weights_only`, capped in size, never redirected, checked for shape and
+    finite numbers. The token goes to https hosts of the Hub and to loopback only.
+    """
+    url = run.args.remote_text_encoder_url
+    advice = "to encode on this machine instead, leave --remote_text_encoder out (add --offload if memory is short)"
+    expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
+    headers = {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
+    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": 60.0, "follow_redirects": False}
+    try:
+        response = http_backoff("POST", url, **request)
+        if response.status_code != 200:
+            raise ValueError(f"status {response.status_code} {response.reason_phrase}")
+        if len(response.content) > 4 * math.prod(expected) + 1_000_000:
+            raise ValueError(f"{len(response.content)} bytes are too many")
+        embedding = torch.load(io.BytesIO(response.content), weights_only=True, map_location="cpu")
+        if not torch.is_tensor(embedding) or tuple(embedding.shape) != expected:
+            raise ValueError(f"{getattr(embedding, 'shape', type(embedding))} is not a tensor of shape {expected}")
+        if not embedding.isfinite().all():
+            raise ValueError("numbers that are not finite")
+    except Exception as error:  # connection, protocol and unpickling errors have no common base
+        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
+    return embedding[0].to(run.dtype)
+
+
+def remote_token(args: Args) -> str | None:
+    """The token for the remote encoder, or None when its host may not see it."""
+    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
+    hub = url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
+    return (args.hub_token or huggingface_hub.get_token()) if hub or url.hostname in LOOPBACK else None
+
+
+class PromptCache:
+    """Prompt embeddings (L, D) by prompt string, on disk; the few used last also on the device."""
+
+    def __init__(self, run: Run) -> None:
+        """Keys hold everything that an embedding depends on: encoder, layers, length, dtype, template, prompt."""
+        url = run.args.remote_text_encoder_url if run.args.remote_text_encoder else None
+        encoder = url or run.model.identity("text_encoder")
+        template = run.model.identity("tokenizer"), SYSTEM_MESSAGE
+        self.key = digest(encoder, *run.text_layers, run.args.max_sequence_length, run.dtype, *template)
+        self.folder, self.device = run.cache_dir / "prompts", run.device
+        self.get = functools.lru_cache(maxsize=8)(self.load)
+
+    def path(self, prompt: str) -> Path:
+        """The file of one prompt; its name never holds text of the user's."""
+        return self.folder / f"{digest(self.key, prompt)}.safetensors"
+
+    def load(self, prompt: str) -> torch.Tensor:
+        """(L, D) on the device; `get` is this with a small memory."""
+        return load_file(self.path(prompt))["prompt_embeds"].to(self.device)
+
+    def batch(self, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
+        """(B, L, D) on the device."""
+        return torch.stack([self.get(prompt) for prompt in prompts]).to(dtype)
+
+    def save(self, prompt: str, embedding: torch.Tensor) -> None:
+        """Writes one embedding atomically."""
+        write_atomically(self.path(prompt), save({"prompt_embeds": embedding.cpu().contiguous()}))
+
+
+def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
+    """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
+    cache = PromptCache(run)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.path(prompt).is_file()]
+    log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
+    if not missing:
+        return cache
+    encode = functools.partial(encode_prompt_remotely, run)
+    if not run.args.remote_text_encoder:
+        encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
+    with Progress("encode prompts", len(missing)) as progress:
+        for prompt in missing:
+            cache.save(prompt, encode(prompt))
+            progress.advance()
+    del encode
+    release_memory()
+    return cache
+
+
+def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
+    """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
+    prompts = [sample.caption for sample in samples]
+    prompts += final_prompts(run.args) + (run.args.validation_prompt or []) + own_prompts(run.args)
+    if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
+        prompts.append("")
+    return prompts
+
+
+def release_memory() -> None:
+    """Returns freed memory to the system and the device; the caller has dropped its references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# endregion shared: text
+
+
+# differs: the class prompt is a text-to-image matter
+def own_prompts(args: Args) -> list[str]:
+    """Prompts that only this script encodes."""
+    return [args.class_prompt] if args.with_prior_preservation else []
+
+
+# region shared: latents
+@dataclass(frozen=True)
+class LatentSpace:
+    """How pictures become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded pictures."""
+
+    mean_C: torch.Tensor  # per channel of a token
+    std_C: torch.Tensor
+    cell: int  # pixels per token side
+    folder: Path
+    identity: str
+
+    @property
+    def channels(self) -> int:
+        """C, channels of a token: 4 x the VAE's latent channels."""
+        return len(self.mean_C)
+
+    def path(self, sample: Sample, flip: bool) -> Path:
+        """The cache file of a picture: named by content, geometry and VAE."""
+        key = digest(sample.sha256, DECODE_POLICY, *sample.target, "centre", flip, self.identity)
+        return self.folder / f"{key}.safetensors"
+
+
+def open_latent_space(run: Run) -> LatentSpace:
+    """Reads the statistics from the VAE's weight file without loading the VAE. Raises UserError if they are missing."""
+    folder, epsilon = run.model.part("vae"), run.model.config("vae")["batch_norm_eps"]
+    suffix = f".{run.model.variant}.safetensors" if run.model.variant else ".safetensors"
+    for path in sorted(folder.glob(f"*{suffix}")):
+        with safe_open(path, "pt") as weights:
+            if "bn.running_mean" in weights.keys():
+                mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
+                identity, std = run.model.identity("vae"), torch.sqrt(variance + epsilon)
+                return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", identity)
+    raise UserError(f"{run.model.name}: no bn.running_mean in vae/*{suffix}; is this a FLUX.2 autoencoder?")
+
+
+def load_vae(run: Run) -> AutoencoderKLFlux2:
+    """The VAE, frozen, in fp32: it is small, and bf16 would cost up to 0.4 % in the statistics."""
+    options = {"torch_dtype": torch.float32, "variant": run.model.variant, "use_safetensors": True}
+    vae = AutoencoderKLFlux2.from_pretrained(run.model.part("vae"), **options)
+    return vae.to(run.device).eval().requires_grad_(False)
+
+
+def patchify(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, 4C, H/2, W/2): each 2 x 2 patch becomes channels, W fastest."""
+    return F.pixel_unshuffle(latents_BCHW, 2)
+
+
+def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H*W, C): one token per cell, row by row."""
+    return latents_BCHW.flatten(2).transpose(1, 2)
+
+
+def position_ids(rows: int, columns: int) -> torch.Tensor:
+    """(1, rows*columns, 4) coordinates (T=0, row, column, 0) of the target's tokens."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1))[None]
+
+
+def text_ids(length: int) -> torch.Tensor:
+    """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(length))[None]
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] -> moments (B, 2, C, H, W) of the latent distribution: mean and log-variance, fp32."""
+    posterior = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+    return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
+
+
+def tokens_from_moments(
+    space: LatentSpace, moments_B2CHW: torch.Tensor, posterior_noise_BCHW: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Normalised clean tokens x_0 (B, L, C), fp32. Without noise the mean is taken (`--vae_encode_mode mode`)."""
+    mean, log_variance = moments_B2CHW.unbind(1)
+    latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
+    mean_C, std_C = space.mean_C.to(latents.device), space.std_C.to(latents.device)
+    return pack((patchify(latents) - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1))
+
+
+@torch.no_grad()
+def decode_tokens(
+    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
+) -> list[PIL.Image.Image]:
+    """Pictures from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
+    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    # one at a time: at 1024 px the decoder's activations are several GB per picture
+    pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
+    bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [PIL.Image.fromarray(array) for array in bytes_BHWC]
+
+
+def cache_latents(run: Run, space: LatentSpace, samples: list[Sample]) -> AutoencoderKLFlux2 | None:
+    """Encodes every picture (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
+
+    Only the picture in work is in memory. Raises UserError when the disk is too small.
+    """
+    flips = (False, True) if run.args.random_flip else (False,)
+    wanted = {space.path(sample, flip): (sample, flip) for sample in samples for flip in flips}
+    missing = {path: work for path, work in wanted.items() if not path.is_file()}
+    log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
+    if not missing:
+        return None
+    numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+    need = sum(4 * numbers_per_pixel * math.prod(sample.target) for sample, _ in missing.values())
+    check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
+    vae = load_vae(run)
+    with Progress("encode pictures", len(missing)) as progress:
+        for path, (sample, flip) in missing.items():
+            pixels = picture_to_pixels(decode_picture(sample.source.read()), sample.target, None, flip)
+            write_atomically(path, save({"moments": encode_pixels(vae, pixels[None])[0].cpu().contiguous()}))
+            progress.advance()
+    return vae
+
+
+def encode_pictures(run: Run, space: LatentSpace, samples: list[Sample]) -> AutoencoderKLFlux2 | None:
+    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it."""
+    vae = cache_latents(run, space, samples) if run.args.cache_latents else None
+    draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
+    if draws or not run.args.cache_latents:
+        return vae or load_vae(run)
+    del vae
+    release_memory()
+    return None
+
+
+def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
+    """Raises UserError unless `need` bytes and a tenth more are free where `folder` is."""
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    log.info(f"disk: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+    if need * 1.1 > free:
+        raise UserError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; see {remedy}")
+
+
+# endregion shared: latents
+
+
+# ------------------------------------------------------------------------------------------------------ Models and LoRA
+# region shared: lora
+ATTENTION = "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"
+TEXT_ATTENTION = "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out"
+FAL = f"{ATTENTION},{TEXT_ATTENTION},ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+AI_TOOLKIT = f"{FAL},norm1_context.linear,norm1.linear,norm.linear,proj_mlp,proj_out"
+LORA_PRESETS = {"attention": ATTENTION, "fal": FAL, "ai-toolkit": AI_TOOLKIT}
+DEFAULT_LORA_LAYERS = f"{ATTENTION},{TEXT_ATTENTION},attn.to_qkv_mlp_proj,attn.to_out"
+# FLUX.1 names, which lists in circulation use, and what they are in FLUX.2: its modulation is shared by all blocks,
+# its single blocks fuse q, k, v and the MLP.
+FLUX1_NAMES = (
+    (r"ff\.net\.0\.proj$", "ff.linear_in"),
+    (r"ff\.net\.2$", "ff.linear_out"),
+    (r"ff_context\.net\.0\.proj$", "ff_context.linear_in"),
+    (r"ff_context\.net\.2$", "ff_context.linear_out"),
+    (r"^(transformer_blocks\.\d+\.)?norm1\.linear$", "double_stream_modulation_img.linear"),
+    (r"^(transformer_blocks\.\d+\.)?norm1_context\.linear$", "double_stream_modulation_txt.linear"),
+    (r"^(single_transformer_blocks\.\d+\.)?norm\.linear$", "single_stream_modulation.linear"),
+    (r"^(single_transformer_blocks\.\d+\.)attn\.to_[qkv]$", r"\1attn.to_qkv_mlp_proj"),
+    (r"^(single_transformer_blocks\.\d+\.)?proj_mlp$", r"\1attn.to_qkv_mlp_proj"),
+    (r"^(single_transformer_blocks\.\d+\.)?proj_out$", r"\1attn.to_out"),
+)
+
+
+def translate_flux1_name(name: str) -> str:
+    """The FLUX.2 name of a module that FLUX.1 calls `name`; other names come back as they are."""
+    for pattern, replacement in FLUX1_NAMES:
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
+    """Full names of the Linear modules that get a LoRA.
+
+    `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
+    `final:proj_out` the last layer. Raises UserError for an entry that matches nothing, with the nearest names.
+    """
+    text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
+    chosen: set[str] = set()
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        whole = entry.startswith("final:")
+        name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
+        if not whole and name != entry:
+            log.info(f"lora: FLUX.1 name {entry} is {name} in FLUX.2")
+        matches = [full for full in linear_names if full == name or (full.endswith(f".{name}") and not whole)]
+        if not matches:
+            endings = sorted({re.sub(r"^.*blocks\.\d+\.", "", full) for full in linear_names})
+            near = difflib.get_close_matches(name, [*linear_names, *endings], n=4, cutoff=0.4) or endings
+            raise UserError(f"--lora_layers: '{entry}' is no Linear module; nearest: {', '.join(near)}")
+        chosen.update(matches)
+    return [full for full in linear_names if full in chosen]
+
+
+def linear_module_names(config: dict[str, Any]) -> list[str]:
+    """Names of all Linear modules of the architecture, from its config alone (meta device, no memory)."""
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel.from_config(config)
+    return [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+
+
+class LoraLinear(nn.Linear):
+    """lora_A or lora_B: an fp32 weight, cast to the dtype of its input.
+
+    PEFT would cast the input to fp32 instead, and so make fp32 temporaries as large as the base layer's output.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out) in the dtype of `hidden`; the gradient arrives in fp32."""
+        return F.linear(hidden, self.weight.to(hidden.dtype))
+
+
+def lora_alpha(args: Args) -> float:
+    """--lora_alpha, or the rank."""
+    return args.rank if args.lora_alpha is None else args.lora_alpha
+
+
+def lora_layers_of(transformer: nn.Module) -> list[LoraLayer]:
+    """The modules that PEFT wrapped."""
+    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+
+def load_transformer(run: Run) -> Flux2Transformer2DModel:
+    """The frozen transformer in the compute dtype, on the device."""
+    options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    transformer = Flux2Transformer2DModel.from_pretrained(run.model.part("transformer"), **options)
+    if run.args.attention_backend:
+        try:
+            transformer.set_attention_backend(run.args.attention_backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"--attention_backend {run.args.attention_backend}: {error}") from None
+    return transformer.to(run.device).requires_grad_(False)
+
+
+def recompute(chosen: set[int], block: nn.Module, *inputs: Any) -> Any:
+    """Diffusers' checkpointing function for a share of the blocks: those whose id is in `chosen` are recomputed."""
+    if id(block) not in chosen:
+        return block(*inputs)
+    return torch.utils.checkpoint.checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+
+def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
+    """Puts the adapter into the transformer; returns its parameters by the name they have in the file, fp32.
+
+    lora_A is drawn from N(0, 1/rank) as in the diffusers examples, keyed by its name, and lora_B is 0, so the first
+    step starts from the base model.
+    """
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    targets = resolve_lora_layers(linears, run.args.lora_layers)
+    rank, alpha = run.args.rank, lora_alpha(run.args)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
+    transformer.add_adapter(config)
+    for layer in lora_layers_of(transformer):
+        layer.cast_input_dtype_enabled = False
+        for part in (layer.lora_A, layer.lora_B):
+            old = part["default"]
+            part["default"] = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
+    trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable.items()}
+    for name, parameter in parameters.items():
+        assert re.search(r"\.lora_[AB]\.weight$", name) and parameter.dtype == torch.float32, name
+        start = torch.zeros(parameter.shape)
+        if name.endswith("lora_A.weight"):
+            start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
+        parameter.data.copy_(start)
+    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
+    count = sum(parameter.numel() for parameter in parameters.values())
+    log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {count / 1e6:.2f} M parameters in fp32")
+    if unmapped := [name for name in targets if "modulation" in name or name.startswith("time_guidance_embed")]:
+        log.info(f"lora: ComfyUI ignores the LoRA of {', '.join(unmapped)} under diffusers' names")
+    return parameters
+
+
+def load_lora(parameters: dict[str, nn.Parameter], path: Path, remedy: str) -> None:
+    """Copies a LoRA file into the adapter. Raises UserError unless modules and shapes are the same."""
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    if differing := sorted(parameters.keys() ^ stored.keys()):
+        raise UserError(f"{path}: has other modules than --lora_layers, for instance {differing[0]}; {remedy}")
+    for name, parameter in parameters.items():
+        found, wanted = tuple(stored[name].shape), tuple(parameter.shape)
+        if found != wanted:
+            raise UserError(f"{path}: {name} is {found}, --rank makes it {wanted}; {remedy}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(stored[name])
+
+
+def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -> dict[str, str]:
+    """Header of a LoRA file: what diffusers needs to rebuild the adapter, and what people want to know of it.
+
+    Only the keys that differ from PEFT's defaults: a key that an older PEFT does not know makes it refuse the file.
+    """
+    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
+    adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
+    return {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter.items()}),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora",
+        "base_model": public_name(run.model),
+        "training_seed": str(run.seed),
+    }
+
+
+def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
+    """Writes pytorch_lora_weights.safetensors, and a twin for ComfyUI when alpha is not the rank.
+
+    ComfyUI ignores the alpha in the header, so the twin has alpha / rank multiplied into lora_B.
+    """
+    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
+    alpha, rank = lora_alpha(run.args), run.args.rank
+    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), (COMFYUI_FILE, alpha / rank, rank)):
+        if file == LORA_FILE or alpha != rank:
+            tensors = {}
+            for name, parameter in parameters.items():
+                factor = scale if name.endswith("lora_B.weight") else 1.0
+                tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
+            save_file(tensors, folder / file, lora_metadata(run, parameters, header_alpha))
+
+
+# endregion shared: lora
+
+
+# -------------------------------------------------------------------------------------------------------- Flow matching
+# region shared: flow-matching
+def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
+    """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
+    shape = args.logit_mean, args.logit_std, args.mode_scale
+    return compute_density_for_timestep_sampling(args.weighting_scheme, 1, *shape, generator=generator)[0].clamp(
+        0.0, 1.0
+    )
+
+
+def shift_factor(args: Args, tokens: int) -> float:
+    """The s of `shift_sigmas` for a target of so many tokens.
+
+    linear is FLUX.1's mu (0.5 at 256 tokens, 1.15 at 4096), with which FLUX.2 is reported to have been trained;
+    empirical is the mu of the pipelines at --num_inference_steps.
+    """
+    if args.timestep_shift == "linear":
+        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    if args.timestep_shift == "empirical":
+        return math.exp(empirical_mu(tokens, args.num_inference_steps))
+    return 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """mu of FLUX.2's inference schedule (black-forest-labs/flux2, sampling.py): linear in tokens and in steps."""
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    return at_200 + (at_200 - at_10) / 190.0 * (steps - 200)
+
+
+def shift_sigmas(sigmas: torch.Tensor, factor: float) -> torch.Tensor:
+    """s*t / (1 + (s-1)*t): moves sigmas towards noise for s > 1, as large images need."""
+    return factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
+def loss_weights(args: Args, sigmas_B: torch.Tensor) -> torch.Tensor:
+    """Weight of each sample's loss; sigma_sqrt is capped at 100, it would be 10^6 at sigma 0.001."""
+    if args.weighting_scheme == "sigma_sqrt":
+        return sigmas_B.pow(-2.0).clamp(max=100.0)
+    if args.weighting_scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas_B + 2 * sigmas_B**2))
+    return torch.ones_like(sigmas_B)
+
+
+def predict_velocity(
+    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int,
+) -> torch.Tensor:  # fmt: skip
+    """The transformer's velocity (B, L, C) for noisy tokens, called exactly as the pipeline's denoising loop does.
+
+    The timestep takes the pipeline's way (1000 sigma, rounded to the compute dtype, / 1000), so that bf16 sees the same
+    grid in training as at inference.
+    """
+    dtype, device = prompt_embeds_BLD.dtype, noisy_BLC.device
+    guidance = None
+    if transformer.config.guidance_embeds:
+        guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
+    return transformer(
+        hidden_states=noisy_BLC.to(dtype),
+        timestep=(sigmas_B * 1000).to(dtype) / 1000,
+        guidance=guidance,
+        encoder_hidden_states=prompt_embeds_BLD,
+        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device),
+        img_ids=position_ids(rows, columns).to(device),
+        return_dict=False,
+    )[0]
+
+
+def flow_matching_losses(
+    args: Args, transformer: nn.Module, prompt_embeds_BLD: torch.Tensor, clean_BLC: torch.Tensor,
+    noise_BLC: torch.Tensor, sigmas_B: torch.Tensor, rows: int, columns: int,
+) -> torch.Tensor:  # fmt: skip
+    """Loss (B) of each sample: mean squared error of the velocity over tokens and channels.
+
+    x_t = (1 - sigma) x_0 + sigma noise, and the target is noise - x_0. Tokens stay packed: the mean does not care
+    about their order. Sigma and the mix are fp32, the forward runs in the compute dtype.
+    """
+    sigmas_B11 = sigmas_B.view(-1, 1, 1)
+    noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
+    velocity = predict_velocity(args, transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, rows, columns)
+    errors_B = (velocity.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    return loss_weights(args, sigmas_B) * errors_B
+
+
+def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, list[float]]:
+    """(losses (B), sigmas) of one micro-batch from the loader."""
+    rows, columns = (side // parts.space.cell for side in batch["target"][0])
+    sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, rows * columns))
+    on_device = {k: v.to(run.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    if "moments" not in batch:
+        on_device["moments"] = encode_pixels(parts.vae_on_device(run), on_device["pixels"])
+    clean_BLC = tokens_from_moments(parts.space, on_device["moments"], on_device.get("posterior_noise"))
+    inputs = parts.prompts.batch(batch["caption"], run.dtype), clean_BLC, on_device["noise"], sigmas_B.to(run.device)
+    return flow_matching_losses(run.args, parts.transformer, *inputs, rows, columns), sigmas_B.tolist()
+
+
+# endregion shared: flow-matching
+
+
+# ----------------------------------------------------------------------------------------------- Optimizer and schedule
+# region shared: optimizer
+def peak_learning_rate(run: Run) -> float:
+    """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
+    rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
+    return rate * (samples_per_step(run) if run.args.scale_lr else 1)
+
+
+def samples_per_step(run: Run) -> int:
+    """Samples that one optimizer step averages over."""
+    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.accelerator.num_processes
+
+
+def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over the fp32 adapter; the optional packages are imported when they are used."""
+    shared = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2),
+              "eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}  # fmt: skip
+    if run.args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        own = {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple,
+               "use_bias_correction": run.args.prodigy_use_bias_correction,
+               "safeguard_warmup": run.args.prodigy_safeguard_warmup}  # fmt: skip
+        return Prodigy(parameters, **shared, **own)
+    if run.args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared)
+
+
+def total_steps(run: Run, samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    visits = run.args.num_train_epochs * samples * run.args.repeats
+    return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
+
+
+# endregion shared: optimizer
+
+
+# ---------------------------------------------------------------------------------------------------------- Checkpoints
+# region shared: checkpoints
+OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "samples", "logs")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder and its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def file_stamp(path: Path) -> list[int | str]:
+    """[size, SHA-256] of a file."""
+    with path.open("rb") as stream:
+        return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None when every file has the size and hash of the manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, stamp in manifest.items():
+            if file_stamp(folder / name) != stamp:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"incomplete ({error})"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(args: Args) -> Checkpoint | None:
+    """The checkpoint to resume from, verified; `latest` skips damaged ones with a warning and may find none."""
+    target, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if not target:
+        return None
+    named = output_dir / target if (output_dir / target).is_dir() else Path(target)
+    for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
+        problem = verify_checkpoint(folder)
+        if problem is None:
+            return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if target != "latest":
+            raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
+        log.warning(f"checkpoint: {folder} is skipped: {problem}")
+    log.info(f"checkpoint: none in {output_dir}, the run starts from step 0")
+    return None
+
+
+def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample]) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run."""
+    names = """rank lora_alpha lora_dropout lora_layers train_batch_size gradient_accumulation_steps optimizer
+        use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
+        cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift guidance_scale
+        max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"""
+    result = {name: vars(run.args)[name] for name in names.split()}
+    data = [(s.sha256, s.caption, s.target) for s in [*samples, *class_samples]]
+    result.update(data=digest(*data), seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer"))
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        result["steps"] = total_steps(run, len(samples))  # these schedules bend with the end of the run
+    return result
+
+
+def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Raises UserError naming every setting that differs from the checkpoint's."""
+    then = checkpoint.state["fingerprint"]
+    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if differing:
+        lines = "".join(f"\n    {key}: was {then.get(key)}, is {now.get(key)}" for key in differing)
+        raise UserError(f"{checkpoint.folder}: not the same run; set back, or start anew:{lines}")
+
+
+@dataclass
+class TrainState:
+    """What changes while training, beside the weights."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    fingerprint: dict[str, Any]
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # steps in a row that were not finite
+    smoothed_loss: float | None = None
+
+
+def optimizer_tensors(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state as tensors by 'name/key' and as JSON scalars; bitsandbytes' shared maps are left out."""
+    tensors, scalars = {}, {}
+    for name, parameter in state.parameters.items():
+        for key, value in state.optimizer.state[parameter].items():
+            if not torch.is_tensor(value):
+                scalars[f"{name}/{key}"] = value
+            elif not key.startswith("qmap"):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    return tensors, {"state": scalars, "groups": groups}
+
+
+def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+    """Puts back what `optimizer_tensors` saved."""
+    for path, value in {**tensors, **scalars["state"]}.items():
+        name, _, key = path.rpartition("/")
+        parameter = state.parameters[name]
+        # AdamW keeps its step count on the CPU; everything else lives with the parameter
+        moved = value.to(parameter.device) if torch.is_tensor(value) and key != "step" else value
+        state.optimizer.state[parameter][key] = moved
+    for parameter, slot in state.optimizer.state.items():
+        if "state1" in slot and slot["state1"].dtype == torch.uint8:
+            slot.update(eight_bit_maps(state.optimizer, parameter.device))
+    for group, stored in zip(state.optimizer.param_groups, scalars["groups"], strict=True):
+        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+
+
+def eight_bit_maps(optimizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """bitsandbytes' quantisation maps, which all parameters share."""
+    if "dynamic" not in optimizer.name2qmap:
+        optimizer.fill_qmap()
+    for name in ("dynamic", "udynamic"):
+        optimizer.name2qmap[name] = optimizer.name2qmap[name].to(device)
+    return {"qmap1": optimizer.name2qmap["dynamic"], "qmap2": optimizer.name2qmap["udynamic"]}
+
+
+def save_checkpoint(run: Run, state: TrainState) -> Path:
+    """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
+    final = run.output_dir / f"checkpoint-{state.step}"
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-checkpoint-", dir=run.output_dir))
+    try:
+        tensors, scalars = optimizer_tensors(state)
+        tensors |= {f"lora/{name}": p.detach().cpu().contiguous() for name, p in state.parameters.items()}
+        save_file(tensors, temporary / "training_state.safetensors")
+        save_lora(run, state.parameters, temporary)
+        numbers = {"step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss, "seed": run.seed}
+        schedule = {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"}
+        content = {**numbers, "fingerprint": state.fingerprint, "optimizer": scalars, "schedule": schedule}
+        content["versions"] = {library.__name__: library.__version__ for library in LIBRARIES}
+        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        for path in temporary.iterdir():
+            flush_to_disk(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        flush_to_disk(run.output_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if problem := verify_checkpoint(final):
+        raise OSError(f"{final}: {problem} right after it was written")
+    rotate_checkpoints(run)
+    return final
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync of a file, or of a folder where the system can (Windows cannot)."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rotate_checkpoints(run: Run) -> None:
+    """Removes the oldest checkpoints above --checkpoints_total_limit; a failure is a warning."""
+    limit = run.args.checkpoints_total_limit
+    for folder in list_checkpoints(run.output_dir)[:-limit] if limit else []:
+        doomed = folder.with_name(f".tmp-old-{folder.name}")  # a half-removed folder must not look like a checkpoint
+        try:
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning(f"checkpoint: {folder} could not be removed ({error})")
+
+
+def restore(run: Run, state: TrainState) -> None:
+    """Brings weights, optimizer and schedule to the point of the run's checkpoint."""
+    tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
+    for name, parameter in state.parameters.items():
+        parameter.data.copy_(tensors.pop(f"lora/{name}"))
+    restore_optimizer(state, tensors, stored["optimizer"])
+    state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
+    state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
+    log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")
+
+
+# endregion shared: checkpoints
+
+
+# ----------------------------------------------------------------------------------------------- Validation and results
+# region shared: validation
+class Progress(contextlib.AbstractContextManager):
+    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+
+    def __init__(self, phase: str, total: int, done: int = 0) -> None:
+        """`done` of `total` are behind us when the phase begins."""
+        self.phase, self.total, self.done, self.first = phase, total, done, done
+        self.started = self.last_line = time.monotonic()
+        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def __exit__(self, *_: Any) -> None:
+        """Ends the phase's bar."""
+        self.bar.close()
+
+    def advance(self, note: str = "") -> None:
+        """One more is done; `note` stands behind the bar."""
+        self.done += 1
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
+            self.last_line = now
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+
+
+class LogHandler(logging.Handler):
+    """Writes lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line to stderr."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def make_pipeline(run: Run, parts: TrainingParts) -> Any:
+    """The installed pipeline around the resident transformer, without encoder; nothing is moved or cast."""
+    modules = {"transformer": parts.transformer, "vae": parts.vae_on_device(run)}
+    modules["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.part("scheduler"))
+    if run.family.pipeline == "Flux2KleinPipeline":
+        modules["is_distilled"] = run.model.is_distilled
+    pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=None, tokenizer=None, **modules)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def generate(
+    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size
+) -> list[PIL.Image.Image]:
+    """Pictures of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
+    options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps}
+    options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
+    if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
+        options["negative_prompt_embeds"] = parts.prompts.batch([""] * len(seeds), run.dtype)
+    prompt_embeds = parts.prompts.batch([prompt] * len(seeds), run.dtype)
+    generators = [make_generator(run.seed, *seed) for seed in seeds]
+    tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
+    rows, columns = (side // parts.space.cell for side in size)
+    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, rows, columns)
+
+
+def validation_size(args: Args, buckets: list[Size]) -> Size:
+    """(height, width) of validation pictures: as asked, or the first size that is trained at."""
+    return parse_sizes(args.validation_size)[0] if args.validation_size else buckets[0]
+
+
+def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> list[PIL.Image.Image]:
+    """Draws --num_validation_images of each prompt with fixed seeds into `folder`; returns the first of each prompt."""
+    pipeline, size, firsts = make_pipeline(run, parts), validation_size(run.args, parts.buckets), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, prompt in enumerate(prompts):
+        for number in range(run.args.num_validation_images):
+            picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size)[0]
+            picture.save(folder / f"prompt-{row}_image-{number}.png")
+            firsts += [picture] if number == 0 else []
+    parts.rest_vae(run.args)
+    return firsts
+
+
+def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> None:
+    """A contact sheet: one row per prompt, one column per folder of samples (title, folder), first picture of each."""
+    cells = {}
+    for (x, (_, folder)), y in itertools.product(enumerate(columns), range(len(rows))):
+        if (file := folder / f"prompt-{y}_image-0.png").is_file():
+            cells[x, y] = PIL.Image.open(file).convert("RGB")
+    widest, highest = (max(picture.size[side] for picture in cells.values()) for side in (0, 1))
+    scale = 256 / max(widest, highest)
+    width, height = round(widest * scale), round(highest * scale)
+    sheet = PIL.Image.new("RGB", (len(columns) * (width + 8) + 8, len(rows) * (height + 28) + 24), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for x, (title, _) in enumerate(columns):
+        draw.text((8 + x * (width + 8), 6), title, fill="black")
+    for y, prompt in enumerate(rows):
+        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(columns) * width // 7], fill="black")
+    for (x, y), picture in cells.items():
+        filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
+        sheet.paste(picture.resize((width, height), filter), (8 + x * (width + 8), 24 + y * (height + 28)))
+    sheet.save(path)
+
+
+@torch.no_grad()
+def validation_loss(run: Run, parts: TrainingParts) -> float:
+    """Loss on up to four training pictures at fixed noise and fixed sigmas: comparable from step to step."""
+    fixed = TrainingSet(run, parts.space, parts.samples, "validation")
+    losses = []
+    for number in range(8):
+        batch = collate([fixed[(number % min(4, len(parts.samples)), number)]])
+        losses += batch_losses(run, parts, batch)[0].tolist()
+    return sum(losses) / len(losses)
+
+
+def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
+    """Pictures, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    parts.transformer.eval()
+    try:
+        samples_dir = run.output_dir / "samples"
+        prompts = list(run.args.validation_prompt)
+        pictures = draw_samples(run, parts, prompts, samples_dir / f"step-{state.step:06d}")
+        steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
+        draw_sheet(prompts, [(f"step {int(s.name[5:])}", s) for s in steps], samples_dir / "contact_sheet.png")
+        track_images(run, pictures, state.step)
+        return {"validation_loss": validation_loss(run, parts)}
+    finally:
+        parts.transformer.train()
+
+
+def track_images(run: Run, pictures: list[PIL.Image.Image], step: int) -> None:
+    """Sends pictures to the trackers that take them; a tracker that fails does not stop training."""
+    for tracker in run.accelerator.trackers:
+        try:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.stack(pictures)}, step=step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": pictures}, step=step)
+        except Exception as error:  # whatever a tracker raises
+            log.warning(f"tracker {tracker.name}: pictures were not logged ({error})")
+
+
+# endregion shared: validation
+
+
+# differs: class pictures belong to text-to-image prior preservation
+def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size]) -> list[Sample]:
+    """The class pictures of prior preservation, generated first where too few are there; [] without it."""
+    if not run.args.with_prior_preservation:
+        return []
+    folder, wanted = Path(run.args.class_data_dir).absolute(), run.args.num_class_images
+    folder.mkdir(parents=True, exist_ok=True)
+    present = len(list_pictures(folder))
+    free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
+    missing = list(itertools.islice(free_numbers, max(0, wanted - present)))
+    log.info(f"class pictures: {present} in {folder.name}, {len(missing)} to generate")
+    if missing:
+        generate_class_pictures(run, space, prompts, buckets, folder, missing)
+    pictures = list_pictures(folder)[:wanted]
+    captioned = [(Source(str(path.relative_to(folder)), path), run.args.class_prompt) for path in pictures]
+    good = inspect_pictures(run.args, captioned, run.cache_dir)
+    return [Sample(*picture, target=nearest_bucket(picture[3], buckets)) for picture in good]
+
+
+def generate_class_pictures(
+    run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size], folder: Path, numbers: list[int]
+) -> None:
+    """Generates the class pictures of these numbers with the bare base model.
+
+    Each number has its own seed, so a start that was cut short goes on where it stopped.
+    """
+    dtypes = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, None: run.dtype}
+    base_run = replace(run, dtype=dtypes[run.args.prior_generation_precision])
+    parts = TrainingParts(space, prompts, load_transformer(base_run).eval(), load_vae(run), [], buckets)
+    pipeline, size = make_pipeline(base_run, parts), validation_size(run.args, buckets)
+    with Progress("generate class pictures", len(numbers)) as progress:
+        for start in range(0, len(numbers), run.args.sample_batch_size):
+            chosen = numbers[start : start + run.args.sample_batch_size]
+            seeds = [("class picture", number) for number in chosen]
+            pictures = generate(base_run, parts, pipeline, run.args.class_prompt, seeds, size)
+            for number, picture in zip(chosen, pictures, strict=True):
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG")
+                write_atomically(folder / f"class-{number:05d}.png", buffer.getvalue())
+                progress.advance()
+    del pipeline, parts
+    release_memory()
+
+
+# region shared: results
+def write_config(run: Run, basenames: bool = False) -> str:
+    """The resolved command line, one flag per line, no secrets: `@config.args` reproduces the run.
+
+    With `basenames` paths lose their folders: this is the copy that leaves the machine.
+    """
+    left_out = {*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
+    precision = "bf16" if run.dtype == torch.bfloat16 else "no"
+    lines = []
+    for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
+        if name in left_out or value is None:
+            continue
+        if isinstance(value, bool):
+            lines += [f"--{name}"] if value else [f"--no-{name}"] * (name in ON_BY_DEFAULT)
+            continue
+        words = [str(word) for word in (value if isinstance(value, list) else [value])]
+        if basenames and name in PATH_FLAGS:
+            words = [Path(word).name if Path(word).is_absolute() else word for word in words]
+        quoted = " ".join(map(shlex.quote, words))
+        lines.append(f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}")
+    return "\n".join(lines) + "\n"
+
+
+def base_license(run: Run) -> dict[str, str]:
+    """Licence fields of the base model: from its own card if it has one here, else the family's."""
+    with contextlib.suppress(OSError, ValueError):
+        data = huggingface_hub.ModelCard.load(run.model.folder / "README.md").data.to_dict()
+        found = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+        if found:
+            return found
+    return run.family.license
+
+
+CARD = """---
+{head}
+---
+
+# {title}
+
+A LoRA for {base_text}, trained with `{script}`; the settings are in `config.args`.
+
+<Gallery />
+
+{table}
+
+## Use it
+
+```python
+import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.{dtype})
+pipeline.load_lora_weights({repo!r}, weight_name={file!r})
+pipeline.enable_model_cpu_offload()  # or pipeline.to("cuda") where it fits
+options = {options!r}
+pipeline(prompt={prompt!r}, **options).images[0].save("picture.png")
+```
+"""
+
+
+def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
+    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs."""
+    base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
+    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
+    head = huggingface_hub.ModelCardData(
+        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
+        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
+        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
+    )  # fmt: skip
+    dtype = str(run.dtype).removeprefix("torch.")
+    facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
+             "steps": state.step, "seed": run.seed, "dtype": dtype, "resolution": run.args.resolution}  # fmt: skip
+    rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
+    height, width = validation_size(run.args, [(run.args.resolution, run.args.resolution)])
+    options = {"height": height, "width": width, "num_inference_steps": run.args.num_inference_steps,
+               "guidance_scale": run.args.validation_guidance_scale}  # fmt: skip
+    prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
+    names = {
+        "title": escape_markdown(Path(repo).name),
+        "base_text": escape_markdown(base),
+        "script": Path(__file__).name,
+    }
+    text = CARD.format(
+        head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), pipeline=run.family.pipeline, base=base,
+        dtype=dtype, repo=repo, file=LORA_FILE, options=options, prompt=prompt, **names,
+    )  # fmt: skip
+    write_atomically(run.output_dir / "README.md", text.encode())
+
+
+def escape_markdown(text: str) -> str:
+    """Text of the user's that cannot end a table cell, a line or a block."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def track(run: Run, values: dict[str, Any], step: int) -> None:
+    """Sends numbers to the trackers; one that fails does not stop training."""
+    try:
+        run.accelerator.log(values, step=step)
+    except Exception as error:  # whatever a tracker raises
+        log.warning(f"trackers: step {step} was not logged ({error})")
+
+
+def write_metrics(run: Run, values: dict[str, Any]) -> None:
+    """Appends one line to metrics.jsonl; floats are written so that they read back exactly."""
+    with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(values) + "\n")
+
+
+def trim_metrics(run: Run, step: int) -> None:
+    """Drops the lines after `step`, which a resumed run writes again."""
+    path = run.output_dir / "metrics.jsonl"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def final_prompts(args: Args) -> list[str]:
+    """Prompts of the last pictures."""
+    return [args.final_validation_prompt] if args.final_validation_prompt else list(args.validation_prompt or [])
+
+
+def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Pictures from the saved file, read back into the resident adapter, also at strength 0.6 and 0.8.
+
+    Returns (prompt, path) for the card's gallery; a failure is a warning, the LoRA is already saved.
+    """
+    prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
+    if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
+        return []
+    try:
+        load_lora(parameters, run.output_dir / LORA_FILE, "this is the file that was just saved")
+        parts.transformer.eval()
+        strengths = {strength: final / f"strength-{strength}" for strength in (0.6, 0.8, 1.0)}
+        for strength, folder in strengths.items():
+            for layer in lora_layers_of(parts.transformer):
+                layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
+            draw_samples(run, parts, prompts, folder)
+        draw_sheet(prompts, [(f"LoRA strength {s}", f) for s, f in strengths.items()], final / "contact_sheet.png")
+    except (RuntimeError, ValueError, OSError) as error:
+        log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
+        return []
+    numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
+    return [(prompt, f"samples/final/strength-1.0/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
+
+
+def push(run: Run) -> None:
+    """Uploads weights, card, samples and configuration in one commit; never checkpoints, logs or caches.
+
+    A failure is a warning with the line that does it by hand: the result is on disk.
+    """
+    folder = run.output_dir
+    files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
+    files += sorted((folder / "samples").rglob("*.png"))
+    add = huggingface_hub.CommitOperationAdd
+    operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
+    operations.append(add("config.args", write_config(run, basenames=True).encode()))
+    try:
+        api = huggingface_hub.HfApi(token=run.args.hub_token)
+        url = api.create_commit(run.hub_repo, operations, commit_message="FLUX.2 LoRA").commit_url
+        log.info(f"hub: uploaded {len(operations)} files: {url}")
+    except Exception as error:  # the network has no common base of errors, and the result must survive them all
+        names = " ".join(
+            f"--include {shlex.quote(pattern)}" for pattern in ("*.safetensors", "README.md", "samples/**")
+        )
+        log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
+                    f"    hf upload {run.hub_repo} {folder} {names} --exclude 'checkpoint-*'")  # fmt: skip
+
+
+# endregion shared: results
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+# region shared: training
+@dataclass(frozen=True)
+class Run:
+    """The flags, and what is derived from them and from the machine once, at start."""
+
+    args: Args
+    accelerator: accelerate.Accelerator
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
+    seed: int
+    model: ModelFiles
+    family: ModelFamily
+    text_layers: tuple[int, ...]
+    cell: int  # pixels per token side
+    output_dir: Path
+    cache_dir: Path
+    resume: Checkpoint | None
+    hub_repo: str | None
+    started: float  # time.monotonic()
+
+
+@dataclass
+class TrainingParts:
+    """What the training loop works with."""
+
+    space: LatentSpace
+    prompts: PromptCache
+    transformer: nn.Module
+    vae: Any  # None when the pictures are cached and nothing is drawn
+    samples: list[Sample]
+    buckets: list[Size]
+    class_samples: list[Sample] = field(default_factory=list)
+
+    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
+        """The VAE where it is needed; with --offload it waits on the CPU."""
+        return self.vae.to(run.device)
+
+    def rest_vae(self, args: Args) -> None:
+        """Sends the VAE to the CPU with --offload."""
+        if args.offload:
+            self.vae.to("cpu")
+
+
+class NotFinite(RuntimeError):
+    """Ten steps in a row had a loss or gradient that is not finite. Exit code 3."""
+
+
+class SaveFailed(RuntimeError):
+    """The last save failed. Exit code 4."""
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
+
+
+class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
+    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
+
+    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (torch.OutOfMemoryError, 6))
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Turns a known failure into SystemExit when this file is the program."""
+        for known, code in self.codes if __name__ == "__main__" else ():
+            if isinstance(error, known):
+                hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
+                print(f"error: {error}{hint}", file=sys.stderr)
+                raise SystemExit(code) from None
+
+
+@dataclass
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
+
+    Only the main thread may install handlers; they are put back on leaving.
+    """
+
+    received: int | None = None
+    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
+
+    def __enter__(self) -> StopSignals:
+        """Installs the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Puts the old handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """Notes the signal and gives the next one back its usual effect."""
+        self.received = number
+        log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
+        signal.signal(number, self.previous[number])
+
+    def check_time(self, run: Run) -> None:
+        """The time limit counts as a SIGTERM."""
+        limit = run.args.max_train_minutes
+        if limit and self.received is None and time.monotonic() - run.started > 60 * limit:
+            log.warning(f"--max_train_minutes {limit:g} is over")
+            self.received = signal.SIGTERM
+
+
+def set_up_logging() -> None:
+    """Our lines to stderr, above the progress bar; the libraries only when something is wrong."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        handler = LogHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
+def refuse_launch() -> None:
+    """Raises UserError for accelerate configurations that this script does not run under."""
+    advice = "which this version does not run under; use configs/accelerate/one_gpu.yaml"
+    for engine in ("DEEPSPEED", "MEGATRON_LM", "FSDP", "TPU"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true"):
+            raise UserError(f"the accelerate config asks for {engine}, {advice}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"the launch has {os.environ['WORLD_SIZE']} processes, {advice}")
+
+
+def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
+    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
+
+    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if args.mixed_precision is None and configured in ("fp16", "fp8"):
+        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
+    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
+    return torch.bfloat16 if choice == "bf16" else torch.float32
+
+
+def start_accelerator(args: Args) -> Run:
+    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
+    set_up_logging()
+    refuse_launch()
+    for note in flag_notes(args):
+        log.info(f"note: {note}")
+    output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
+    family = find_family(model)
+    accelerator = accelerate.Accelerator(
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=report_to(args),
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+    )
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    seed = resume.state["seed"] if resume and args.seed is None else args.seed
+    return Run(
+        args, accelerator, accelerator.device, compute_dtype(args, accelerator.device.type == "cpu"),
+        seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
+        model=model, family=family, text_layers=text_layers(args, model, family),
+        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
+        resume=resume, hub_repo=create_hub_repo(args), started=time.monotonic(),
+    )  # fmt: skip
+
+
+def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
+    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
+    layers = tuple(args.text_encoder_out_layers or family.text_layers)
+    if args.remote_text_encoder:
+        return layers
+    config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
+    depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
+    if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
+        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
+    return layers
+
+
+def create_hub_repo(args: Args) -> str | None:
+    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
+    if not args.push_to_hub or args.dry_run:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        return huggingface_hub.create_repo(name, token=args.hub_token, private=args.hub_private, exist_ok=True).repo_id
+    except Exception as error:  # the network has no common base of errors
+        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+
+
+def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
+    """Endless micro-batches from micro-step `first` on: (instance batch,) or (instance batch, class batch)."""
+    loaders = []
+    for stream, samples in (("instance", parts.samples), ("class", parts.class_samples)):
+        targets = [sample.target for sample in samples]
+        if samples:
+            loader = torch.utils.data.DataLoader(
+                TrainingSet(run, parts.space, samples, stream),
+                batch_sampler=SampleStream(targets, run.args.train_batch_size, run.seed, stream, first),
+                collate_fn=collate,
+                num_workers=run.args.dataloader_num_workers,
+                pin_memory=run.device.type == "cuda",
+            )
+            loaders.append(loader)
+    return zip(*loaders, strict=True)
+
+
+def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
+    """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
+
+    A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
+    """
+    started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
+    losses, sigmas, names = [], [], []
+    for micro in range(accumulation):
+        for weight, batch in zip((1.0, prior_weight(run.args)), next(batches), strict=False):
+            if run.args.lora_dropout > 0:
+                # dropout is a function of (seed, micro-step), so that neither resume nor validation shifts it
+                key = (state.step * accumulation + micro, len(losses))
+                torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
+            losses_B, sigmas_B = batch_losses(run, parts, batch)
+            run.accelerator.backward(weight * losses_B.mean())
+            losses.append(weight * losses_B.detach())
+            sigmas += sigmas_B
+            names += batch["name"]
+    norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
+    # the one wait for the device before the update: everything that the host wants to know comes over together
+    *row_losses, grad_norm = torch.cat([*losses, norm[None]]).tolist()
+    # mean over the micro-batches of mean(instance) + prior_loss_weight x mean(class): what is minimised
+    loss = sum(row_losses) / (run.args.train_batch_size * accumulation)
+    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values |= loss_by_sigma(row_losses, sigmas)
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        values |= apply_update(state)
+        state.skipped = 0
+    else:
+        state.skipped += 1
+        log.warning(f"step {state.step + 1}: not finite, the weights stay as they are; samples: {', '.join(names)}")
+    state.optimizer.zero_grad(set_to_none=True)
+    state.schedule.step()
+    state.step += 1
+    return {**values, "seconds": time.perf_counter() - started}
+
+
+def apply_update(state: TrainState) -> dict[str, float]:
+    """The optimizer's step; returns the norm of all lora_B and the size of the update relative to it."""
+    ups = [parameter for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
+    before = [parameter.detach().clone() for parameter in ups]
+    state.optimizer.step()
+    with torch.no_grad():
+        update = torch.stack(torch._foreach_norm(torch._foreach_sub(ups, before))).norm()
+        norm = torch.stack(torch._foreach_norm(ups)).norm()
+    update, norm = torch.stack([update, norm]).tolist()
+    return {"lora_norm": norm, "update_ratio": update / norm if norm else 0.0}
+
+
+def loss_by_sigma(row_losses: list[float], sigmas: list[float]) -> dict[str, float]:
+    """Mean loss of the samples in each tenth of sigma that was drawn: `loss_sigma_0.3` is 0.3 to 0.4."""
+    tenths: dict[int, list[float]] = {}
+    for loss, sigma in zip(row_losses, sigmas, strict=True):
+        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss)
+    return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
+
+
+def peak_memory(run: Run) -> dict[str, float]:
+    """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
+    if run.device.type == "cuda":
+        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
+    if importlib.util.find_spec("resource") is None:
+        return {}
+    import resource  # POSIX only
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {"peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9}
+
+
+def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
+    """Prints the numbers of the run as equations, before the first step."""
+    n, repeats, per_step, batch = len(parts.samples), run.args.repeats, samples_per_step(run), run.args.train_batch_size
+    accumulation, visits = run.args.gradient_accumulation_steps, steps * per_step
+    log.info(f"train: {n} pictures x {repeats} repeats = {n * repeats} samples per epoch")
+    log.info(f"train: batch {batch} x accumulation {accumulation} x 1 process = {per_step} samples per step")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
+    log.info(f"train: {run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}")
+    log.info(f"train: seed {run.seed}, base in {str(run.dtype).removeprefix('torch.')} on {run.device}")
+    if steps < 100 and not run.args.max_train_steps:
+        log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
+
+
+def validation_is_due(run: Run, samples: int, step: int) -> bool:
+    """Whether pictures are drawn after `step`: before the first one, then by steps or by epochs.
+
+    An epoch is pictures x repeats drawn samples; its event comes at the first step that reaches it.
+    """
+    if not run.args.validation_prompt or run.args.num_validation_images == 0:
+        return False
+    if step == 0:
+        return True
+    if run.args.validation_steps:
+        return step % run.args.validation_steps == 0
+    period = samples * run.args.repeats * run.args.validation_epochs
+    now, before = (s * samples_per_step(run) // period for s in (step, step - 1))
+    return now > before
+
+
+def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
+    """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
+    steps, samples = total_steps(run, len(parts.samples)), len(parts.samples)
+    announce_training(run, parts, steps)
+    if state.step == 0 and validation_is_due(run, samples, 0):
+        track(run, validate(run, parts, state), 0)
+    batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
+    parts.transformer.train()
+    with Progress("train", steps, done=state.step) as progress:
+        while state.step < steps and stop.received is None:
+            values = train_step(run, parts, state, batches)
+            if math.isfinite(values["loss"]):  # an average over about 50 steps
+                last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
+                state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
+            progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
+            stop.check_time(run)
+            if validation_is_due(run, samples, state.step):
+                values |= validate(run, parts, state)
+            values |= peak_memory(run)
+            write_metrics(run, values)
+            track(run, values, state.step)
+            watch(state, values)
+            if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.received is None:
+                try_save_checkpoint(run, state)
+
+
+def watch(state: TrainState, values: dict[str, Any]) -> None:
+    """Raises NotFinite after ten skipped steps in a row; says loudly when the LoRA does not move."""
+    if state.skipped >= 10:
+        raise NotFinite(f"step {state.step}: ten steps in a row were not finite; the last checkpoint is good. Lower "
+                        "--learning_rate, and look at the samples named above")  # fmt: skip
+    if state.step == 50 and values.get("lora_norm") == 0.0:
+        log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
+
+
+def try_save_checkpoint(run: Run, state: TrainState) -> None:
+    """Saves; if the disk refuses, training goes on and the next checkpoint tries again."""
+    try:
+        log.info(f"checkpoint: {save_checkpoint(run, state)}")
+    except OSError as error:
+        log.warning(f"checkpoint: step {state.step} was not saved ({error}); the run goes on")
+
+
+def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
+    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
+    try:
+        folder = save_checkpoint(run, state)
+        for path in folder.glob("*_lora*.safetensors") if stop.received is None else ():
+            write_atomically(run.output_dir / path.name, path.read_bytes())
+            flush_to_disk(run.output_dir / path.name)
+    except OSError as error:
+        raise SaveFailed(f"the last save failed ({error}); free space in {run.output_dir}, then resume") from error
+    if stop.received is not None:
+        words = [word for word in sys.argv if word != "--overwrite_output_dir"]
+        words = without_flag(words, "--hub_token") if run.args.hub_token else words
+        resume = f"python {shlex.join(words)} --resume_from_checkpoint latest"
+        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume}")
+        run.accelerator.end_training()
+        raise Stopped(128 + stop.received)
+    write_card(run, state, [])
+    if (run.output_dir / COMFYUI_FILE).is_file():
+        log.info(f"result: {run.output_dir / COMFYUI_FILE} is for ComfyUI, which ignores alpha in the header")
+
+
+def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
+    """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
+    now, share = fingerprint(run, parts.samples, parts.class_samples), run.args.gradient_checkpointing
+    if run.resume:
+        check_resume(run.resume, now)
+    parts.transformer = load_transformer(run)
+    parameters = add_lora(run, parts.transformer)
+    if run.args.init_lora_from:
+        load_lora(parameters, Path(run.args.init_lora_from), "give --rank, --lora_alpha and --lora_layers of that file")
+    if share:
+        blocks = [*parts.transformer.transformer_blocks, *parts.transformer.single_transformer_blocks]
+        chosen = {id(block) for block in blocks[: math.ceil(share * len(blocks))]}
+        parts.transformer.enable_gradient_checkpointing(functools.partial(recompute, chosen))
+    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "no").lower() for name in ("BACKEND", "MODE"))
+    if backend != "no":  # the accelerate config asks for torch.compile: block by block, in place, names unchanged
+        options = {} if mode in ("no", "default") else {"mode": mode}
+        parts.transformer.compile_repeated_blocks(backend=backend, dynamic=True, **options)
+    optimizer, steps = make_optimizer(run, list(parameters.values())), total_steps(run, len(parts.samples))
+    lengths = {"num_warmup_steps": run.args.lr_warmup_steps, "num_training_steps": steps}
+    shape = {"num_cycles": run.args.lr_num_cycles, "power": run.args.lr_power}
+    # in optimizer steps; stepped by us, never prepared by Accelerate
+    schedule = get_scheduler(run.args.lr_scheduler, optimizer, **lengths, **shape)
+    state = TrainState(parameters, optimizer, schedule, now)
+    if run.resume:
+        restore(run, state)
+    trim_metrics(run, state.step)
+    return state
+
+
+# endregion shared: training
+
+
+# differs: the image-to-image script has no class pictures
+def prior_weight(args: Args) -> float:
+    """Weight of the class batch that follows each instance batch."""
+    return args.prior_loss_weight
+
+
+# region shared: main
+def prepare_output(run: Run) -> None:
+    """Makes the output folder, writes the settings, starts the trackers with them: no secrets, no folders in them.
+
+    With --overwrite_output_dir an earlier run's files go first, never the cache.
+    """
+    doomed = list(run.output_dir.glob(".tmp-*"))
+    if run.args.overwrite_output_dir and not run.resume:
+        doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
+    for path in doomed:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_atomically(run.output_dir / "config.args", write_config(run).encode())
+    public = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
+    settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
+    settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
+    run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+
+
+def check_plan(run: Run, samples: list[Sample]) -> None:
+    """The last checks before anything heavy: LoRA targets, disk space; with --dry_run this is the plan."""
+    config = run.model.config("transformer")
+    targets = resolve_lora_layers(linear_module_names(config), run.args.lora_layers)
+    prompts = len(set(all_prompts(run, samples)))
+    need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
+    check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
+    steps = total_steps(run, len(samples))
+    log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
+
+
+def print_results(run: Run) -> None:
+    """The last lines of a run: where everything is."""
+    log.info(f"done in {time.monotonic() - run.started:.0f} s")
+    for label, name in (
+        ("LoRA", LORA_FILE),
+        ("pictures", "samples"),
+        ("card", "README.md"),
+        ("settings", "config.args"),
+    ):
+        if (run.output_dir / name).exists():
+            log.info(f"{label:>9}: {run.output_dir / name}")
+
+
+@ExitCodes()
+def main(args: Args) -> None:
+    """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
+    with StopSignals() as stop:
+        run = start_accelerator(args)
+        samples, buckets = check_data(run)
+        check_plan(run, samples)
+        if args.dry_run:
+            return
+        prepare_output(run)
+        space = open_latent_space(run)
+        prompts = encode_prompts(run, all_prompts(run, samples))
+        class_samples = prepare_class_samples(run, space, prompts, buckets)
+        vae = encode_pictures(run, space, [*samples, *class_samples])
+        parts = TrainingParts(space, prompts, None, vae, samples, buckets, class_samples)
+        state = set_up_training(run, parts)
+        train(run, parts, state, stop)
+        save_results(run, state, stop)
+        write_card(run, state, draw_final_pictures(run, parts, state.parameters))
+        run.accelerator.end_training()
+        if args.push_to_hub:
+            push(run)
+        print_results(run)
+
+
+if __name__ == "__main__":
+    main(parse_args())
+# endregion shared: main
