@@ -348,15 +348,8 @@ def check_numbers(args: Args) -> Iterator[str]:
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
     if args.max_sequence_length > 512:
         yield f"--max_sequence_length {args.max_sequence_length}: FLUX.2 takes at most 512 text tokens"
-    if args.timestep_shift not in ("linear", "none", "empirical") and not positive_number(args.timestep_shift):
+    if not re.fullmatch(r"linear|none|empirical|\d*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
-
-
-def positive_number(text: str) -> bool:
-    """Whether `text` reads as a finite number above zero."""
-    with contextlib.suppress(ValueError):
-        return 0.0 < float(text) < math.inf
-    return False
 
 
 def parse_sizes(text: str) -> list[Size]:
@@ -555,8 +548,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         problems += check(args)
     if problems:
         listed = "".join(f"  - {problem}\n" for problem in problems)
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
+        parser.exit(2, f"{parser.prog}: {len(problems)} problem(s) on the command line, nothing was loaded:\n{listed}")
     return args
 
 
@@ -591,9 +583,10 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, gene
 from huggingface_hub.utils import http_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 LIBRARIES = (torch, diffusers, transformers, accelerate, huggingface_hub)  # whose versions the numbers depend on
@@ -667,7 +660,7 @@ class ModelFiles:
             return f"{self.name}@{self.folder.name}/{subfolder}"
         config = self.folder / subfolder / "config.json"
         parts = [config.read_text(encoding="utf-8") if config.is_file() else ""]
-        for path in sorted((self.folder / subfolder).glob("*.safetensors")):
+        for path in sorted((self.folder / subfolder).glob("*")):  # a tokenizer is all small files
             parts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
         return digest(*parts)
 
@@ -723,7 +716,7 @@ def digest(*parts: Any) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 # region shared: data
-PICTURE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]
+PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 MAX_PIXELS = 100_000_000
 DECODE_POLICY = 1  # raise it when decode_picture changes: checked pictures are checked again
@@ -742,14 +735,16 @@ def decode_picture(data: bytes) -> PIL.Image.Image:
             raise PIL.Image.DecompressionBombError
         if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
             raise ValueError(f"animated or multi-page ({picture.n_frames} frames)")
-        picture.load()
+        picture = PIL.ImageOps.exif_transpose(picture)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
         raise ValueError("not a picture in a known format") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
-    return to_rgb(PIL.ImageOps.exif_transpose(picture))
+    return to_rgb(picture)
 
 
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -758,6 +753,8 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
         raise ValueError(f"{picture.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
     if picture.mode.startswith("I;16"):
         picture = PIL.Image.fromarray(np.round(np.asarray(picture) / 257.0).astype(np.uint8))
+    if picture.mode == "P":
+        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         layered = picture.convert("RGBA")
         white = PIL.Image.new("RGBA", layered.size, "white")
@@ -774,6 +771,8 @@ def apply_profile(picture: PIL.Image.Image) -> PIL.Image.Image:
         return picture
     try:
         source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if picture.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            picture = picture.convert("RGB")
         return PIL.ImageCms.profileToProfile(picture, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (PIL.ImageCms.PyCMSError, OSError) as error:
         raise ValueError(f"unreadable colour profile ({error}); remove it or save the picture as sRGB") from None
@@ -826,9 +825,7 @@ class Source:
         """The file's bytes. Raises OSError."""
         if self.path is not None:
             return self.path.read_bytes()
-        cell = self.table[self.row][self.column]
-        if cell is None:
-            return b""
+        cell = self.table[self.row][self.column] or {"bytes": b""}
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
@@ -858,13 +855,11 @@ def read_metadata(folder: Path, column: str | None) -> dict[Path, str]:
         return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
-        lines = filter(str.strip, text.splitlines())
-        rows = (
-            list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else [json.loads(line) for line in lines]
-        )
+        lines = filter(str.strip, text.split("\n"))
+        rows = list(csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, lines))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
-    if not all(isinstance(row, dict) and row.get("file_name") for row in rows):
+    if not all(isinstance(row, dict) and row.get("file_name") and isinstance(row["file_name"], str) for row in rows):
         raise UserError(f"{path}: every row needs a 'file_name'")
     columns = sorted({str(key) for row in rows for key in row})
     if column and column not in columns:
@@ -923,7 +918,10 @@ def list_dataset(args: Args) -> list[tuple[Source, str | None]]:
         if column is not None and column not in table.column_names:
             raise UserError(f"--{flag_name} {column}: not in {name}; columns: {', '.join(table.column_names)}")
     captions = table[args.caption_column][:] if args.caption_column else [None] * len(table)
-    pictures = table.select_columns([args.image_column]).cast_column(args.image_column, datasets.Image(decode=False))
+    try:
+        pictures = table.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"--image_column {args.image_column}: holds no pictures ({error})") from None
     log.info(f"data: {len(table)} rows of {name}")
     sources = [Source(f"row {row}", None, pictures, row, args.image_column) for row in range(len(table))]
     return [(source, (text or "").strip() or None) for source, text in zip(sources, captions, strict=True)]
@@ -955,7 +953,7 @@ class PictureIndex:
         self.path, self.decoded = cache_dir / "index.json", 0
         self.files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
         self.pictures: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
-        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored["policy"] == DECODE_POLICY:
                 self.files, self.pictures = stored["files"], stored["pictures"]
@@ -1089,7 +1087,7 @@ class SampleStream:
         return map(self.micro_batch, itertools.count(self.first))
 
 
-class TrainingSet(torch.utils.data.Dataset):
+class TrainingSet(Dataset):
     """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
 
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
@@ -1171,10 +1169,8 @@ def report_captions(run: Run, samples: list[Sample]) -> None:
     if run.args.remote_text_encoder:
         return  # the tokenizer is the server's
     tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
-    lengths = {
-        text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1]
-        for text in sorted({s.caption for s in samples})
-    }
+    texts = sorted({sample.caption for sample in samples})
+    lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
     log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
     if cut := [s.source.name for s in samples if lengths[s.caption] > most]:
         log.warning(f"data: {len(cut)} captions are cut at {most} tokens: {', '.join(cut[:5])}")
@@ -1242,7 +1238,8 @@ def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> 
     tokens = tokenize(run.family, tokenizer, prompt, run.args.max_sequence_length).to(run.device)
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    return torch.cat([output.hidden_states[layer] for layer in run.text_layers], dim=-1)[0].to(run.dtype)
+    layers = [output.hidden_states[layer].to(run.device) for layer in run.text_layers]  # --offload spreads them
+    return torch.cat(layers, dim=-1)[0].to(run.dtype)
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
@@ -1378,7 +1375,7 @@ def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE. Raises UserError if they are missing."""
     folder, epsilon = run.model.part("vae"), run.model.config("vae")["batch_norm_eps"]
     suffix = f".{run.model.variant}.safetensors" if run.model.variant else ".safetensors"
-    for path in sorted(folder.glob(f"*{suffix}")):
+    for path in sorted(folder.glob(f"*{suffix}"), reverse=True):  # the plain file sorts behind its variants
         with safe_open(path, "pt") as weights:
             if "bn.running_mean" in weights.keys():
                 mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
@@ -1529,7 +1526,7 @@ def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]
     """
     text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
     chosen: set[str] = set()
-    for entry in filter(None, (part.strip() for part in text.split(","))):
+    for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
         whole = entry.startswith("final:")
         name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
         if not whole and name != entry:
@@ -1622,15 +1619,22 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     return parameters
 
 
-def load_lora(parameters: dict[str, nn.Parameter], path: Path, remedy: str) -> None:
-    """Copies a LoRA file into the adapter. Raises UserError unless modules and shapes are the same."""
-    stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+def load_lora(parameters: dict[str, nn.Parameter], path: Path, alpha: float, remedy: str) -> None:
+    """Copies a LoRA file into the adapter. Raises UserError unless modules, shapes and alpha are the same."""
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
+            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a LoRA in a safetensors file ({error}); {remedy}") from None
     if differing := sorted(parameters.keys() ^ stored.keys()):
         raise UserError(f"{path}: has other modules than --lora_layers, for instance {differing[0]}; {remedy}")
     for name, parameter in parameters.items():
         found, wanted = tuple(stored[name].shape), tuple(parameter.shape)
         if found != wanted:
             raise UserError(f"{path}: {name} is {found}, --rank makes it {wanted}; {remedy}")
+    if (found := header.get("transformer.lora_alpha", alpha)) != alpha:
+        raise UserError(f"{path}: was trained with --lora_alpha {found:g}, this run has {alpha:g}; {remedy}")
     for name, parameter in parameters.items():
         parameter.data.copy_(stored[name])
 
@@ -1642,14 +1646,11 @@ def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -
     """
     targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
     adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
-    return {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter.items()}),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora",
-        "base_model": public_name(run.model),
-        "training_seed": str(run.seed),
-    }
+    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
+    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
+    spec = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
+    facts = {"base_model": public_name(run.model), "training_seed": str(run.seed)}
+    return {"format": "pt", "lora_adapter_metadata": header, **spec, **facts}
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
@@ -1957,8 +1958,8 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # a finished run that was resumed
+            final.rename(run.output_dir / f".tmp-old-{final.name}")
         temporary.rename(final)
         flush_to_disk(run.output_dir)
     except BaseException:
@@ -1971,14 +1972,13 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file, or of a folder where the system can (Windows cannot)."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """fsync of a file or folder; Windows has none for folders, and its file systems order the rename themselves."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def rotate_checkpoints(run: Run) -> None:
@@ -2065,6 +2065,8 @@ def generate(
     prompt_embeds = parts.prompts.batch([prompt] * len(seeds), run.dtype)
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
+    if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
+        tokens_BLC = tokens_from_moments(parts.space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
     rows, columns = (side // parts.space.cell for side in size)
     return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, rows, columns)
 
@@ -2271,14 +2273,11 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
     options = {"height": height, "width": width, "num_inference_steps": run.args.num_inference_steps,
                "guidance_scale": run.args.validation_guidance_scale}  # fmt: skip
     prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
-    names = {
-        "title": escape_markdown(Path(repo).name),
-        "base_text": escape_markdown(base),
-        "script": Path(__file__).name,
-    }
+    title, base_text, script = escape_markdown(Path(repo).name), escape_markdown(base), Path(__file__).name
     text = CARD.format(
         head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), pipeline=run.family.pipeline, base=base,
-        dtype=dtype, repo=repo, file=LORA_FILE, options=options, prompt=prompt, **names,
+        dtype=dtype, repo=repo, file=LORA_FILE, options=options, prompt=prompt, title=title, base_text=base_text,
+        script=script,
     )  # fmt: skip
     write_atomically(run.output_dir / "README.md", text.encode())
 
@@ -2325,7 +2324,7 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
     try:
-        load_lora(parameters, run.output_dir / LORA_FILE, "this is the file that was just saved")
+        load_lora(parameters, run.output_dir / LORA_FILE, lora_alpha(run.args), "it was just saved")
         parts.transformer.eval()
         strengths = {strength: final / f"strength-{strength}" for strength in (0.6, 0.8, 1.0)}
         for strength, folder in strengths.items():
@@ -2406,7 +2405,7 @@ class TrainingParts:
 
     def rest_vae(self, args: Args) -> None:
         """Sends the VAE to the CPU with --offload."""
-        if args.offload:
+        if args.offload and self.vae is not None:
             self.vae.to("cpu")
 
 
@@ -2518,7 +2517,7 @@ def start_accelerator(args: Args) -> Run:
         cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=report_to(args),
+        log_with=report_to(args) or None,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
     )
     if args.allow_tf32:
@@ -2563,14 +2562,10 @@ def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[d
     for stream, samples in (("instance", parts.samples), ("class", parts.class_samples)):
         targets = [sample.target for sample in samples]
         if samples:
-            loader = torch.utils.data.DataLoader(
-                TrainingSet(run, parts.space, samples, stream),
-                batch_sampler=SampleStream(targets, run.args.train_batch_size, run.seed, stream, first),
-                collate_fn=collate,
-                num_workers=run.args.dataloader_num_workers,
-                pin_memory=run.device.type == "cuda",
-            )
-            loaders.append(loader)
+            sampler = SampleStream(targets, run.args.train_batch_size, run.seed, stream, first)
+            options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
+            dataset = TrainingSet(run, parts.space, samples, stream)
+            loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
     return zip(*loaders, strict=True)
 
 
@@ -2744,7 +2739,8 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     parts.transformer = load_transformer(run)
     parameters = add_lora(run, parts.transformer)
     if run.args.init_lora_from:
-        load_lora(parameters, Path(run.args.init_lora_from), "give --rank, --lora_alpha and --lora_layers of that file")
+        remedy = "give --rank, --lora_alpha and --lora_layers of that file"
+        load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args), remedy)
     if share:
         blocks = [*parts.transformer.transformer_blocks, *parts.transformer.single_transformer_blocks]
         chosen = {id(block) for block in blocks[: math.ceil(share * len(blocks))]}
@@ -2759,6 +2755,7 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     # in optimizer steps; stepped by us, never prepared by Accelerate
     schedule = get_scheduler(run.args.lr_scheduler, optimizer, **lengths, **shape)
     state = TrainState(parameters, optimizer, schedule, now)
+    parts.rest_vae(run.args)
     if run.resume:
         restore(run, state)
     trim_metrics(run, state.step)

@@ -1,0 +1,39 @@
+"""What the unit tests share: a `Run` without training, samples from real files, and the script's log lines."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def start_run(t2i: Any, model: Path, folder: Path, *flags: str | Path) -> Any:
+    """The `Run` of a 64 px command line with the model; a later flag replaces an earlier one. Nothing is loaded.
+
+    `folder` gets the output, and holds the (empty) data folder unless the flags name one.
+    """
+    data = folder / "no-data"
+    data.mkdir(parents=True, exist_ok=True)
+    words = ["--pretrained_model_name_or_path", model, "--output_dir", folder / "out", "--overwrite_output_dir"]
+    words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--seed", "0", "--rank", "4"]
+    words += ["--max_sequence_length", "64", "--report_to", "none", "--dataloader_num_workers", "0"]
+    if "--dataset_name" not in flags and "--instance_data_dir" not in flags:
+        words += ["--instance_data_dir", data]
+    return t2i.start_accelerator(t2i.parse_args([str(word) for word in [*words, *flags]]))
+
+
+@contextlib.contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """The lines that the script logs inside the block; its logger does not propagate, so `caplog` sees none."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("flux2_lora")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
