@@ -81,7 +81,7 @@ class Number:
 
     cast: type
     least: float
-    most: float = math.inf
+    most: float = sys.float_info.max
     above: bool = False
 
     def __call__(self, text: str) -> float:
@@ -91,15 +91,15 @@ class Number:
         except ValueError:
             raise argparse.ArgumentTypeError(f"invalid {self.cast.__name__} value: '{text}'") from None
         if not self.least <= value <= self.most or (self.above and value == self.least):
-            end = f" and at most {self.most}" if self.most < math.inf else ""
-            raise argparse.ArgumentTypeError(
-                f"must be {'above' if self.above else 'at least'} {self.least}{end}, not {text}"
-            )
+            end = f" and at most {self.most}" if self.most < sys.float_info.max else " and finite"
+            word = "above" if self.above else "at least"
+            raise argparse.ArgumentTypeError(f"must be {word} {self.least}{end}, not {text}")
         return value
 
 
 COUNT, NATURAL = Number(int, 1), Number(int, 0)
-POSITIVE, NOT_NEGATIVE, SHARE = Number(float, 0, above=True), Number(float, 0), Number(float, 0, 1)
+POSITIVE, NOT_NEGATIVE = Number(float, 0, above=True), Number(float, 0)
+SHARE, BETA = Number(float, 0, 1), Number(float, 0, 1 - 2**-24)
 
 
 def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -124,8 +124,7 @@ SHARED_FLAGS = {
         flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
         flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
         flag("cache_dir", str, None, "where downloads are kept; None is the Hugging Face cache"),
-        flag("mixed_precision", "no|bf16|fp16", None, "dtype of the frozen base and of compute; None is bf16 on an "
-             "accelerator and no (fp32) on CPU; the LoRA is fp32 either way"),
+        flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
     ],
     "Data": [
         flag("dataset_name", str, None, "hub id, or a folder that `datasets` can load, instead of --instance_data_dir"),
@@ -149,7 +148,7 @@ SHARED_FLAGS = {
     ],
     "Prior preservation": [],
     "Text": [
-        flag("max_sequence_length", COUNT, 512, "text tokens with the template, at most 512"),
+        flag("max_sequence_length", Number(int, 1, 512), 512, "text tokens with the template, at most 512"),
         flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
         flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
         flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict",
@@ -160,13 +159,11 @@ SHARED_FLAGS = {
         flag("rank", COUNT, 16, "rank r of the LoRA matrices"),
         flag("lora_alpha", POSITIVE, None, "the update is scaled by alpha / rank; None: rank"),
         flag("lora_dropout", SHARE, 0.0, "dropout on the LoRA's input"),
-        flag("lora_layers", str, None, "comma separated Linear modules, or attention, fal, ai-toolkit; also called "
-             "--lora_blocks; None: all attention projections and the fused ones of the single blocks"),
+        flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
         flag("init_lora_from", str, None, "start from this .safetensors LoRA of the same rank and modules"),
     ],
     "Flow matching": [
-        flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none",
-             "density of u, where sigma = 1 - u; cosmap and sigma_sqrt weigh the loss instead"),
+        flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u, or weight"),
         flag("logit_mean", float, 0.0, "mean of logit(u); below 0 trains more on noisy images"),
         flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)"),
         flag("mode_scale", float, 1.29, "scale of the mode density"),
@@ -187,8 +184,8 @@ SHARED_FLAGS = {
         flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
         flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
         flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)"),
-        flag("adam_beta1", SHARE, 0.9, "decay of the first moment (AdamW, Prodigy)"),
-        flag("adam_beta2", SHARE, 0.999, "decay of the second moment (AdamW, Prodigy)"),
+        flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)"),
+        flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)"),
         flag("adam_weight_decay", NOT_NEGATIVE, 1e-4, "weight decay of the LoRA"),
         flag("adam_epsilon", POSITIVE, 1e-8, "epsilon of the denominator"),
         flag("prodigy_beta3", float, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
@@ -240,9 +237,7 @@ SHARED_FLAGS = {
         flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
         flag("hub_private", bool, True, "create a private repository"),
     ],
-    "Other": [
-        flag("dry_run", bool, False, "check data and settings, print the plan, load no weights"),
-    ],
+    "Other": [flag("dry_run", bool, False, "check data and settings, print the plan, load no weights")],
     "Accepted, no effect": [
         flag("text_encoder_lr", float, None, "the text encoder is not trained"),
         flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
@@ -255,7 +250,6 @@ ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "loca
 PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "output_dir", "cache_dir",
               "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name")  # fmt: skip
 SECRET_FLAGS = ("hub_token",)
-ON_BY_DEFAULT = ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "hub_private")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 RECORDS_COMMAND_LINE = {"wandb", "comet_ml", "all"}  # trackers that upload sys.argv
@@ -273,14 +267,17 @@ OWN_FLAGS = {
         flag("class_prompt", str, None, "caption of the class pictures, such as 'a photo of a dog'"),
         flag("num_class_images", COUNT, 100, "class pictures wanted"),
         flag("prior_loss_weight", NOT_NEGATIVE, 1.0, "weight of the class loss"),
-        flag("prior_generation_precision", "no|fp32|bf16|fp16", None, "dtype while class pictures are generated; None: "
-             "that of training"),
+        flag("prior_generation_precision", "no|fp32|bf16|fp16", None, "dtype of the model that draws class pictures"),
         flag("sample_batch_size", COUNT, 4, "class pictures generated at once"),
     ],
 }  # fmt: skip
 
 
 # region shared: arguments-parsing
+DEFAULTS = {name: options["default"] for table in (SHARED_FLAGS, OWN_FLAGS) for rows in table.values()
+            for name, options in rows}  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the flags in their groups."""
     summary, _, story = (__doc__ or "").partition("\n")
@@ -321,10 +318,13 @@ def parse_words(parser: argparse.ArgumentParser, words: list[str]) -> tuple[Args
             problems.append(str(error).removeprefix("argument "))
             words = without_flag(words, error.argument_name or "")
     flags = [option for action in parser._actions for option in action.option_strings]
-    for word in unknown:
+    for before, word in zip(["", *unknown], unknown, strict=False):
+        if before.startswith("--") and not word.startswith("--"):
+            continue  # the value of an unknown flag
         near = difflib.get_close_matches(word.split("=")[0], flags, n=3) if word.startswith("--") else []
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
-        problems.append(f"{word}: unknown argument{hint}")
+        problems.append(
+            f"{word}: unknown argument; " + (f"did you mean {' or '.join(near)}?" if near else "see --help")
+        )
     return namespace, problems
 
 
@@ -346,8 +346,6 @@ def check_numbers(args: Args) -> Iterator[str]:
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
-    if args.max_sequence_length > 512:
-        yield f"--max_sequence_length {args.max_sequence_length}: FLUX.2 takes at most 512 text tokens"
     if not re.fullmatch(r"linear|none|empirical|\d*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
 
@@ -493,48 +491,49 @@ def check_own(args: Args) -> Iterator[str]:
     """Problems of the prior preservation flags."""
     if args.prior_generation_precision == "fp16":
         yield "--prior_generation_precision fp16: FLUX.2's activations overflow fp16; use bf16 or fp32"
-    if args.with_prior_preservation:
-        if not args.class_data_dir:
-            yield "--with_prior_preservation: needs --class_data_dir, a folder for the class pictures"
-        if not args.class_prompt:
-            yield "--with_prior_preservation: needs --class_prompt, such as 'a photo of a dog'"
+    for name, example in (("class_data_dir", "class_pictures"), ("class_prompt", "'a photo of a dog'")):
+        if args.with_prior_preservation and not getattr(args, name):
+            yield f"--with_prior_preservation: needs --{name} as well, such as --{name} {example}"
 
 
 # differs: prior preservation is a text-to-image technique
-def own_notes(args: Args) -> list[tuple[bool, str]]:
-    """(condition, note) for flags of this script that have no effect with the others chosen."""
-    alone = not args.with_prior_preservation
-    return [
-        (alone and bool(args.class_data_dir), "--class_data_dir has no effect without --with_prior_preservation"),
-        (alone and bool(args.class_prompt), "--class_prompt has no effect without --with_prior_preservation"),
-    ]
+def own_conditions(args: Args) -> list[tuple[str, bool, str]]:
+    """(flag, whether it has an effect, what it needs) for the flags of this script."""
+    needs = "--with_prior_preservation"
+    names = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight", "prior_generation_precision")
+    return [(name, args.with_prior_preservation, needs) for name in names]
 
 
 # region shared: arguments-result
 def flag_notes(args: Args) -> list[str]:
     """One line for each flag that has no effect, or an effect that is easily overlooked, with the others chosen."""
-    prodigy, rate = args.optimizer == "prodigy", args.learning_rate
-    notes = [(bool(getattr(args, name)), f"--{name} is accepted and has no effect") for name in ACCEPTED_NO_EFFECT]
-    notes += [
-        (args.lr_scheduler == "constant" and args.lr_warmup_steps > 0,
-         "--lr_warmup_steps has no effect with --lr_scheduler constant; constant_with_warmup uses it"),
-        (prodigy and args.use_8bit_adam, "--use_8bit_adam has no effect with --optimizer prodigy"),
-        (prodigy and rate is not None and rate < 0.1,
-         f"--learning_rate {rate} is small for Prodigy, which finds the step size itself; 1.0 is usual"),
-        (args.weighting_scheme != "logit_normal" and args.logit_mean != 0.0,
-         "--logit_mean has no effect without --weighting_scheme logit_normal"),
-        (args.cache_latents, "--cache_latents fixes the crop to the centre"),
-        (bool(args.aspect_ratio_buckets) and args.use_aspect_ratio_buckets,
-         "--use_aspect_ratio_buckets has no effect: --aspect_ratio_buckets gives the list"),
-        (not args.push_to_hub and bool(args.hub_model_id), "--hub_model_id has no effect without --push_to_hub"),
-        (bool(args.max_train_steps) and args.num_train_epochs != 1,
-         "--num_train_epochs has no effect: --max_train_steps is given"),
-        (not args.validation_prompt and args.validation_steps is not None,
-         "--validation_steps has no effect without --validation_prompt"),
-        (bool(args.hub_token),
-         "--hub_token shows in the process list and in accelerate's traceback of a failed run; better use HF_TOKEN"),
-    ]  # fmt: skip
-    return [note for condition, note in [*notes, *own_notes(args)] if condition]
+    scheme, schedule, prodigy = args.weighting_scheme, args.lr_scheduler, args.optimizer == "prodigy"
+    conditions = [
+        *((name, scheme == "logit_normal", "--weighting_scheme logit_normal") for name in ("logit_mean", "logit_std")),
+        ("mode_scale", scheme == "mode", "--weighting_scheme mode"),
+        ("lr_warmup_steps", schedule != "constant", "--lr_scheduler constant_with_warmup, or another"),
+        ("lr_num_cycles", schedule == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
+        ("lr_power", schedule == "polynomial", "--lr_scheduler polynomial"),
+        ("prodigy_beta3", prodigy, "--optimizer prodigy"),
+        ("use_8bit_adam", not prodigy, "--optimizer adamw"),
+        ("use_aspect_ratio_buckets", not args.aspect_ratio_buckets, "leaving --aspect_ratio_buckets out"),
+        ("num_train_epochs", not args.max_train_steps, "leaving --max_train_steps out"),
+        ("validation_steps", bool(args.validation_prompt), "--validation_prompt"),
+        ("hub_model_id", args.push_to_hub, "--push_to_hub"),
+        *((name, False, "being read: it is accepted and ignored") for name in ACCEPTED_NO_EFFECT),
+        *own_conditions(args),
+    ]
+    notes = [f"--{name} has no effect without {needs}" for name, works, needs in conditions
+             if not works and getattr(args, name) != DEFAULTS[name]]  # fmt: skip
+    if args.cache_latents and not args.center_crop:
+        notes.append("--cache_latents fixes the crop to the centre")
+    if prodigy and args.learning_rate is not None and args.learning_rate < 0.1:
+        notes.append(f"--learning_rate {args.learning_rate} is small: Prodigy finds the step size itself, 1.0 is usual")
+    if args.hub_token:
+        notes.append(
+            "--hub_token shows in the process list and in accelerate's traceback of a failed run; use HF_TOKEN"
+        )
+    return notes
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -548,7 +547,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         problems += check(args)
     if problems:
         listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"{parser.prog}: {len(problems)} problem(s) on the command line, nothing was loaded:\n{listed}")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
     return args
 
 
@@ -584,7 +584,7 @@ from huggingface_hub.utils import http_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -871,10 +871,8 @@ def read_metadata(folder: Path, column: str | None) -> dict[Path, str]:
 def inside(folder: Path, name: str) -> Path:
     """`folder/name`. Raises UserError if the name leads out of the folder or to no file."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"metadata of {folder}: '{name}' leads out of the folder")
-    if not path.is_file():
-        raise UserError(f"metadata of {folder}: '{name}' does not exist")
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        raise UserError(f"metadata of {folder}: '{name}' leads out of the folder or does not exist")
     return path
 
 
@@ -1017,10 +1015,11 @@ def inspect_pictures(
                 good.append((source, caption, sha256, (height, width)))
     index.save()
     log.info(f"data: {len(captioned)} pictures checked, {index.decoded} of them decoded now")
+    count = f"{len(captioned) - len(good)} picture(s)"
     if bad and (args.on_bad_image == "error" or not good):
-        raise UserError(f"these pictures cannot be trained on; mend or remove them, or --on_bad_image skip:{bad}")
+        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{bad}")
     if bad:
-        log.warning(f"data: {len(captioned) - len(good)} picture(s) are skipped:{bad}")
+        log.warning(f"data: {count} are skipped:{bad}")
     return good
 
 
@@ -1158,8 +1157,7 @@ def choose_buckets(run: Run) -> list[Size]:
         buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
     else:
         buckets = [(run.args.resolution, run.args.resolution)]
-    wrong = [size for size in buckets if size[0] % run.cell or size[1] % run.cell]
-    if wrong:
+    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
         raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
     return buckets
 
@@ -1262,8 +1260,8 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
         embedding = torch.load(io.BytesIO(response.content), weights_only=True, map_location="cpu")
         if not torch.is_tensor(embedding) or tuple(embedding.shape) != expected:
             raise ValueError(f"{getattr(embedding, 'shape', type(embedding))} is not a tensor of shape {expected}")
-        if not embedding.isfinite().all():
-            raise ValueError("numbers that are not finite")
+        if not embedding.is_floating_point() or not embedding.isfinite().all():
+            raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
         raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
     return embedding[0].to(run.dtype)
@@ -1305,6 +1303,16 @@ class PromptCache:
         write_atomically(self.path(prompt), save({"prompt_embeds": embedding.cpu().contiguous()}))
 
 
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
 def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
     """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
     cache = PromptCache(run)
@@ -1336,8 +1344,7 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
 def release_memory() -> None:
     """Returns freed memory to the system and the device; the caller has dropped its references."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where there is no CUDA
 
 
 # endregion shared: text
@@ -1468,11 +1475,9 @@ def encode_pictures(run: Run, space: LatentSpace, samples: list[Sample]) -> Auto
     """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it."""
     vae = cache_latents(run, space, samples) if run.args.cache_latents else None
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
-    if draws or not run.args.cache_latents:
-        return vae or load_vae(run)
-    del vae
+    vae = (vae or load_vae(run)) if draws or not run.args.cache_latents else None
     release_memory()
-    return None
+    return vae
 
 
 def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
@@ -1497,10 +1502,8 @@ DEFAULT_LORA_LAYERS = f"{ATTENTION},{TEXT_ATTENTION},attn.to_qkv_mlp_proj,attn.t
 # FLUX.1 names, which lists in circulation use, and what they are in FLUX.2: its modulation is shared by all blocks,
 # its single blocks fuse q, k, v and the MLP.
 FLUX1_NAMES = (
-    (r"ff\.net\.0\.proj$", "ff.linear_in"),
-    (r"ff\.net\.2$", "ff.linear_out"),
-    (r"ff_context\.net\.0\.proj$", "ff_context.linear_in"),
-    (r"ff_context\.net\.2$", "ff_context.linear_out"),
+    (r"(ff|ff_context)\.net\.0\.proj$", r"\1.linear_in"),
+    (r"(ff|ff_context)\.net\.2$", r"\1.linear_out"),
     (r"^(transformer_blocks\.\d+\.)?norm1\.linear$", "double_stream_modulation_img.linear"),
     (r"^(transformer_blocks\.\d+\.)?norm1_context\.linear$", "double_stream_modulation_txt.linear"),
     (r"^(single_transformer_blocks\.\d+\.)?norm\.linear$", "single_stream_modulation.linear"),
@@ -1648,9 +1651,8 @@ def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -
     adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
     header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
     architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
-    spec = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
-    facts = {"base_model": public_name(run.model), "training_seed": str(run.seed)}
-    return {"format": "pt", "lora_adapter_metadata": header, **spec, **facts}
+    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
+    return {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
@@ -1666,7 +1668,8 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
             for name, parameter in parameters.items():
                 factor = scale if name.endswith("lora_B.weight") else 1.0
                 tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
-            save_file(tensors, folder / file, lora_metadata(run, parameters, header_alpha))
+            header = lora_metadata(run, parameters, header_alpha)
+            (folder / file).write_bytes(safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
@@ -1815,7 +1818,8 @@ def total_steps(run: Run, samples: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
-OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "samples", "logs")
+OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "logs", "samples/final",
+             "samples/contact_sheet.png")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1840,7 +1844,7 @@ def verify_checkpoint(folder: Path) -> str | None:
             if file_stamp(folder / name) != stamp:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError) as error:
-        return f"incomplete ({error})"
+        return f"manifest.json or a file in it is not readable ({error})"
     return None
 
 
@@ -1871,22 +1875,28 @@ def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample]) ->
     """What must be the same for a resumed run to be the same run."""
     names = """rank lora_alpha lora_dropout lora_layers train_batch_size gradient_accumulation_steps optimizer
         use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
-        cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift guidance_scale
-        max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"""
-    result = {name: vars(run.args)[name] for name in names.split()}
+        cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift
+        guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+        prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
+        prior_loss_weight lr_power"""
+    result = {name: vars(run.args).get(name) for name in names.split()}
+    result["text_encoder_out_layers"] = list(run.text_layers)
+    if run.args.timestep_shift == "empirical":
+        result["num_inference_steps"] = run.args.num_inference_steps
     data = [(s.sha256, s.caption, s.target) for s in [*samples, *class_samples]]
     result.update(data=digest(*data), seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer"))
     if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        result["steps"] = total_steps(run, len(samples))  # these schedules bend with the end of the run
+        # these schedules bend towards the end: another end is another run
+        result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(samples))
     return result
 
 
 def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     """Raises UserError naming every setting that differs from the checkpoint's."""
     then = checkpoint.state["fingerprint"]
-    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if differing:
-        lines = "".join(f"\n    {key}: was {then.get(key)}, is {now.get(key)}" for key in differing)
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    lines = "".join(f"\n    {key}: was {then.get(key)}, is {now.get(key)}" for key in changed)
+    if lines:
         raise UserError(f"{checkpoint.folder}: not the same run; set back, or start anew:{lines}")
 
 
@@ -1947,7 +1957,7 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
     try:
         tensors, scalars = optimizer_tensors(state)
         tensors |= {f"lora/{name}": p.detach().cpu().contiguous() for name, p in state.parameters.items()}
-        save_file(tensors, temporary / "training_state.safetensors")
+        (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
         save_lora(run, state.parameters, temporary)
         numbers = {"step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss, "seed": run.seed}
         schedule = {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"}
@@ -1967,7 +1977,7 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         raise
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
-    rotate_checkpoints(run)
+    rotate_checkpoints(run, final)
     return final
 
 
@@ -1981,10 +1991,10 @@ def flush_to_disk(path: Path) -> None:
             os.close(descriptor)
 
 
-def rotate_checkpoints(run: Run) -> None:
-    """Removes the oldest checkpoints above --checkpoints_total_limit; a failure is a warning."""
-    limit = run.args.checkpoints_total_limit
-    for folder in list_checkpoints(run.output_dir)[:-limit] if limit else []:
+def rotate_checkpoints(run: Run, newest: Path) -> None:
+    """Removes the oldest checkpoints above --checkpoints_total_limit, never `newest`; a failure is a warning."""
+    others = [folder for folder in list_checkpoints(run.output_dir) if folder != newest]
+    for folder in others[: len(others) + 1 - (run.args.checkpoints_total_limit or len(others) + 1)]:
         doomed = folder.with_name(f".tmp-old-{folder.name}")  # a half-removed folder must not look like a checkpoint
         try:
             folder.rename(doomed)
@@ -2039,7 +2049,7 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line to stderr."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(f"{time.strftime('%H:%M:%S')} {record.getMessage()}", file=sys.stderr)
 
 
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
@@ -2157,7 +2167,6 @@ def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, bu
     if not run.args.with_prior_preservation:
         return []
     folder, wanted = Path(run.args.class_data_dir).absolute(), run.args.num_class_images
-    folder.mkdir(parents=True, exist_ok=True)
     present = len(list_pictures(folder))
     free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
     missing = list(itertools.islice(free_numbers, max(0, wanted - present)))
@@ -2208,7 +2217,7 @@ def write_config(run: Run, basenames: bool = False) -> str:
         if name in left_out or value is None:
             continue
         if isinstance(value, bool):
-            lines += [f"--{name}"] if value else [f"--no-{name}"] * (name in ON_BY_DEFAULT)
+            lines += [f"--{name}"] if value else [f"--no-{name}"] * (DEFAULTS[name] is True)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
@@ -2220,12 +2229,11 @@ def write_config(run: Run, basenames: bool = False) -> str:
 
 def base_license(run: Run) -> dict[str, str]:
     """Licence fields of the base model: from its own card if it has one here, else the family's."""
+    found = {}
     with contextlib.suppress(OSError, ValueError):
         data = huggingface_hub.ModelCard.load(run.model.folder / "README.md").data.to_dict()
         found = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
-        if found:
-            return found
-    return run.family.license
+    return found or run.family.license
 
 
 CARD = """---
@@ -2249,8 +2257,7 @@ from diffusers import {pipeline}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.{dtype})
 pipeline.load_lora_weights({repo!r}, weight_name={file!r})
 pipeline.enable_model_cpu_offload()  # or pipeline.to("cuda") where it fits
-options = {options!r}
-pipeline(prompt={prompt!r}, **options).images[0].save("picture.png")
+pipeline(prompt={prompt!r}, **{options!r}).images[0].save("picture.png")
 ```
 """
 
@@ -2332,7 +2339,7 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
                 layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
             draw_samples(run, parts, prompts, folder)
         draw_sheet(prompts, [(f"LoRA strength {s}", f) for s, f in strengths.items()], final / "contact_sheet.png")
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
         log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
         return []
     numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
@@ -2355,11 +2362,9 @@ def push(run: Run) -> None:
         url = api.create_commit(run.hub_repo, operations, commit_message="FLUX.2 LoRA").commit_url
         log.info(f"hub: uploaded {len(operations)} files: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
-        names = " ".join(
-            f"--include {shlex.quote(pattern)}" for pattern in ("*.safetensors", "README.md", "samples/**")
-        )
+        names = " ".join(f"--include {name}" for name in (LORA_FILE, COMFYUI_FILE, "README.md", "'samples/**'"))
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {folder} {names} --exclude 'checkpoint-*'")  # fmt: skip
+                    f"    hf upload {run.hub_repo} {folder} {names}")  # fmt: skip
 
 
 # endregion shared: results
@@ -2383,8 +2388,8 @@ class Run:
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
-    hub_repo: str | None
     started: float  # time.monotonic()
+    hub_repo: str | None = None  # made when the checks have passed
 
 
 @dataclass
@@ -2473,11 +2478,7 @@ class StopSignals:
 def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar; the libraries only when something is wrong."""
     log.setLevel(logging.INFO)
-    log.propagate = False
-    if not log.handlers:
-        handler = LogHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -2529,7 +2530,7 @@ def start_accelerator(args: Args) -> Run:
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
-        resume=resume, hub_repo=create_hub_repo(args), started=time.monotonic(),
+        resume=resume, started=time.monotonic(),
     )  # fmt: skip
 
 
@@ -2547,7 +2548,7 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
 
 def create_hub_repo(args: Args) -> str | None:
     """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
-    if not args.push_to_hub or args.dry_run:
+    if not args.push_to_hub:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     try:
@@ -2645,8 +2646,8 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     log.info(f"train: {n} pictures x {repeats} repeats = {n * repeats} samples per epoch")
     log.info(f"train: batch {batch} x accumulation {accumulation} x 1 process = {per_step} samples per step")
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
-    log.info(f"train: {run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}")
-    log.info(f"train: seed {run.seed}, base in {str(run.dtype).removeprefix('torch.')} on {run.device}")
+    rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
+    log.info(f"train: {rate}, seed {run.seed}, base in {str(run.dtype).removeprefix('torch.')} on {run.device}")
     if steps < 100 and not run.args.max_train_steps:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
@@ -2772,14 +2773,16 @@ def prior_weight(args: Args) -> float:
 
 
 # region shared: main
-def prepare_output(run: Run) -> None:
+def prepare_output(run: Run) -> Run:
     """Makes the output folder, writes the settings, starts the trackers with them: no secrets, no folders in them.
 
-    With --overwrite_output_dir an earlier run's files go first, never the cache.
+    With --overwrite_output_dir an earlier run's files go first, never the cache. Returns the run with its repository.
     """
+    hub_repo = create_hub_repo(run.args)
     doomed = list(run.output_dir.glob(".tmp-*"))
     if run.args.overwrite_output_dir and not run.resume:
         doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
+        doomed += run.output_dir.glob("samples/step-*")
     for path in doomed:
         if path.is_dir():
             shutil.rmtree(path)
@@ -2790,11 +2793,15 @@ def prepare_output(run: Run) -> None:
     settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
     settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
     run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+    return replace(run, hub_repo=hub_repo)
 
 
 def check_plan(run: Run, samples: list[Sample]) -> None:
     """The last checks before anything heavy: LoRA targets, disk space; with --dry_run this is the plan."""
     config = run.model.config("transformer")
+    for part in ("transformer", "vae") if run.args.remote_text_encoder else ("transformer", "vae", "text_encoder"):
+        if not run.model.remote and not any((run.model.folder / part).glob("*.safetensors")):
+            raise UserError(f"{run.model.name}: {part}/ holds no .safetensors weights; is the download complete?")
     targets = resolve_lora_layers(linear_module_names(config), run.args.lora_layers)
     prompts = len(set(all_prompts(run, samples)))
     need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
@@ -2825,7 +2832,7 @@ def main(args: Args) -> None:
         check_plan(run, samples)
         if args.dry_run:
             return
-        prepare_output(run)
+        run = prepare_output(run)
         space = open_latent_space(run)
         prompts = encode_prompts(run, all_prompts(run, samples))
         class_samples = prepare_class_samples(run, space, prompts, buckets)

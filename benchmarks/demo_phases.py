@@ -1,0 +1,109 @@
+"""Wall time of the demo by phase: the command of `make demo`, with a clock around the functions of the script.
+
+    python benchmarks/demo_phases.py
+
+The file starts itself through `accelerate launch`, as the demo starts the script, and there calls the script's main.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from results import ROOT, write_result
+
+CONFIG = "configs/accelerate/cpu.yaml"
+RUN = "configs/runs/demo_cpu.args"
+PHOTOS = "outputs/demo/photos"
+
+# Function of the script -> phase; time is counted for the innermost one. What belongs to none is "other".
+PHASES = {
+    "start_accelerator": "start",
+    "check_data": "check data",
+    "check_plan": "check data",
+    "encode_prompts": "encode prompts",
+    "cache_latents": "encode pictures",
+    "load_vae": "encode pictures",
+    "set_up_training": "load transformer, add LoRA",
+    "train": "training loop",
+    "validate": "validation pictures",
+    "save_results": "save",
+    "draw_final_pictures": "final pictures",
+    "write_card": "save",
+}
+
+
+class Clock:
+    """Adds up the seconds of each phase, without those of phases inside it."""
+
+    def __init__(self) -> None:
+        """Nothing is running."""
+        self.seconds: dict[str, float] = {}
+        self.inner = [0.0]
+
+    def around(self, phase: str, function: Callable) -> Callable:
+        """The function with a clock around it."""
+
+        def timed(*arguments: object, **options: object) -> object:
+            started = time.perf_counter()
+            self.inner.append(0.0)
+            try:
+                return function(*arguments, **options)
+            finally:
+                elapsed = time.perf_counter() - started
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed - self.inner.pop()
+                self.inner[-1] += elapsed
+
+        return timed
+
+
+def run_inside(output_dir: str, result: str) -> None:
+    """The launched part: imports the script, puts the clocks in, runs it, leaves the seconds in `result`."""
+    began = time.perf_counter()
+    sys.path.insert(0, str(ROOT))
+    import train_dreambooth_lora_flux2 as script
+
+    imported = time.perf_counter() - began
+    clock = Clock()
+    for name, phase in PHASES.items():
+        setattr(script, name, clock.around(phase, getattr(script, name)))
+    began = time.perf_counter()
+    script.main(script.parse_args([f"@{RUN}", "--output_dir", output_dir]))
+    total = time.perf_counter() - began
+    phases = {"import libraries": imported, **clock.seconds, "other": total - sum(clock.seconds.values())}
+    Path(result).write_text(json.dumps(phases))
+
+
+def measure() -> dict:
+    """Runs the demo once and returns its seconds by phase and in all."""
+    if not (ROOT / PHOTOS / "toy-5.jpg").is_file():
+        subprocess.run([sys.executable, "tools/draw_demo_photos.py", PHOTOS], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "phases.json"
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG]
+        words = [__file__, "--inside", str(Path(folder) / "lora"), str(result)]
+        began = time.perf_counter()
+        subprocess.run([*launcher, *words], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
+        total = time.perf_counter() - began
+        phases = json.loads(result.read_text())
+    return {"total_seconds": total, "phases": {"accelerate launch": total - sum(phases.values()), **phases}}
+
+
+def main() -> None:
+    """Measures the demo and writes demo_phases.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inside", nargs=2, metavar=("OUTPUT_DIR", "RESULT"), help="used by the file itself")
+    args = parser.parse_args()
+    if args.inside:
+        run_inside(*args.inside)
+    else:
+        print(write_result("demo_phases", measure()).read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,463 @@
+"""Checkpoints of runs on the tiny model, in this process: exact resume, damage, rotation, signals, full disks."""
+
+import functools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_photos
+from diffusers import Flux2Pipeline
+from runs import LORA, assert_same_run, column, command_line, files_of, forbid, lora, metrics, sha256, spy, trajectory
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.e2e
+
+RESUME = ("--resume_from_checkpoint", "latest")
+SIX = ("--max_train_steps", "6", "--checkpointing_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that the tests of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(train, cache):
+    """`train` with the shared cache."""
+    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
+
+
+@pytest.fixture(scope="module")
+def six_steps(t2i, tiny, photos, cache, tmp_path_factory):
+    """A finished run of six steps with the checkpoints 2, 4 and 6. Read-only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("runs") / "six"
+    flags = ("--seed", "0", "--latents_cache_dir", cache, "--cache_latents", *SIX)
+    t2i.main(t2i.parse_args(command_line(tiny, photos, folder, *flags)))
+    return folder
+
+
+@pytest.fixture
+def finished(six_steps, tmp_path):
+    """A copy of that run, in the folder in which `quick` would write."""
+    return shutil.copytree(six_steps, tmp_path / "out")
+
+
+def cut_back(folder: Path, step: int) -> Path:
+    """Makes a finished run look as if it had been killed some steps after checkpoint `step`."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    (folder / LORA).unlink()
+    return folder
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder."""
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def nothing_temporary_in(folder: Path) -> bool:
+    """Whether no half-written file or folder is left."""
+    return not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+# -------------------------------------------------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optimizer", "adamw", "--gradient_accumulation_steps", "2"),
+        ("--optimizer", "prodigy"),
+        ("--use_8bit_adam", "--rank", "32"),
+        ("--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--mixed_precision", "bf16"),
+        (
+            *("--aspect_ratio_buckets", "64,96;96,64;64,64", "--random_flip", "--caption_dropout", "0.3"),
+            *("--lora_dropout", "0.2", "--train_batch_size", "2", "--dataloader_num_workers", "2"),
+        ),
+    ],
+    ids=["accumulation", "prodigy", "8bit", "cosine-bf16", "everything-random"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(train, cache, tmp_path, flags):
+    """From checkpoint 3 of 6 on, losses, gradient norms and LoRA are those of the run that was not stopped."""
+    cached = ("--latents_cache_dir", cache, "--max_train_steps", "6", "--checkpointing_steps", "3", *flags)
+    whole = train(*cached, output="whole")
+    resumed = cut_back(shutil.copytree(whole, tmp_path / "resumed"), 3)
+    train(*cached, *RESUME, output="resumed")
+    assert_same_run(whole, resumed)
+    assert column(whole, "lr") == column(resumed, "lr")
+    if "--use_8bit_adam" in flags:
+        stored = load_file(resumed / "checkpoint-6" / "training_state.safetensors")
+        assert {tensor.dtype for name, tensor in stored.items() if name.endswith(("state1", "state2"))} == {torch.uint8}
+    first, second = (load_file(folder / "checkpoint-6" / "training_state.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_resumed_run_with_prior_preservation_equals_an_uninterrupted_one(quick, tmp_path):
+    """The stream of class pictures goes on where it was."""
+    flags = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy")
+    flags += ("--num_class_images", "3", "--num_inference_steps", "1", "--max_train_steps", "4")
+    whole = quick(*flags, "--checkpointing_steps", "2", output="whole")
+    resumed = cut_back(shutil.copytree(whole, tmp_path / "resumed"), 2)
+    quick(*flags, "--checkpointing_steps", "2", *RESUME, output="resumed")
+    assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("route", ["latest", "name", "path"])
+def test_latest_a_folder_name_and_a_path_all_resume_exactly(quick, six_steps, finished, route):
+    """All three routes find checkpoint 4; metrics.jsonl has no step twice."""
+    cut_back(finished, 4 if route == "latest" else 6)
+    target = {"latest": "latest", "name": "checkpoint-4", "path": six_steps / "checkpoint-4"}[route]
+    quick(*SIX, "--resume_from_checkpoint", target)
+    assert column(finished, "step") == [1, 2, 3, 4, 5, 6]
+    assert_same_run(six_steps, finished)
+
+
+def test_latest_in_an_empty_folder_starts_from_the_beginning(quick, six_steps):
+    """A script with `--resume_from_checkpoint latest` in it can be started for the first time."""
+    assert_same_run(six_steps, quick(*SIX, *RESUME))
+
+
+def test_a_resumed_run_without_a_seed_takes_the_seed_of_the_checkpoint(t2i, tiny, photos, cache, tmp_path):
+    """The drawn seed is in state.json, so the run goes on exactly."""
+    flags = ("--latents_cache_dir", cache, "--cache_latents", "--max_train_steps", "4", "--checkpointing_steps", "2")
+    t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "whole", *flags)))
+    cut_back(shutil.copytree(tmp_path / "whole", tmp_path / "resumed"), 2)
+    t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "resumed", *flags, *RESUME)))
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_finished_constant_run_goes_on_with_more_steps(quick, six_steps):
+    """Three steps and then three more are six."""
+    folder = quick("--max_train_steps", "3")
+    quick(*SIX, *RESUME)
+    assert_same_run(six_steps, folder)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_finished_run_whose_schedule_has_ended_cannot_go_on_and_the_error_says_why(t2i, quick, schedule):
+    """The learning rate of these schedules depends on the number of steps: the message names schedule and numbers."""
+    folder = quick("--max_train_steps", "2", "--lr_scheduler", schedule)
+    before = trajectory(folder)
+    with pytest.raises(t2i.UserError) as caught:
+        quick("--max_train_steps", "4", "--lr_scheduler", schedule, *RESUME)
+    message = str(caught.value)
+    assert "steps" in message and "was 2, is 4" in message
+    assert schedule in message, f"the reason is missing: {message}"
+    assert trajectory(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------------- what is in there
+
+
+def test_a_checkpoint_holds_its_four_files_true_hashes_and_no_pickle(six_steps):
+    """safetensors and JSON only; the manifest has the size and SHA-256 of every other file."""
+    folder = six_steps / "checkpoint-4"
+    assert files_of(folder) == {"manifest.json", LORA, "state.json", "training_state.safetensors"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    others = files_of(folder) - {"manifest.json"}
+    assert manifest == {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in others}
+    state = json.loads((folder / "state.json").read_text())
+    assert state["step"] == 4 and state["seed"] == 0 and "torch" in state["versions"] and "data" in state["fingerprint"]
+    tensors = load_file(folder / "training_state.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    export = load_file(folder / LORA)
+    assert {f"transformer.{name.removeprefix('lora/')}" for name in tensors if name.startswith("lora/")} == set(export)
+    assert not [name for name in files_of(six_steps) if Path(name).suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+
+
+def test_the_export_inside_a_checkpoint_loads_in_diffusers(t2i, quick, tiny, tmp_path):
+    """With rank and alpha as given, and with the weights of the training state."""
+    folder = quick("--lora_alpha", "2", "--max_train_steps", "2", "--checkpointing_steps", "1") / "checkpoint-1"
+    pipeline = Flux2Pipeline.from_pretrained(tiny, text_encoder=None, tokenizer=None)
+    pipeline.load_lora_weights(folder)
+    (config,) = pipeline.transformer.peft_config.values()
+    assert (config.r, config.lora_alpha) == (4, 2)
+    state = load_file(folder / "training_state.safetensors")
+    loaded = {name: parameter for name, parameter in pipeline.transformer.named_parameters() if ".lora_" in name}
+    assert len(loaded) == sum(name.startswith("lora/") for name in state) > 0
+    for name, parameter in loaded.items():
+        stored = state["lora/" + name.replace(".default_0.", ".")]
+        torch.testing.assert_close(parameter.float(), stored, rtol=1e-2, atol=1e-6)  # the tiny model is loaded in bf16
+    assert (folder / "comfyui_lora.safetensors").is_file()
+    assert t2i.verify_checkpoint(folder) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def truncate(path: Path) -> None:
+    """Cuts the file in half, as a full disk does."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_byte(path: Path) -> None:
+    """Changes one byte near the end; the size stays."""
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_byte, Path.unlink], ids=["truncated", "flipped", "removed"])
+@pytest.mark.parametrize("name", ["training_state.safetensors", LORA, "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_never_resumed_from(t2i, tiny, photos, finished, capsys, damage, name):
+    """`latest` skips it and names the file; asking for it is an error that names folder and file."""
+    damage(finished / "checkpoint-6" / name)
+    args = t2i.parse_args(command_line(tiny, photos, finished, *RESUME))
+    t2i.set_up_logging()
+    assert t2i.find_checkpoint(args).folder == finished / "checkpoint-4"
+    said = capsys.readouterr().err
+    # a wrong hash in the manifest speaks against the file that it belongs to
+    named = r"\w+\.(safetensors|json)" if (name, damage) == ("manifest.json", flip_byte) else re.escape(name)
+    assert re.search(f"checkpoint-6.*{named}", said)
+    args = t2i.parse_args(command_line(tiny, photos, finished, "--resume_from_checkpoint", "checkpoint-6"))
+    with pytest.raises(t2i.UserError, match=f"(?s)checkpoint-6.*{named}"):
+        t2i.find_checkpoint(args)
+
+
+def test_a_run_over_a_damaged_newest_checkpoint_replaces_it_and_ends_the_same(t2i, quick, six_steps, finished):
+    """The whole way: skip checkpoint 6, go on from 4, write 6 anew."""
+    truncate(finished / "checkpoint-6" / "training_state.safetensors")
+    quick(*SIX, *RESUME)
+    assert_same_run(six_steps, finished)
+    assert t2i.verify_checkpoint(finished / "checkpoint-6") is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("rank", "8"),
+        ("learning_rate", "1e-3"),
+        ("train_batch_size", "2"),
+        ("gradient_accumulation_steps", "2"),
+        ("seed", "1"),
+        ("caption_dropout", "0.5"),
+        ("weighting_scheme", "logit_normal"),
+        ("text_encoder_out_layers", "5", "10", "15"),
+    ],
+    ids=lambda changed: changed[0],
+)
+def test_a_changed_setting_is_refused_by_name_before_the_transformer_is_loaded(
+    t2i, quick, finished, monkeypatch, changed
+):
+    """Resuming with other settings would silently be another run."""
+    forbid(monkeypatch, t2i, "load_transformer")
+    name, *values = changed
+    with pytest.raises(t2i.UserError, match=name):
+        quick(*SIX, *RESUME, f"--{name}", *values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "values"),
+    [
+        (("--optimizer", "prodigy"), "prodigy_beta3", ("0.9", "0.8")),
+        (("--lr_scheduler", "polynomial"), "lr_power", ("1", "2")),
+        (("--lr_scheduler", "cosine_with_restarts"), "lr_num_cycles", ("1", "2")),
+        (("--with_prior_preservation",), "prior_loss_weight", ("1.0", "0.5")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_changed_setting_of_optimizer_schedule_or_prior_is_refused_by_name(t2i, quick, tmp_path, flags, name, values):
+    """What bends the rest of the run is part of the run's fingerprint."""
+    if flags == ("--with_prior_preservation",):
+        draw_photos(tmp_path / "class", 2, seed=70)
+        flags += ("--class_data_dir", tmp_path / "class", "--class_prompt", "a toy", "--num_class_images", "2")
+    quick("--max_train_steps", "2", "--checkpointing_steps", "1", *flags, f"--{name}", values[0])
+    with pytest.raises(t2i.UserError, match=name):
+        quick("--max_train_steps", "2", *flags, f"--{name}", values[1], "--resume_from_checkpoint", "checkpoint-1")
+
+
+def test_several_changed_settings_and_other_pictures_are_named_together(t2i, quick, finished, tmp_path):
+    """One error lists them all, with old and new value."""
+    flags = ("--rank", "8", "--random_flip", "--instance_data_dir", draw_photos(tmp_path / "others", 3, seed=40))
+    with pytest.raises(t2i.UserError) as caught:
+        quick(*SIX, *RESUME, *flags)
+    message = str(caught.value)
+    assert "rank: was 4, is 8" in message and "random_flip: was False, is True" in message and "data" in message
+
+
+# -------------------------------------------------------------------------------------------------- rotation and disks
+
+
+def test_rotation_keeps_the_limit_and_the_newest(quick):
+    """Every step is saved, two checkpoints stay."""
+    folder = quick("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert checkpoints(folder) == [4, 5]
+    assert nothing_temporary_in(folder)
+
+
+def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one(t2i, quick, finished, monkeypatch):
+    """After a resume below a damaged checkpoint 6, what was just written stays although 6 has the higher number."""
+    truncate(finished / "checkpoint-6" / "training_state.safetensors")
+
+    def stop_after_five(run, parts, state, batches, original=t2i.train_step):
+        if state.step == 5:
+            raise RuntimeError("killed")
+        return original(run, parts, state, batches)
+
+    monkeypatch.setattr(t2i, "train_step", stop_after_five)
+    with pytest.raises(RuntimeError, match="killed"):
+        limits = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
+        quick("--max_train_steps", "6", *limits, *RESUME)
+    good = [step for step in checkpoints(finished) if t2i.verify_checkpoint(finished / f"checkpoint-{step}") is None]
+    assert good, f"no good checkpoint is left, only {checkpoints(finished)}"
+
+
+def full_disk(t2i, monkeypatch, when: int, how: str) -> None:
+    """The save of step `when` fails: at fsync, or really, because files may not grow over 20 kB."""
+
+    def save(run, state, original=t2i.save_checkpoint):
+        if state.step != when:
+            return original(run, state)
+        with monkeypatch.context() as patch:
+            if how == "fsync":
+
+                def refuse(*_):
+                    raise OSError(28, "No space left on device")
+
+                patch.setattr(t2i, "flush_to_disk", refuse)
+                return original(run, state)
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            try:
+                return original(run, state)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(t2i, "save_checkpoint", save)
+
+
+@pytest.mark.parametrize("how", ["fsync", "write"])
+def test_a_save_that_fails_keeps_the_old_checkpoint_and_the_run_goes_on(
+    t2i, quick, six_steps, monkeypatch, capsys, how
+):
+    """Step 4 cannot be saved: a warning, nothing half-written, and the run ends as if nothing had been."""
+    full_disk(t2i, monkeypatch, 4, how)
+    folder = quick(*SIX)
+    assert checkpoints(folder) == [2, 6]
+    assert t2i.verify_checkpoint(folder / "checkpoint-2") is None
+    assert "step 4 was not saved" in capsys.readouterr().err
+    assert nothing_temporary_in(folder)
+    assert_same_run(six_steps, folder)
+
+
+@pytest.mark.parametrize("how", ["fsync", "write"])
+def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpoint(
+    t2i, quick, monkeypatch, tmp_path, how
+):
+    """SaveFailed (exit code 4), checkpoint 2 still good, no final LoRA."""
+    full_disk(t2i, monkeypatch, 3, how)
+    with pytest.raises(t2i.SaveFailed):
+        quick("--checkpointing_steps", "2")
+    folder = tmp_path / "out"
+    assert checkpoints(folder) == [2] and t2i.verify_checkpoint(folder / "checkpoint-2") is None
+    assert not (folder / LORA).exists() and nothing_temporary_in(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
+    t2i, quick, six_steps, monkeypatch, tmp_path, capsys, number, code
+):
+    """Stopped carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
+
+    def signalled(run, parts, state, batches, original=t2i.train_step):
+        if state.step == 2:
+            os.kill(os.getpid(), number)
+        return original(run, parts, state, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t2i, "train_step", signalled)
+        with pytest.raises(t2i.Stopped) as caught:
+            quick("--max_train_steps", "6")
+    folder = tmp_path / "out"
+    assert caught.value.code == code
+    assert checkpoints(folder) == [3] and not (folder / LORA).exists()
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    quick("--max_train_steps", "6", *RESUME)
+    assert_same_run(six_steps, folder)
+
+
+def test_the_time_limit_saves_and_stops_like_a_signal(t2i, quick, six_steps, tmp_path):
+    """One step is always done, and without the limit the run goes on exactly."""
+    with pytest.raises(t2i.Stopped) as caught:
+        quick("--max_train_steps", "6", "--max_train_minutes", "1e-6")
+    folder = tmp_path / "out"
+    assert caught.value.code == 143 and checkpoints(folder) == [1] and len(metrics(folder)) == 1
+    quick("--max_train_steps", "6", *RESUME)
+    assert_same_run(six_steps, folder)
+
+
+# ------------------------------------------------------------------------------------------------------ an earlier run
+
+
+def test_a_folder_with_an_earlier_run_is_refused_with_both_ways_out(t2i, tiny, photos, finished, capsys):
+    """Exit code 2 while parsing; the message holds the line to resume and the line to overwrite."""
+    before = files_of(finished)
+    with pytest.raises(SystemExit) as caught:
+        t2i.parse_args(command_line(tiny, photos, finished))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "--resume_from_checkpoint latest" in said and "--overwrite_output_dir" in said and "checkpoint-2" in said
+    assert files_of(finished) == before
+
+
+def test_overwriting_removes_our_files_and_never_the_cache_or_what_is_not_ours(t2i, train, six_steps, monkeypatch):
+    """Afterwards the folder is that of a fresh run, plus the user's files, and the cache was used again."""
+    flags = ("--cache_latents", "--report_to", "tensorboard")
+    folder = train(*flags, "--max_train_steps", "4", "--checkpointing_steps", "2", "--lora_alpha", "2")
+    foreign = ["notes.txt", "checkpoint-best/keep.txt", "checkpoint-2.zip", "pictures/a.png", "my.safetensors"]
+    for name in foreign:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    cached = {name: (folder / name).stat().st_mtime_ns for name in files_of(folder) if name.startswith("cache/")}
+    events = {name for name in files_of(folder) if "tfevents" in name}
+    forbid(monkeypatch, t2i, "load_text_encoder", "load_vae")
+    train(*flags, "--max_train_steps", "3", "--overwrite_output_dir")
+    assert all((folder / name).read_text() == "mine" for name in foreign)
+    assert checkpoints_of_ours(folder) == [3] and column(folder, "step") == [1, 2, 3]
+    assert not (folder / "comfyui_lora.safetensors").exists()
+    assert not events & files_of(folder)
+    kept = {name: (folder / name).stat().st_mtime_ns for name in cached if name != "cache/index.json"}
+    assert kept == {name: stamp for name, stamp in cached.items() if name != "cache/index.json"}
+
+
+def checkpoints_of_ours(folder: Path) -> list[int]:
+    """Steps of the folders whose name is exactly checkpoint-N."""
+    return sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit())
+
+
+def test_overwriting_keeps_the_users_files_among_the_samples(quick, six_steps):
+    """Also inside samples/ only pictures that we wrote go."""
+    draw = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "1")
+    folder = quick(*draw, "--max_train_steps", "1", "--skip_final_inference")
+    (folder / "samples" / "favourites.txt").write_text("mine")
+    quick("--max_train_steps", "1", "--overwrite_output_dir")
+    assert (folder / "samples" / "favourites.txt").read_text() == "mine"
+    assert not (folder / "samples" / "step-000000").exists()
+
+
+def test_an_export_of_a_resumed_run_is_that_of_its_last_checkpoint(quick, finished):
+    """The final file has the tensors of checkpoint 6."""
+    cut_back(finished, 4)
+    quick(*SIX, *RESUME)
+    inside = load_file(finished / "checkpoint-6" / LORA)
+    assert all(torch.equal(tensor, inside[name]) for name, tensor in lora(finished).items())
+
+
+def test_a_resumed_run_loads_no_encoder(t2i, quick, finished, monkeypatch):
+    """Prompts and latents come from the cache."""
+    cut_back(finished, 4)
+    forbid(monkeypatch, t2i, "load_text_encoder", "load_vae")
+    steps = spy(monkeypatch, t2i, "train_step")
+    quick(*SIX, *RESUME)
+    assert len(steps) == 2

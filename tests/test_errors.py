@@ -1,0 +1,514 @@
+"""Every mistake of the user's ends before a model is loaded, in one message: what is wrong, where, and what to do."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, draw_photos
+from helpers import TEXT_TO_IMAGE, load_arguments, run_python
+from PIL import Image
+
+LOADERS = ("load_text_encoder", "load_vae", "load_transformer")
+
+
+@pytest.fixture(scope="session")
+def parse():
+    """The script's command line without its heavy imports."""
+    return load_arguments(TEXT_TO_IMAGE)
+
+
+@pytest.fixture
+def good(tmp_path) -> list[str]:
+    """A command line without a mistake; a flag appended to it replaces the one here."""
+    draw_photos(tmp_path / "photos", 2)
+    return [
+        *("--pretrained_model_name_or_path", str(ROOT / "tiny_flux2")),
+        *("--instance_data_dir", str(tmp_path / "photos")),
+        *("--instance_prompt", "a photo of sks toy", "--resolution", "64"),
+        *("--output_dir", str(tmp_path / "out"), "--max_train_steps", "2", "--report_to", "none"),
+    ]
+
+
+@pytest.fixture
+def refusal(parse, good, capsys):
+    """Gives the message with which `refusal(*flags)` ends: SystemExit with 2, everything on stderr."""
+
+    def refuse(*flags: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse.parse_args([*good, *map(str, flags)])
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    return refuse
+
+
+@pytest.fixture
+def failure(t2i, good, monkeypatch):
+    """Gives the message of the UserError with which a run ends, after making sure that it loaded no model."""
+
+    def fail(*flags: object) -> str:
+        for name in LOADERS:
+            monkeypatch.setattr(t2i, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        with pytest.raises(t2i.UserError) as error:
+            t2i.main(t2i.parse_args([*good, *map(str, flags)]))
+        return str(error.value)
+
+    return fail
+
+
+def has(message: str, *parts: str) -> bool:
+    """Whether all parts are in the message; pytest prints the message when not."""
+    missing = [part for part in parts if part not in message]
+    assert missing == [], message
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+WRONG_FLAGS = {
+    "a flag with a typing error names the nearest one": (
+        ["--learnin_rate", "1e-4"],
+        ["--learnin_rate", "--learning_rate"],
+    ),
+    "an unknown optimizer names the known ones": (
+        ["--optimizer", "adamax"],
+        ["--optimizer", "adamax", "adamw", "prodigy"],
+    ),
+    "a value of an unknown flag is not a second problem": (["--learnin_rate", "1"], ["1 problem on", "--learnin_rate"]),
+    "a number that is none": (["--rank", "many"], ["--rank", "many"]),
+    "a resolution off the grid names the nearest": (
+        ["--resolution", "500"],
+        ["--resolution 500", "multiple of 16", "496"],
+    ),
+    "a bucket without a width": (
+        ["--aspect_ratio_buckets", "512"],
+        ["--aspect_ratio_buckets", "'512'", "height,width"],
+    ),
+    "a bucket of words": (["--aspect_ratio_buckets", "wide"], ["--aspect_ratio_buckets", "'wide'", "height,width"]),
+    "a bucket with x": (["--aspect_ratio_buckets", "512x768"], ["--aspect_ratio_buckets", "512x768", "height,width"]),
+    "a bucket off the grid": (["--aspect_ratio_buckets", "64,64;500,64"], ["--aspect_ratio_buckets", "500,64", "16"]),
+    "an empty bucket list": (["--aspect_ratio_buckets", ";"], ["--aspect_ratio_buckets", "height,width"]),
+    "two validation sizes": (["--validation_size", "64,64;64,128"], ["--validation_size", "64,64;64,128"]),
+    "a rank of zero": (["--rank", "0"], ["--rank", "at least 1", "0"]),
+    "a negative learning rate": (["--learning_rate", "-1"], ["--learning_rate", "above 0"]),
+    "a learning rate that is not a number": (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
+    "an infinite learning rate": (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
+    "a probability above one": (["--caption_dropout", "1.5"], ["--caption_dropout", "1.5", "0 ", " 1"]),
+    "a beta of one": (["--adam_beta2", "1"], ["--adam_beta2"]),
+    "too long a text": (["--max_sequence_length", "1024"], ["--max_sequence_length", "1024", "512"]),
+    "a shift that is neither name nor number": (["--timestep_shift", "some"], ["--timestep_shift some", "linear"]),
+    "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
+    "fp16 class pictures": (["--prior_generation_precision", "fp16"], ["--prior_generation_precision fp16", "bf16"]),
+    "FP8": (["--do_fp8_training"], ["--do_fp8_training", "not in this version", "leave"]),
+    "NF4": (["--bnb_quantization_config_path", "nf4.json"], ["--bnb_quantization_config_path", "leave"]),
+    "a sharded text encoder on one process": (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "--offload"]),
+    "prior preservation without a folder": (
+        ["--with_prior_preservation", "--class_prompt", "a toy"],
+        ["--class_data_dir"],
+    ),
+    "prior preservation without a prompt": (["--with_prior_preservation", "--class_data_dir", "x"], ["--class_prompt"]),
+    "an unknown tracker": (["--report_to", "tensorbored"], ["--report_to tensorbored", "tensorboard", "wandb"]),
+    "a LoRA to start from that is not there": (
+        ["--init_lora_from", "no.safetensors"],
+        ["--init_lora_from", "no such file"],
+    ),
+    "a data folder that is not there": (
+        ["--instance_data_dir", "no_such_photos"],
+        ["--instance_data_dir", "no such folder"],
+    ),
+    "both kinds of data": (["--dataset_name", "a/b"], ["--instance_data_dir", "--dataset_name", "exactly one"]),
+    "a model that is neither folder nor id": (
+        ["--pretrained_model_name_or_path", "./no/such"],
+        ["./no/such", "owner/name"],
+    ),
+    "a checkpoint that is not there": (["--resume_from_checkpoint", "checkpoint-7"], ["checkpoint-7", "latest"]),
+    "an encoder address without a host": (["--remote_text_encoder", "--remote_text_encoder_url", "predict"], ["http"]),
+    "a saved command line that is not there": (["@no_such.args"], ["no_such.args", "cannot read"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_a_wrong_flag_is_refused_with_what_where_and_remedy(refusal, case):
+    flags, named = WRONG_FLAGS[case]
+    assert has(refusal(*flags), *named)
+
+
+def test_a_command_line_without_a_mistake_passes(parse, good):
+    assert parse.parse_args(good).resolution == 64
+
+
+def test_all_problems_of_the_command_line_are_told_in_one_message(refusal):
+    message = refusal("--rank", "many", "--resolution", "500", "--optimizer", "sgd", "--learnin_rate=1",
+                      "--aspect_ratio_buckets", "wide", "--caption_dropout", "2", "--do_fp8_training")  # fmt: skip
+    assert has(message, "--rank", "500", "sgd", "--learnin_rate", "wide", "--caption_dropout", "--do_fp8_training")
+    assert has(message, "7 problems on the command line")
+    assert message.count("\n  - ") == 7
+
+
+def test_missing_required_flags_are_told_together(parse, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse.parse_args([])
+    assert stop.value.code == 2
+    assert has(capsys.readouterr().err, "--pretrained_model_name_or_path", "--instance_data_dir", "--dataset_name")
+
+
+def test_a_model_folder_without_an_index_is_refused(refusal, tmp_path):
+    shutil.copytree(ROOT / "tiny_flux2" / "transformer", tmp_path / "model" / "transformer")
+    assert has(refusal("--pretrained_model_name_or_path", tmp_path / "model"), "model_index.json", "diffusers folder")
+
+
+# Package, the flags that need it, and what is named.
+OPTIONAL_PACKAGES = [
+    ("prodigyopt", ["--optimizer", "prodigy"], "--optimizer prodigy"),
+    ("bitsandbytes", ["--use_8bit_adam"], "--use_8bit_adam"),
+    ("tensorboard", ["--report_to", "tensorboard"], "--report_to"),
+    ("trackio", ["--report_to", "trackio"], "--report_to"),
+]
+
+
+@pytest.mark.parametrize(("package", "flags", "named"), OPTIONAL_PACKAGES, ids=[row[0] for row in OPTIONAL_PACKAGES])
+def test_a_missing_optional_package_is_named_with_its_install_line(refusal, monkeypatch, package, flags, named):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+    )
+    assert has(refusal(*flags), named, f"pip install {package}")
+
+
+@pytest.mark.parametrize(("package", "flags", "named"), OPTIONAL_PACKAGES[:2])
+def test_an_optional_package_that_no_flag_needs_may_be_missing(parse, good, monkeypatch, package, flags, named):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+    )
+    assert parse.parse_args(good)
+
+
+def test_report_to_all_means_the_installed_trackers(parse, good, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found("json") if name == "tensorboard" else None
+    )
+    assert parse.report_to(parse.parse_args([*good, "--report_to", "all"])) == ["tensorboard"]
+
+
+def test_wandb_without_login_is_refused_at_start(refusal, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert has(refusal("--report_to", "wandb"), "--report_to wandb", "wandb login", "WANDB_MODE=offline")
+
+
+def test_pushing_without_a_token_is_refused_at_start(refusal, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert has(refusal("--push_to_hub"), "--push_to_hub", "hf auth login", "HF_TOKEN")
+
+
+def test_the_public_remote_encoder_without_a_token_is_refused_at_start(refusal, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert has(
+        refusal("--remote_text_encoder"), "--remote_text_encoder", "--hub_token", "loopback", "leave the flag out"
+    )
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])
+def test_a_token_on_the_command_line_is_refused_with_a_tracker_that_records_it(refusal, tracker):
+    message = refusal("--hub_token", "hf_canary", "--report_to", tracker)
+    assert has(message, "--hub_token", tracker, "HF_TOKEN")
+    assert "hf_canary" not in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_that_is_a_file_is_refused(refusal, tmp_path):
+    (tmp_path / "taken").write_text("x")
+    assert has(refusal("--output_dir", tmp_path / "taken"), "--output_dir", "taken", "is a file", "another folder")
+
+
+def test_an_output_folder_below_a_file_is_refused(refusal, tmp_path):
+    (tmp_path / "taken").write_text("x")
+    assert has(refusal("--output_dir", tmp_path / "taken" / "out"), "--output_dir", "is a file", "another folder")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, where not even root may write")
+def test_an_output_folder_without_permission_is_refused(refusal):
+    assert has(refusal("--output_dir", "/proc/flux2-out"), "--output_dir", "cannot write", "/proc", "another folder")
+
+
+def test_checking_the_output_folder_leaves_nothing_behind(parse, good, tmp_path):
+    parse.parse_args(good)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+def test_the_data_folder_as_output_folder_is_refused(refusal, tmp_path):
+    assert has(refusal("--output_dir", tmp_path / "photos", "--overwrite_output_dir"), "--output_dir", "data folder")
+
+
+def test_the_home_folder_as_output_folder_is_refused(refusal, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert has(refusal("--output_dir", tmp_path, "--overwrite_output_dir"), "--output_dir", "home")
+
+
+@pytest.mark.parametrize("left", ["checkpoint-4/state.json", "pytorch_lora_weights.safetensors"])
+def test_an_earlier_run_in_the_output_folder_is_refused_with_both_ways_on(refusal, tmp_path, left):
+    (tmp_path / "out" / left).parent.mkdir(parents=True)
+    (tmp_path / "out" / left).write_text("x")
+    message = refusal()
+    assert has(message, "--output_dir", left.split("/")[0], "--resume_from_checkpoint latest", "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize("way", [["--resume_from_checkpoint", "latest"], ["--overwrite_output_dir"], ["--dry_run"]])
+def test_an_earlier_run_is_accepted_when_the_user_says_what_to_do_with_it(parse, good, tmp_path, way):
+    (tmp_path / "out" / "checkpoint-4").mkdir(parents=True)
+    assert parse.parse_args([*good, *way])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_folder_is_an_error_that_names_it(failure, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert has(failure("--instance_data_dir", tmp_path / "empty"), "--instance_data_dir", "empty", "no picture", ".jpg")
+
+
+def test_a_folder_with_only_hidden_files_counts_as_empty(failure, tmp_path):
+    folder = draw_photos(tmp_path / "hidden", 1)
+    (folder / "00.jpg").unlink()
+    assert has(failure("--instance_data_dir", folder), "no picture")
+
+
+def test_all_corrupt_pictures_are_listed_with_their_reasons(failure, tmp_path):
+    folder = draw_photos(tmp_path / "bad", 4)
+    data = (folder / "01.jpg").read_bytes()
+    (folder / "01.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "02.jpg").write_bytes(b"")
+    (folder / "03.jpg").write_bytes(b"<html>404</html>")
+    message = failure("--instance_data_dir", folder)
+    assert has(
+        message, "3 picture(s)", "01.jpg: truncated", "02.jpg: empty", "03.jpg: not a picture", "--on_bad_image skip"
+    )
+    assert "00.jpg" not in message
+
+
+def test_a_folder_of_only_corrupt_pictures_is_an_error_also_with_skip(failure, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"nothing")
+    assert has(failure("--instance_data_dir", tmp_path / "bad", "--on_bad_image", "skip"), "a.jpg")
+
+
+def test_pictures_without_captions_need_a_prompt(t2i, good, monkeypatch):
+    words = [word for word in good if word not in ("--instance_prompt", "a photo of sks toy")]
+    with pytest.raises(t2i.UserError) as error:
+        t2i.main(t2i.parse_args(words))
+    assert has(str(error.value), "--instance_prompt", "no caption", "00.jpg")
+
+
+def test_a_missing_caption_column_of_a_metadata_file_names_those_there_are(failure, tmp_path):
+    folder = draw_photos(tmp_path / "meta", 2)
+    rows = [{"file_name": f"{number:02d}.jpg", "text": "a toy"} for number in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = failure("--instance_data_dir", folder, "--caption_column", "captoin")
+    assert has(message, "--caption_column captoin", "columns:", "file_name", "text")
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    ('{"file_name": "00.jpg"', "not readable"),
+    ('{"text": "a toy"}', "file_name"), ('{"file_name": "no.jpg"}', "no.jpg"),
+    ('{"file_name": "../out.jpg"}', "leads out of the folder"), ("[1]", "file_name"),
+])  # fmt: skip
+def test_a_bad_metadata_file_is_an_error_that_says_why(failure, tmp_path, content, named):
+    folder = draw_photos(tmp_path / "meta", 1)
+    (folder / "metadata.jsonl").write_text(content)
+    assert has(failure("--instance_data_dir", folder), "meta", named)
+
+
+def test_a_caption_file_that_is_not_utf_8_is_an_error_that_names_it(failure, tmp_path):
+    folder = draw_photos(tmp_path / "latin", 1)
+    (folder / "00.txt").write_bytes("ein schönes Spielzeug".encode("latin-1"))
+    assert has(failure("--instance_data_dir", folder), "00.txt", "UTF-8")
+
+
+@pytest.fixture
+def local_dataset(tmp_path, monkeypatch) -> Path:
+    """A data set on this machine with the columns image and text."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "dataset" / "train"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a red toy\n")
+    return folder.parent
+
+
+@pytest.mark.parametrize(("flag", "column"), [("--image_column", "picture"), ("--caption_column", "captoin")])
+def test_a_wrong_column_of_a_data_set_names_those_there_are(t2i, good, local_dataset, tmp_path, flag, column):
+    words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
+    words += ["--dataset_name", str(local_dataset), "--cache_dir", str(tmp_path / "cache"), flag, column]
+    with pytest.raises(t2i.UserError) as error:
+        t2i.main(t2i.parse_args(words))
+    assert has(str(error.value), f"{flag} {column}", "columns:", "image", "text")
+
+
+def test_a_data_set_that_is_not_there_is_an_error(t2i, good, tmp_path):
+    words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
+    with pytest.raises(t2i.UserError) as error:
+        t2i.main(t2i.parse_args([*words, "--dataset_name", "nobody/nothing"]))
+    assert has(str(error.value), "--dataset_name nobody/nothing", "cannot be loaded")
+
+
+def test_a_lora_target_that_matches_nothing_names_the_nearest(failure):
+    assert has(failure("--lora_layers", "attn.to_x"), "--lora_layers", "'attn.to_x'", "nearest", "attn.to_")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_that_cannot_be_reached_is_an_error_without_retries(failure):
+    message = failure("--pretrained_model_name_or_path", "nobody/no-such-model")
+    assert has(message, "--pretrained_model_name_or_path nobody/no-such-model", "Hub")
+
+
+@pytest.fixture
+def model_copy(tmp_path) -> Path:
+    """A copy of the tiny model to break."""
+    return Path(shutil.copytree(ROOT / "tiny_flux2", tmp_path / "model"))
+
+
+def test_a_model_of_another_kind_is_an_error_that_names_the_kinds_we_train(failure, model_copy):
+    index = json.loads((model_copy / "model_index.json").read_text())
+    (model_copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    message = failure("--pretrained_model_name_or_path", model_copy)
+    assert has(message, "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_model_without_one_of_its_parts_is_an_error_that_names_it(failure, model_copy, part):
+    shutil.rmtree(model_copy / part)
+    assert has(failure("--pretrained_model_name_or_path", model_copy), part, "missing")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_model_without_the_weights_of_a_part_is_an_error_before_anything_is_loaded(failure, model_copy, part):
+    next((model_copy / part).glob("*.safetensors")).unlink()
+    assert has(failure("--pretrained_model_name_or_path", model_copy), part)
+
+
+def test_layers_that_the_text_encoder_does_not_have_are_an_error(failure):
+    assert has(failure("--text_encoder_out_layers", 10, 20, 99), "--text_encoder_out_layers", "99")
+
+
+def test_layers_that_do_not_fit_the_transformer_are_an_error(failure):
+    assert has(failure("--text_encoder_out_layers", 10, 20), "--text_encoder_out_layers", "(10, 20)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variable", "value", "named"), [
+    ("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+    ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron"), ("WORLD_SIZE", "2", "process"),
+])  # fmt: skip
+def test_an_engine_or_several_processes_are_refused_by_name(failure, monkeypatch, variable, value, named):
+    monkeypatch.setenv(variable, value)
+    message = failure()
+    assert has(message, "configs/accelerate/") and named.lower() in message.lower()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_a_half_precision_that_overflows_in_the_accelerate_config_is_refused_by_name(failure, monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    assert has(failure(), precision, "--mixed_precision bf16")
+
+
+DTYPES = [  # --mixed_precision, what the accelerate config says, on CPU, the dtype
+    (None, "no", False, "bfloat16"), (None, None, False, "bfloat16"), (None, "bf16", False, "bfloat16"),
+    (None, "no", True, "float32"), (None, None, True, "float32"), (None, "bf16", True, "bfloat16"),
+    ("no", "bf16", False, "float32"), ("no", "no", False, "float32"), ("bf16", "no", True, "bfloat16"),
+    ("bf16", "fp16", False, "bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "config", "on_cpu", "dtype"), DTYPES)
+def test_a_no_in_the_accelerate_config_does_not_mean_fp32_on_an_accelerator(
+    t2i, good, monkeypatch, flag, config, on_cpu, dtype
+):
+    if config is None:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    else:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)
+    args = t2i.parse_args([*good, *(["--mixed_precision", flag] if flag else [])])
+    assert str(t2i.compute_dtype(args, on_cpu)) == f"torch.{dtype}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags without effect
+# ---------------------------------------------------------------------------------------------------------------------
+
+NOTES = {
+    "warm-up with a constant rate": ["--lr_warmup_steps", "100"],
+    "8-bit Adam with Prodigy": ["--use_8bit_adam", "--optimizer", "prodigy"],
+    "a learning rate too small for Prodigy": ["--learning_rate", "1e-4", "--optimizer", "prodigy"],
+    "logit-normal numbers with another scheme": ["--logit_mean", "-1"],
+    "a width that only logit_normal reads": ["--logit_std", "0.5"],
+    "a scale that only mode reads": ["--mode_scale", "1.5"],
+    "class pictures without prior preservation": ["--class_prompt", "a toy"],
+    "a repository name without a push": ["--hub_model_id", "me/toy"],
+    "epochs beside steps": ["--num_train_epochs", "7"],
+    "a computed ladder beside a given one": ["--aspect_ratio_buckets", "64,64", "--use_aspect_ratio_buckets"],
+    "validation steps without a prompt": ["--validation_steps", "10"],
+    "a power of another schedule": ["--lr_power", "2"],
+    "restarts of another schedule": ["--lr_num_cycles", "3"],
+    "Prodigy's numbers with AdamW": ["--prodigy_beta3", "0.9"],
+    "a rate for a text encoder that is not trained": ["--text_encoder_lr", "1e-5"],
+    "a decay for a text encoder that is not trained": ["--adam_weight_decay_text_encoder", "1e-3"],
+    "the launcher's rank": ["--local_rank", "0"],
+    "the NPU switch": ["--enable_npu_flash_attention"],
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_a_flag_without_effect_is_said_so_in_one_line(parse, good, case):
+    notes = parse.flag_notes(parse.parse_args([*good, *NOTES[case]]))
+    naming = [note for note in notes if NOTES[case][0] in note]
+    assert len(naming) == 1 and "\n" not in naming[0], notes
+
+
+def test_a_command_line_in_which_every_flag_counts_gets_no_note(parse, good):
+    assert parse.flag_notes(parse.parse_args(good)) == []
+
+
+def test_the_notes_of_a_run_are_in_its_log(t2i, good, capsys):
+    t2i.main(t2i.parse_args([*good, "--lr_warmup_steps", "100", "--dry_run"]))
+    assert "--lr_warmup_steps has no effect without --lr_scheduler constant_with_warmup" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_usage_error_as_a_program_exits_with_2_and_prints_no_traceback(good):
+    result = run_python(ROOT / TEXT_TO_IMAGE, *good, "--resolution", "500", "--optimizer", "sgd")
+    assert result.returncode == 2
+    assert has(result.stderr, "2 problems on the command line", "500", "sgd")
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) <= 4  # not the whole usage
+
+
+def test_the_environment_of_the_tests_is_hermetic():
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and "HF_TOKEN" not in os.environ

@@ -1,0 +1,208 @@
+"""Prior preservation on the tiny model, in this process: the class pictures and the two-mean loss."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photo
+from PIL import Image
+from runs import assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
+
+pytestmark = pytest.mark.e2e
+
+COUNT = 4
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that the tests of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(train, cache):
+    """`train` with the shared cache; `class_dir` switches prior preservation on."""
+
+    def start(*flags, class_dir=None, output="out"):
+        prior = ()
+        if class_dir:
+            prior = ("--with_prior_preservation", "--class_data_dir", class_dir, "--class_prompt", "a photo of a toy")
+            prior += ("--num_class_images", COUNT, "--sample_batch_size", "3", "--num_inference_steps", "2")
+        return train("--latents_cache_dir", cache, "--max_train_steps", "2", *prior, *flags, output=output)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def ready(t2i, tiny, photos, cache, tmp_path_factory):
+    """Four class pictures that a run has generated. Read-only: copy them to change them."""
+    from runs import command_line
+
+    folder = tmp_path_factory.mktemp("prior")
+    flags = ("--seed", "0", "--max_train_steps", "1", "--latents_cache_dir", cache, "--with_prior_preservation")
+    flags += ("--class_data_dir", folder / "class", "--class_prompt", "a photo of a toy", "--num_class_images", COUNT)
+    flags += ("--sample_batch_size", "3", "--num_inference_steps", "2")
+    t2i.main(t2i.parse_args(command_line(tiny, photos, folder / "out", *flags)))
+    return folder / "class"
+
+
+@pytest.fixture
+def class_dir(ready, tmp_path):
+    """A copy of the generated class pictures."""
+    return shutil.copytree(ready, tmp_path / "class")
+
+
+def instance_and_class(calls) -> tuple[list, list]:
+    """The recorded `batch_losses` calls, which alternate between an instance and a class batch."""
+    batches = [(call.args[2], call.result[0]) for call in calls]
+    return batches[0::2], batches[1::2]
+
+
+def test_class_pictures_are_generated_the_same_way_every_time(quick, ready, tmp_path):
+    """As many as asked, at the training size, different from each other, the same bytes from the same seed."""
+    quick(class_dir=tmp_path / "again")
+    names = [f"class-{number:05d}.png" for number in range(COUNT)]
+    assert sorted(path.name for path in ready.iterdir()) == names == sorted(files_of(tmp_path / "again"))
+    assert [sha256(ready / name) for name in names] == [sha256(tmp_path / "again" / name) for name in names]
+    assert len({sha256(ready / name) for name in names}) == COUNT
+    assert {Image.open(ready / name).size for name in names} == {(64, 64)}
+
+
+def test_only_missing_class_pictures_are_generated_again(t2i, quick, class_dir, ready, monkeypatch):
+    """Two deleted pictures come back as they were; the others are not touched, and a full folder loads no pipeline."""
+    gone = ["class-00001.png", "class-00003.png"]
+    for name in gone:
+        (class_dir / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in class_dir.iterdir()}
+    calls = spy(monkeypatch, t2i, "generate")
+    quick(class_dir=class_dir)
+    assert [seed for call in calls for seed in call.args[4]] == [("class picture", 1), ("class picture", 3)]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for name in gone:
+        before, after = (np.asarray(Image.open(folder / name)).astype(int) for folder in (ready, class_dir))
+        assert np.abs(before - after).max() <= 1  # another batch size may round differently
+    calls.clear()
+    loads = spy(monkeypatch, t2i, "load_transformer")
+    quick(class_dir=class_dir, output="full")
+    assert calls == [] and len(loads) == 1
+
+
+def test_generation_that_was_cut_short_goes_on_where_it_stopped(t2i, quick, ready, tmp_path, monkeypatch):
+    """Whole pictures only are left behind, and the next start draws the rest."""
+    folder, done = tmp_path / "class", []
+
+    def fail_late(*args, original=t2i.generate):
+        done.append(args[4])
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t2i, "generate", fail_late)
+        with pytest.raises(KeyboardInterrupt):
+            quick(class_dir=folder)
+    assert files_of(folder) == {f"class-{number:05d}.png" for number in range(3)}
+    calls = spy(monkeypatch, t2i, "generate")
+    quick(class_dir=folder, output="second")
+    assert [seed for call in calls for seed in call.args[4]] == [("class picture", 3)]
+    for number in range(3):
+        assert sha256(folder / f"class-{number:05d}.png") == sha256(ready / f"class-{number:05d}.png")
+
+
+def test_own_class_pictures_are_used_and_only_the_rest_is_generated(t2i, quick, tmp_path, monkeypatch):
+    """Three photographs of the user's and one generated picture make four, each seen once in four steps."""
+    folder = tmp_path / "class"
+    for number in range(3):
+        draw_photo(folder / f"mine-{number}.jpg", (80, 80), seed=50 + number)
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+    generated, calls = spy(monkeypatch, t2i, "generate"), spy(monkeypatch, t2i, "batch_losses")
+    quick("--max_train_steps", "4", class_dir=folder)
+    assert sum(len(call.args[4]) for call in generated) == 1
+    assert {name: sha256(folder / name) for name in before} == before
+    _, class_batches = instance_and_class(calls)
+    seen = sorted(name for batch, _ in class_batches for name in batch["name"])
+    assert seen == ["class-00000.png", "mine-0.jpg", "mine-1.jpg", "mine-2.jpg"]
+
+
+def test_a_round_uses_every_class_picture_once_with_the_class_prompt(t2i, quick, class_dir, monkeypatch):
+    """Four class pictures in batches of two: two steps, beside instance batches on their own stream."""
+    calls = spy(monkeypatch, t2i, "batch_losses")
+    quick("--train_batch_size", "2", class_dir=class_dir)
+    instance, classes = instance_and_class(calls)
+    assert sorted(name for batch, _ in classes for name in batch["name"]) == sorted(p.name for p in class_dir.iterdir())
+    assert {caption for batch, _ in classes for caption in batch["caption"]} == {"a photo of a toy"}
+    assert {caption for batch, _ in instance for caption in batch["caption"]} == {"a photo of sks toy"}
+    for (ours, _), (theirs, _) in zip(instance, classes, strict=True):
+        assert not torch.equal(ours["noise"], theirs["noise"])
+
+
+def test_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(t2i, quick, class_dir, monkeypatch):
+    """What is logged and what is differentiated equals the two-mean formula, also over accumulated batches."""
+    calls = spy(monkeypatch, t2i, "batch_losses")
+    flags = ("--cache_latents", "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    folder = quick(*flags, "--prior_loss_weight", "2.5", class_dir=class_dir)
+    instance, classes = instance_and_class(calls)
+    for step, line in enumerate(metrics(folder)):
+        ours, theirs = (
+            torch.cat([losses.detach() for _, losses in side[2 * step : 2 * step + 2]]) for side in (instance, classes)
+        )
+        assert len(ours) == len(theirs) == 4
+        assert line["loss"] == pytest.approx((ours.mean() + 2.5 * theirs.mean()).item(), rel=1e-6)
+
+
+def test_loss_and_gradient_are_linear_in_the_prior_weight(t2i, quick, class_dir, monkeypatch):
+    """Weight 0 trains exactly as without prior preservation; weight w adds w times the class part."""
+    gradients = {}
+
+    def keep(state, original=t2i.apply_update):
+        flat = torch.cat([p.grad.flatten() for name, p in state.parameters.items() if "lora_B" in name])
+        gradients.setdefault(current, flat.clone())
+        return original(state)
+
+    monkeypatch.setattr(t2i, "apply_update", keep)
+    runs = {}
+    for weight in (0.0, 1.0, 3.0):
+        current = weight
+        flags = ("--cache_latents", "--max_grad_norm", "1e9", "--prior_loss_weight", weight)
+        runs[weight] = quick(*flags, class_dir=class_dir, output=f"weight-{weight}")
+    current = "alone"
+    alone = quick("--cache_latents", "--max_grad_norm", "1e9", output="alone")
+    assert_same_run(alone, runs[0.0])
+    base, one, three = (column(runs[weight], "loss")[0] for weight in (0.0, 1.0, 3.0))
+    assert one > base and three - base == pytest.approx(3 * (one - base), rel=1e-5)
+    torch.testing.assert_close(
+        gradients[3.0] - gradients[0.0], 3 * (gradients[1.0] - gradients[0.0]), rtol=1e-4, atol=1e-5
+    )
+    assert gradients[1.0].sub(gradients[0.0]).norm() > 0.1 * gradients[0.0].norm()
+
+
+def test_cached_class_pictures_train_like_uncached_ones(quick, class_dir):
+    """--cache_latents covers the class pictures as well."""
+    flags = ("--center_crop", "--adam_epsilon", "1e-3")
+    plain = quick(*flags, class_dir=class_dir, output="plain")
+    assert_close_runs(plain, quick(*flags, "--cache_latents", class_dir=class_dir, output="cached"))
+
+
+def test_class_pictures_can_be_generated_in_another_precision_than_training(t2i, quick, tmp_path, monkeypatch):
+    """--prior_generation_precision bf16 draws with a bf16 base and trains on the fp32 one."""
+    loads = spy(monkeypatch, t2i, "load_transformer")
+    folder = quick("--prior_generation_precision", "bf16", class_dir=tmp_path / "class")
+    assert [call.result.dtype for call in loads] == [torch.bfloat16, torch.float32]
+    assert len(files_of(tmp_path / "class")) == COUNT
+    assert {tensor.dtype for tensor in lora(folder).values()} == {torch.float32}
+
+
+def test_the_bare_base_model_draws_the_class_pictures(t2i, quick, ready, tmp_path, monkeypatch):
+    """Pictures drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
+    modes = []
+
+    def look(run, parts, *rest, original=t2i.generate):
+        modes.append((parts.transformer.training, any("lora" in name for name, _ in parts.transformer.named_modules())))
+        return original(run, parts, *rest)
+
+    first = quick("--learning_rate", "1e-1", output="first")
+    monkeypatch.setattr(t2i, "generate", look)
+    quick("--init_lora_from", first / "pytorch_lora_weights.safetensors", class_dir=tmp_path / "class", output="second")
+    assert modes == [(False, False)] * 2
+    assert sha256(tmp_path / "class" / "class-00000.png") == sha256(ready / "class-00000.png")

@@ -1,0 +1,378 @@
+"""Pictures, sheets, losses, trackers and the model card of runs on the tiny model, in this process."""
+
+import functools
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from runs import LORA, assert_same_run, column, files_of, lora, metrics, spy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.e2e
+
+DRAW = ("--num_validation_images", "1", "--num_inference_steps", "2")
+EVERY_STEP = ("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW)
+STRENGTHS = ("0.6", "0.8", "1.0")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that the tests of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(train, cache):
+    """`train` with the shared cache."""
+    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
+
+
+def card_of(folder: Path) -> ModelCard:
+    """The parsed model card."""
+    return ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+
+
+def python_of(card: ModelCard) -> str:
+    """The snippet in the card."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.S | re.M)
+    return code
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture."""
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def pixels(path: Path) -> np.ndarray:
+    """A picture as signed integers."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+# ------------------------------------------------------------------------------------------------------- while training
+
+
+def test_pictures_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all(quick):
+    """Baseline at step 0, every second step, two prompts with two pictures each; rows are prompts, columns steps."""
+    flags = ("--validation_prompt", "a toy", "a red toy on grass", "--validation_steps", "2", "--max_train_steps", "4")
+    flags += ("--num_validation_images", "2", "--num_inference_steps", "1", "--validation_size", "64,96")
+    folder = quick(*flags, "--skip_final_inference")
+    pictures = {f"prompt-{row}_image-{number}.png" for row in (0, 1) for number in (0, 1)}
+    expected = {f"step-{step:06d}/{name}" for step in (0, 2, 4) for name in pictures}
+    assert files_of(folder / "samples") == expected | {"contact_sheet.png"}
+    sizes = {size_of(folder / "samples" / name) for name in expected}
+    assert sizes == {(96, 64)}
+    hashes = {(folder / "samples" / "step-000000" / name).read_bytes() for name in pictures}
+    assert len(hashes) == 4
+    sheet = pixels(folder / "samples" / "contact_sheet.png")
+    wide, high = 256, round(64 * 256 / 96)  # every cell is scaled to 256 pixels on its longer side
+    assert sheet.shape == (2 * (high + 28) + 24, 3 * (wide + 8) + 8, 3)
+    for x, step in enumerate((0, 2, 4)):
+        for row in (0, 1):
+            top, left = 24 + row * (high + 28), 8 + x * (wide + 8)
+            shown = sheet[top : top + high, left : left + wide].mean(axis=(0, 1))
+            picture = pixels(folder / "samples" / f"step-{step:06d}" / f"prompt-{row}_image-0.png").mean(axis=(0, 1))
+            assert np.abs(shown - picture).max() < 2
+    assert [line["step"] for line in metrics(folder) if "validation_loss" in line] == [2, 4]
+
+
+def test_pictures_change_with_training_and_start_from_the_base_model(quick, tiny, t2i, monkeypatch):
+    """Step 0 is what the untouched pipeline draws from the same noise; later steps differ from it."""
+    calls = spy(monkeypatch, t2i, "train")
+    folder = quick(*EVERY_STEP, "--learning_rate", "3e-2", "--skip_final_inference")
+    run, parts, _, _ = calls[0].args
+    pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
+    expected = draw(t2i, run, parts, pipeline, "a toy")
+    shown = [pixels(folder / "samples" / f"step-00000{step}" / "prompt-0_image-0.png") for step in (0, 1, 3)]
+    assert np.abs(shown[0] - expected).max() <= 1
+    assert np.abs(shown[1] - shown[0]).max() > 1 and np.abs(shown[2] - shown[1]).max() > 1
+
+
+def draw(t2i, run, parts, pipeline, prompt: str) -> np.ndarray:
+    """What the installed pipeline draws with its own encoder and decoder from the noise of the first picture."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 64}
+    options["generator"] = [t2i.make_generator(run.seed, "validation", 0, 0)]
+    return np.asarray(pipeline(prompt=prompt, **options).images[0]).astype(int)
+
+
+@pytest.mark.parametrize("flags", [("--cache_latents",), ("--random_flip", "--caption_dropout", "0.3")])
+def test_training_with_validation_is_bit_identical_to_training_without(train, cache, flags):
+    """Drawing pictures shifts no random number, neither in the data nor in the dropout."""
+    flags = ("--latents_cache_dir", cache, "--lora_dropout", "0.3", *flags)
+    assert_same_run(train(*flags, output="without"), train(*flags, *EVERY_STEP, output="with"))
+
+
+def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(t2i, quick, monkeypatch):
+    """Dtypes, devices, values, requires_grad, optimizer and schedule are as before; eval mode while drawing."""
+    modes, states = [], []
+
+    def generate(run, parts, *rest, original=t2i.generate):
+        modes.append(parts.transformer.training)
+        return original(run, parts, *rest)
+
+    def snapshot(parts, state):
+        models = {"transformer": parts.transformer, "vae": parts.vae}
+        tensors = {
+            f"{key}.{name}": tensor for key, model in models.items() for name, tensor in model.state_dict().items()
+        }
+        facts = {name: (t.dtype, t.device, t.requires_grad, t.double().sum().item()) for name, t in tensors.items()}
+        trained = [name for name, parameter in parts.transformer.named_parameters() if parameter.requires_grad]
+        moments = [slot["exp_avg"].double().sum().item() for slot in state.optimizer.state.values()]
+        hooks = [len(module._forward_pre_hooks) for module in parts.transformer.modules()]
+        scaling = [layer.scaling["default"] for layer in parts.transformer.modules() if hasattr(layer, "scaling")]
+        return facts, trained, moments, state.schedule.state_dict()["_last_lr"], hooks, scaling
+
+    def validate(run, parts, state, original=t2i.validate):
+        before = snapshot(parts, state)
+        values = original(run, parts, state)
+        states.append((before, snapshot(parts, state), parts.transformer.training))
+        return values
+
+    monkeypatch.setattr(t2i, "generate", generate)
+    monkeypatch.setattr(t2i, "validate", validate)
+    quick(*EVERY_STEP, "--lora_dropout", "0.1", "--skip_final_inference", "--lr_scheduler", "cosine")
+    assert modes == [False] * 4 and len(states) == 4
+    for before, after, training in states:
+        assert before == after and training
+
+
+def test_the_scheduler_on_disk_is_used_and_not_the_training_schedule(t2i, quick, monkeypatch):
+    """Each validation makes a scheduler of its own, so no inference steps leak into the next."""
+    calls = spy(monkeypatch, t2i, "make_pipeline")
+    quick(*EVERY_STEP, "--skip_final_inference", "--max_train_steps", "2")
+    schedulers = [call.result.scheduler for call in calls]
+    assert len({id(scheduler) for scheduler in schedulers}) == 3
+    assert all(scheduler.config.use_dynamic_shifting for scheduler in schedulers)
+
+
+def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learning(t2i, quick, monkeypatch):
+    """The same number twice at step 0, logged afterwards, and lower after steps on the same pictures."""
+    starts = []
+
+    def train(run, parts, state, stop, original=t2i.train):
+        parts.transformer.eval()
+        starts.append(t2i.validation_loss(run, parts))
+        torch.manual_seed(123)
+        starts.append(t2i.validation_loss(run, parts))
+        return original(run, parts, state, stop)
+
+    monkeypatch.setattr(t2i, "train", train)
+    flags = ("--max_train_steps", "16", "--learning_rate", "3e-3", "--validation_steps", "8", "--lora_dropout", "0.1")
+    folder = quick("--validation_prompt", "a toy", *DRAW, *flags, "--skip_final_inference")
+    assert starts[0] == starts[1]
+    logged = [line["validation_loss"] for line in metrics(folder) if "validation_loss" in line]
+    assert len(logged) == 2 and starts[0] > logged[0] > logged[1]
+
+
+# ------------------------------------------------------------------------------------------------------- final pictures
+
+
+def test_final_pictures_come_from_the_saved_file_at_three_strengths(t2i, quick, tiny, monkeypatch):
+    """Each equals what a fresh pipeline draws with the LoRA file at that strength."""
+    calls, reads = spy(monkeypatch, t2i, "train"), spy(monkeypatch, t2i, "load_lora")
+    flags = (
+        "--final_validation_prompt",
+        "a toy",
+        "--learning_rate",
+        "3e-2",
+        "--lora_alpha",
+        "8",
+        "--lora_dropout",
+        "0.5",
+    )
+    folder = quick(*flags, *DRAW)
+    run, parts, _, _ = calls[0].args
+    assert [call.args[1] for call in reads] == [folder / LORA]
+    final = folder / "samples" / "final"
+    assert files_of(final) == {"contact_sheet.png"} | {f"strength-{s}/prompt-0_image-0.png" for s in STRENGTHS}
+    assert size_of(final / "contact_sheet.png") == (3 * (256 + 8) + 8, 256 + 28 + 24)
+    pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
+    base = draw(t2i, run, parts, pipeline, "a toy")
+    pipeline.load_lora_weights(folder, weight_name=LORA, adapter_name="lora")
+    distances = []
+    for strength in STRENGTHS:
+        pipeline.set_adapters("lora", float(strength))
+        shown = pixels(final / f"strength-{strength}" / "prompt-0_image-0.png")
+        assert np.abs(shown - draw(t2i, run, parts, pipeline, "a toy")).max() <= 1
+        distances.append(np.abs(shown - base).mean())
+    assert min(distances) > 0 and len(set(distances)) == 3
+
+
+def test_a_final_prompt_alone_draws_at_the_end_only(quick):
+    """--final_validation_prompt needs no --validation_prompt; nothing is drawn while training."""
+    folder = quick("--final_validation_prompt", "a blue toy", *DRAW)
+    assert [path.name for path in (folder / "samples").iterdir()] == ["final"]
+    assert not [line for line in metrics(folder) if "validation_loss" in line]
+    assert [widget["text"] for widget in card_of(folder).data.widget] == ["a blue toy"]
+
+
+def test_skipping_the_final_pictures_keeps_those_of_training(quick):
+    """--skip_final_inference draws nothing at the end, and the card has no gallery."""
+    folder = quick(*EVERY_STEP, "--skip_final_inference", "--max_train_steps", "1")
+    assert not (folder / "samples" / "final").exists() and (folder / "samples" / "step-000001").is_dir()
+    assert not card_of(folder).data.to_dict().get("widget")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), TypeError("a new diffusers"), KeyError("part")])
+def test_final_pictures_that_fail_are_a_warning_and_the_lora_stays(t2i, quick, monkeypatch, capsys, error):
+    """Whatever goes wrong after the save: exit without an error, LoRA and card are there."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(t2i, "generate", fail)
+    folder = quick("--final_validation_prompt", "a toy", *DRAW)
+    said = capsys.readouterr().err
+    assert "final pictures: failed" in said and type(error).__name__ in said
+    assert lora(folder) and card_of(folder).data.library_name == "diffusers"
+
+
+# ------------------------------------------------------------------------------------------------------------- trackers
+
+
+def test_tensorboard_holds_the_numbers_of_the_metrics_file_and_the_pictures(quick):
+    """Every step's loss and learning rate, the fixed-noise loss also of step 0, one image entry per validation."""
+    folder = quick("--report_to", "tensorboard", *EVERY_STEP, "--skip_final_inference")
+    (events,) = {
+        path.parent for path in (folder / "logs").rglob("*tfevents*") if "loss" in tags(path.parent)["scalars"]
+    }
+    board = EventAccumulator(str(events), size_guidance={"images": 0, "scalars": 0})
+    board.Reload()
+    for key in ("loss", "lr", "grad_norm", "lora_norm"):
+        assert [event.step for event in board.Scalars(key)] == [1, 2, 3]
+        assert [event.value for event in board.Scalars(key)] == pytest.approx(column(folder, key), rel=1e-6)
+    assert [event.step for event in board.Scalars("validation_loss")] == [0, 1, 2, 3]
+    (name,) = [tag for tag in board.Tags()["images"] if tag.startswith("validation")]
+    assert [image.step for image in board.Images(name)] == [0, 1, 2, 3]
+    assert (board.Images(name)[0].width, board.Images(name)[0].height) == (64, 64)
+
+
+def tags(folder: Path) -> dict[str, list[str]]:
+    """Tags of a TensorBoard folder."""
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board.Tags()
+
+
+def test_a_tracker_that_fails_is_a_warning_and_training_goes_on(quick, monkeypatch, capsys):
+    """The numbers are still in metrics.jsonl."""
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*_args, **_kwargs):
+        raise ConnectionError("no route to the board")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    monkeypatch.setattr(TensorBoardTracker, "log_images", fail)
+    folder = quick("--report_to", "tensorboard", *EVERY_STEP, "--skip_final_inference")
+    assert column(folder, "step") == [1, 2, 3]
+    assert capsys.readouterr().err.count("no route to the board") >= 4
+
+
+# ----------------------------------------------------------------------------------------------------------------- card
+
+
+def test_the_card_parses_and_its_gallery_shows_pictures_that_exist(quick):
+    """Tags, trigger, one widget per final picture with a path in the folder."""
+    flags = ("--validation_prompt", "a toy", "a red toy", "--num_validation_images", "2", "--num_inference_steps", "1")
+    folder = quick(*flags, "--max_train_steps", "1")
+    data = card_of(folder).data.to_dict()
+    assert {"text-to-image", "lora", "diffusers", "flux2", "template:sd-lora"} <= set(data["tags"])
+    assert data["instance_prompt"] == "a photo of sks toy"
+    assert [widget["text"] for widget in data["widget"]] == ["a toy", "a toy", "a red toy", "a red toy"]
+    for widget in data["widget"]:
+        assert (folder / widget["output"]["url"]).is_file()
+    assert "<Gallery />" in card_of(folder).text
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_licence_is_that_of_the_base_models_own_readme_or_else_of_its_family(quick, tiny, tmp_path, own):
+    """A base with a card of its own passes its licence on; one without has the licence of FLUX.2 [dev]."""
+    model = shutil.copytree(tiny, tmp_path / "base")
+    (model / "README.md").unlink()
+    if own:
+        (model / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    data = card_of(quick("--pretrained_model_name_or_path", model, "--max_train_steps", "1")).data.to_dict()
+    if own:
+        assert data["license"] == "mit" and "license_name" not in data
+    else:
+        assert data["license"] == "other" and data["license_name"] == "flux-non-commercial-license"
+        assert data["license_link"].startswith("https://huggingface.co/black-forest-labs/")
+
+
+def test_the_cards_snippet_runs_as_it_stands(quick, tiny, tmp_path, monkeypatch):
+    """Only the line that needs a GPU is left out; it writes a picture of the right size with the LoRA on."""
+    folder = quick("--final_validation_prompt", 'it\'s a "toy"', "--validation_size", "64,96", *DRAW)
+    code = python_of(card_of(folder))
+    (offload,) = [line for line in code.splitlines() if "enable_model_cpu_offload" in line]
+    (tmp_path / "desk").mkdir()
+    (tmp_path / "desk" / tiny.name).symlink_to(tiny)
+    (tmp_path / "desk" / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path / "desk")
+    names = {}
+    exec(compile(code.replace(offload, ""), "snippet", "exec"), names)
+    assert size_of(Path("picture.png")) == (96, 64)
+    assert names["pipeline"].get_active_adapters()
+
+
+HOSTILE = "a \"toy\": [x]\n---\nlicense: mit\n---\n``` | <script>alert(1)</script> # {0} {prompt} \\ %s '''"
+
+
+def test_a_hostile_prompt_leaves_a_card_that_parses(quick):
+    """Quotes, YAML, Markdown, HTML and format braces in prompts stay text."""
+    flags = ("--instance_prompt", HOSTILE, "--final_validation_prompt", HOSTILE, *DRAW, "--max_train_steps", "1")
+    folder = quick(*flags)
+    card = card_of(folder)
+    assert card.data.license != "mit" and card.data.instance_prompt == HOSTILE
+    assert card.data.widget[0]["text"] == HOSTILE
+    code = python_of(card)
+    compile(code, "snippet", "exec")
+    assert repr(HOSTILE) in code
+    prose = card.text.replace(code, "")
+    assert "<script>" not in prose
+    assert not [line for line in prose.splitlines() if line.strip() in ("---", "license: mit")]
+
+
+def test_no_file_that_is_shared_names_a_folder_of_this_machine(quick, tiny):
+    """Card and LoRA header carry names, not paths."""
+    from safetensors import safe_open
+
+    folder = quick("--max_train_steps", "1")
+    with safe_open(folder / LORA, "pt") as file:
+        header = str(file.metadata())
+    for text in ((folder / "README.md").read_text(), header):
+        assert str(tiny.parent) not in text and str(folder.parent) not in text
+        assert tiny.name in text
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny_klein"])
+def test_a_run_that_does_not_push_opens_no_connection(train, request, tmp_path, monkeypatch, family):
+    """Not even with the Hub switched on and the model given as a relative path that reads like a hub id."""
+    model = request.getfixturevalue(family)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    attempts = []
+
+    def refuse(*args, **_):
+        attempts.append(args)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    flags = ("--pretrained_model_name_or_path", "models/base", "--final_validation_prompt", "a toy", *DRAW)
+    folder = train(*flags, "--report_to", "tensorboard")
+    assert attempts == [] and (folder / "samples" / "final" / "contact_sheet.png").is_file()
