@@ -1879,8 +1879,8 @@ def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample]) ->
         guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
         prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
         prior_loss_weight lr_power"""
-    result = {name: vars(run.args).get(name) for name in names.split()}
-    result["text_encoder_out_layers"] = list(run.text_layers)
+    result = {"text_encoder_out_layers": list(run.text_layers)}
+    result |= {name: vars(run.args).get(name) for name in names.split()}
     if run.args.timestep_shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
     data = [(s.sha256, s.caption, s.target) for s in [*samples, *class_samples]]
@@ -2135,8 +2135,7 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
     """Pictures, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
     parts.transformer.eval()
     try:
-        samples_dir = run.output_dir / "samples"
-        prompts = list(run.args.validation_prompt)
+        samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
         pictures = draw_samples(run, parts, prompts, samples_dir / f"step-{state.step:06d}")
         steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
         draw_sheet(prompts, [(f"step {int(s.name[5:])}", s) for s in steps], samples_dir / "contact_sheet.png")
@@ -2635,8 +2634,8 @@ def peak_memory(run: Run) -> dict[str, float]:
         return {}
     import resource  # POSIX only
 
-    scale = 1 if sys.platform == "darwin" else 1024
-    return {"peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
 
 
 def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
@@ -2813,12 +2812,12 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 def print_results(run: Run) -> None:
     """The last lines of a run: where everything is."""
     log.info(f"done in {time.monotonic() - run.started:.0f} s")
-    for label, name in (
-        ("LoRA", LORA_FILE),
-        ("pictures", "samples"),
-        ("card", "README.md"),
-        ("settings", "config.args"),
-    ):
+    for label, name in {
+        "LoRA": LORA_FILE,
+        "pictures": "samples",
+        "card": "README.md",
+        "settings": "config.args",
+    }.items():
         if (run.output_dir / name).exists():
             log.info(f"{label:>9}: {run.output_dir / name}")
 
