@@ -252,7 +252,6 @@ PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_
 SECRET_FLAGS = ("hub_token",)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
-RECORDS_COMMAND_LINE = {"wandb", "comet_ml", "all"}  # trackers that upload sys.argv
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
 
@@ -274,8 +273,7 @@ OWN_FLAGS = {
 
 
 # region shared: arguments-parsing
-DEFAULTS = {name: options["default"] for table in (SHARED_FLAGS, OWN_FLAGS) for rows in table.values()
-            for name, options in rows}  # fmt: skip
+DEFAULTS = {name: row["default"] for rows in [*SHARED_FLAGS.values(), *OWN_FLAGS.values()] for name, row in rows}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -436,7 +434,7 @@ def check_trackers_and_hub(args: Args) -> Iterator[str]:
     asked = {name.strip().lower() for name in args.report_to.split(",")}
     for name in sorted(asked - {*TRACKERS, "all", "none", ""}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
-    if args.hub_token and asked & RECORDS_COMMAND_LINE:
+    if args.hub_token and asked & {"wandb", "comet_ml", "all"}:  # these upload sys.argv
         yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
     if "wandb" in asked and not wandb_can_start():
         yield "--report_to wandb: not logged in; run `wandb login` or set WANDB_MODE=offline"
@@ -970,17 +968,13 @@ class PictureIndex:
         if stamp:
             self.files[str(source.path)] = [*stamp, sha256]
         if sha256 not in self.pictures:
-            self.pictures[sha256] = self.verdict(data)
+            self.decoded += 1
+            try:
+                picture = decode_picture(data)
+                self.pictures[sha256] = [picture.height, picture.width, None]
+            except (ValueError, MemoryError) as error:
+                self.pictures[sha256] = [0, 0, str(error)]
         return sha256, self.pictures[sha256]
-
-    def verdict(self, data: bytes) -> list:
-        """Decodes fully: [height, width, None], or the reason why the picture is refused."""
-        self.decoded += 1
-        try:
-            picture = decode_picture(data)
-        except (ValueError, MemoryError) as error:
-            return [0, 0, str(error)]
-        return [picture.height, picture.width, None]
 
     def save(self) -> None:
         """Writes the index so that a crash leaves the old or the new one."""
@@ -1543,11 +1537,11 @@ def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]
     return [full for full in linear_names if full in chosen]
 
 
-def linear_module_names(config: dict[str, Any]) -> list[str]:
-    """Names of all Linear modules of the architecture, from its config alone (meta device, no memory)."""
+def linear_modules(config: dict[str, Any]) -> dict[str, nn.Linear]:
+    """All Linear modules of the architecture by name, from its config alone (meta device, no memory)."""
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel.from_config(config)
-    return [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
 
 class LoraLinear(nn.Linear):
@@ -1622,8 +1616,9 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     return parameters
 
 
-def load_lora(parameters: dict[str, nn.Parameter], path: Path, alpha: float, remedy: str) -> None:
+def load_lora(parameters: dict[str, torch.Tensor], path: Path, alpha: float) -> None:
     """Copies a LoRA file into the adapter. Raises UserError unless modules, shapes and alpha are the same."""
+    remedy = "give --rank, --lora_alpha and --lora_layers of that file"
     try:
         with safe_open(path, "pt") as file:
             stored = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
@@ -2228,11 +2223,11 @@ def write_config(run: Run, basenames: bool = False) -> str:
 
 def base_license(run: Run) -> dict[str, str]:
     """Licence fields of the base model: from its own card if it has one here, else the family's."""
-    found = {}
+    card, keys = run.model.folder / "README.md", ("license", "license_name", "license_link")
     with contextlib.suppress(OSError, ValueError):
-        data = huggingface_hub.ModelCard.load(run.model.folder / "README.md").data.to_dict()
-        found = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
-    return found or run.family.license
+        data = huggingface_hub.ModelCard.load(card).data.to_dict()
+        return {key: data[key] for key in keys if data.get(key)} or run.family.license
+    return run.family.license
 
 
 CARD = """---
@@ -2330,7 +2325,7 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
     try:
-        load_lora(parameters, run.output_dir / LORA_FILE, lora_alpha(run.args), "it was just saved")
+        load_lora(parameters, run.output_dir / LORA_FILE, lora_alpha(run.args))
         parts.transformer.eval()
         strengths = {strength: final / f"strength-{strength}" for strength in (0.6, 0.8, 1.0)}
         for strength, folder in strengths.items():
@@ -2468,9 +2463,8 @@ class StopSignals:
 
     def check_time(self, run: Run) -> None:
         """The time limit counts as a SIGTERM."""
-        limit = run.args.max_train_minutes
-        if limit and self.received is None and time.monotonic() - run.started > 60 * limit:
-            log.warning(f"--max_train_minutes {limit:g} is over")
+        if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
+            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
             self.received = signal.SIGTERM
 
 
@@ -2720,10 +2714,9 @@ def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
     except OSError as error:
         raise SaveFailed(f"the last save failed ({error}); free space in {run.output_dir}, then resume") from error
     if stop.received is not None:
-        words = [word for word in sys.argv if word != "--overwrite_output_dir"]
-        words = without_flag(words, "--hub_token") if run.args.hub_token else words
-        resume = f"python {shlex.join(words)} --resume_from_checkpoint latest"
-        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume}")
+        words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
+        words = [word for word in words if word != "--overwrite_output_dir"] + ["--resume_from_checkpoint", "latest"]
+        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    python {shlex.join(words)}")
         run.accelerator.end_training()
         raise Stopped(128 + stop.received)
     write_card(run, state, [])
@@ -2739,16 +2732,15 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     parts.transformer = load_transformer(run)
     parameters = add_lora(run, parts.transformer)
     if run.args.init_lora_from:
-        remedy = "give --rank, --lora_alpha and --lora_layers of that file"
-        load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args), remedy)
+        load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args))
     if share:
         blocks = [*parts.transformer.transformer_blocks, *parts.transformer.single_transformer_blocks]
         chosen = {id(block) for block in blocks[: math.ceil(share * len(blocks))]}
         parts.transformer.enable_gradient_checkpointing(functools.partial(recompute, chosen))
-    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "no").lower() for name in ("BACKEND", "MODE"))
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":  # the accelerate config asks for torch.compile: block by block, in place, names unchanged
-        options = {} if mode in ("no", "default") else {"mode": mode}
-        parts.transformer.compile_repeated_blocks(backend=backend, dynamic=True, **options)
+        mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+        parts.transformer.compile_repeated_blocks(backend=backend, dynamic=True, mode=mode)
     optimizer, steps = make_optimizer(run, list(parameters.values())), total_steps(run, len(parts.samples))
     lengths = {"num_warmup_steps": run.args.lr_warmup_steps, "num_training_steps": steps}
     shape = {"num_cycles": run.args.lr_num_cycles, "power": run.args.lr_power}
@@ -2801,7 +2793,13 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     for part in ("transformer", "vae") if run.args.remote_text_encoder else ("transformer", "vae", "text_encoder"):
         if not run.model.remote and not any((run.model.folder / part).glob("*.safetensors")):
             raise UserError(f"{run.model.name}: {part}/ holds no .safetensors weights; is the download complete?")
-    targets = resolve_lora_layers(linear_module_names(config), run.args.lora_layers)
+    linears = linear_modules(config)
+    targets = resolve_lora_layers(list(linears), run.args.lora_layers)
+    if run.args.init_lora_from:  # into an adapter that exists only here
+        sizes = {name: (linears[name].in_features, linears[name].out_features) for name in targets}
+        adapter = {f"{name}.lora_A.weight": torch.empty(run.args.rank, size[0]) for name, size in sizes.items()}
+        adapter |= {f"{name}.lora_B.weight": torch.empty(size[1], run.args.rank) for name, size in sizes.items()}
+        load_lora(adapter, Path(run.args.init_lora_from), lora_alpha(run.args))
     prompts = len(set(all_prompts(run, samples)))
     need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
