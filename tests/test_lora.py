@@ -547,3 +547,18 @@ def test_a_file_that_is_no_lora_is_refused_with_its_name(t2i, tiny, tmp_path):
     parameters = t2i.add_lora(run, t2i.load_transformer(run))
     with pytest.raises(t2i.UserError, match=r"broken\.safetensors"):
         t2i.load_lora(parameters, file, 4)
+
+
+@pytest.mark.parametrize("flags", [["--rank", "8"], ["--lora_alpha", "2"], ["--lora_layers", "attn.to_q"]])
+def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_anything_is_loaded(
+    t2i, tiny, photos, tmp_path, monkeypatch, flags
+):
+    """The check needs the header of the file and the config of the model, no weights."""
+    trained(t2i, tiny, tmp_path)
+    for name in ("load_text_encoder", "load_vae", "load_transformer"):
+        monkeypatch.setattr(t2i, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
+    words += ["--resolution", "64", "--rank", "4", "--output_dir", tmp_path / "out", "--report_to", "none"]
+    words += ["--init_lora_from", tmp_path / t2i.LORA_FILE, *flags]
+    with pytest.raises(t2i.UserError, match=r"pytorch_lora_weights\.safetensors"):
+        t2i.main(t2i.parse_args([str(word) for word in words]))

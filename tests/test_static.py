@@ -876,6 +876,14 @@ def test_a_saved_command_line_parses_with_its_script(path: Path, tmp_path: Path,
     assert args.pretrained_model_name_or_path == words[words.index("--pretrained_model_name_or_path") + 1]
 
 
+def test_the_table_of_the_readme_is_the_one_that_the_benchmarks_give():
+    table = run_python("benchmarks/table.py")
+    assert table.returncode == 0 and "not measured" not in table.stdout, table.stdout + table.stderr
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- benchmarks/table.py -->\n")[2].partition("<!-- end of benchmarks/table.py -->")[0]
+    assert shown.strip() == table.stdout.strip()
+
+
 def test_ci_runs_the_test_command():
     path = ROOT / ".ci" / "run"
     assert path.read_text().splitlines()[-1] == "make test"
