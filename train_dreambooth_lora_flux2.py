@@ -97,9 +97,8 @@ class Number:
         return value
 
 
-COUNT, NATURAL = Number(int, 1), Number(int, 0)
-POSITIVE, NOT_NEGATIVE = Number(float, 0, above=True), Number(float, 0)
-SHARE, BETA = Number(float, 0, 1), Number(float, 0, 1 - 2**-24)
+COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = Number(int, 1), Number(int, 0), Number(float, 0, above=True), Number(float, 0)
+SHARE, BETA, FINITE = Number(float, 0, 1), Number(float, 0, 1 - 2**-24), Number(float, -sys.float_info.max)
 
 
 def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -164,9 +163,9 @@ SHARED_FLAGS = {
     ],
     "Flow matching": [
         flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u, or weight"),
-        flag("logit_mean", float, 0.0, "mean of logit(u); below 0 trains more on noisy images"),
+        flag("logit_mean", FINITE, 0.0, "mean of logit(u); below 0 trains more on noisy images"),
         flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)"),
-        flag("mode_scale", float, 1.29, "scale of the mode density"),
+        flag("mode_scale", FINITE, 1.29, "scale of the mode density"),
         flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (by image tokens, as "
              "FLUX.2 is reported to have been trained), none, empirical (that of inference) or a number"),
         flag("guidance_scale", NOT_NEGATIVE, 1.0, "embedded guidance while training; no effect on [klein]"),
@@ -188,7 +187,7 @@ SHARED_FLAGS = {
         flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)"),
         flag("adam_weight_decay", NOT_NEGATIVE, 1e-4, "weight decay of the LoRA"),
         flag("adam_epsilon", POSITIVE, 1e-8, "epsilon of the denominator"),
-        flag("prodigy_beta3", float, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
+        flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
         flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay"),
         flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction"),
         flag("prodigy_safeguard_warmup", bool, True, "Prodigy: keep warm-up out of the step-size estimate"),
@@ -266,7 +265,7 @@ OWN_FLAGS = {
         flag("class_prompt", str, None, "caption of the class pictures, such as 'a photo of a dog'"),
         flag("num_class_images", COUNT, 100, "class pictures wanted"),
         flag("prior_loss_weight", NOT_NEGATIVE, 1.0, "weight of the class loss"),
-        flag("prior_generation_precision", "no|fp32|bf16|fp16", None, "dtype of the model that draws class pictures"),
+        flag("prior_generation_precision", "no|fp32|bf16", None, "dtype of the model that draws class pictures"),
         flag("sample_batch_size", COUNT, 4, "class pictures generated at once"),
     ],
 }  # fmt: skip
@@ -281,7 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     summary, _, story = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=story.strip("\n"), allow_abbrev=False, exit_on_error=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [@SAVED.args] [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for title, shared in SHARED_FLAGS.items():
         group = parser.add_argument_group(title)
@@ -320,9 +319,8 @@ def parse_words(parser: argparse.ArgumentParser, words: list[str]) -> tuple[Args
         if before.startswith("--") and not word.startswith("--"):
             continue  # the value of an unknown flag
         near = difflib.get_close_matches(word.split("=")[0], flags, n=3) if word.startswith("--") else []
-        problems.append(
-            f"{word}: unknown argument; " + (f"did you mean {' or '.join(near)}?" if near else "see --help")
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+        problems.append(f"{word}: unknown argument; {hint}")
     return namespace, problems
 
 
@@ -331,21 +329,11 @@ def without_flag(words: list[str], names: str) -> list[str]:
     kept: list[str] = []
     inside = False
     for word in words:
-        if word.startswith("--"):
+        if word.startswith("-"):
             inside = word.split("=")[0] in names.split("/")
         if not inside:
             kept.append(word)
-    assert len(kept) < len(words), f"argparse complained about {names!r}, which is not on the command line"
     return kept
-
-
-def check_numbers(args: Args) -> Iterator[str]:
-    """Problems of numbers that depend on more than their range."""
-    if args.resolution % 16:
-        near = max(16, round(args.resolution / 16) * 16)
-        yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
-    if not re.fullmatch(r"linear|none|empirical|\d*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", args.timestep_shift):
-        yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
 
 
 def parse_sizes(text: str) -> list[Size]:
@@ -357,7 +345,12 @@ def parse_sizes(text: str) -> list[Size]:
 
 
 def check_sizes(args: Args) -> Iterator[str]:
-    """Problems of --aspect_ratio_buckets and --validation_size."""
+    """Problems of the sizes, and of --timestep_shift."""
+    if args.resolution % 16:
+        near = max(16, round(args.resolution / 16) * 16)
+        yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
+    if not re.fullmatch(r"linear|none|empirical|\d*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", args.timestep_shift):
+        yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
     for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
         text = getattr(args, name)
         with contextlib.suppress(ValueError):
@@ -377,7 +370,7 @@ def check_model(args: Args) -> Iterator[str]:
         yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
     elif Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         yield f"--pretrained_model_name_or_path {model}: the folder has no model_index.json; give a diffusers folder"
-    elif not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    elif os.path.isfile(model) or not (os.path.exists(model) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)):
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
@@ -388,7 +381,7 @@ def check_model(args: Args) -> Iterator[str]:
         yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if args.instance_data_dir and not Path(args.instance_data_dir).is_dir():
+    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
         yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
 
 
@@ -397,8 +390,8 @@ def check_text(args: Args) -> Iterator[str]:
     if args.fsdp_text_encoder:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    if args.remote_text_encoder and (url.scheme not in ("http", "https") or not url.hostname):
-        yield f"--remote_text_encoder_url {args.remote_text_encoder_url}: not an http(s) address"
+    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
+        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
     elif args.remote_text_encoder and url.hostname not in LOOPBACK and not (args.hub_token or hub_token_on_disk()):
         yield (f"--remote_text_encoder: {url.hostname} needs a token (`hf auth login`, HF_TOKEN, --hub_token); "
                "or give a loopback --remote_text_encoder_url, or leave the flag out to encode here")  # fmt: skip
@@ -406,7 +399,8 @@ def check_text(args: Args) -> Iterator[str]:
 
 def hub_token_on_disk() -> bool:
     """Whether HF_TOKEN is set or `hf auth login` left a token; does not read it."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME", Path(caches, "huggingface")))
     return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file()
 
 
@@ -434,9 +428,9 @@ def check_trackers_and_hub(args: Args) -> Iterator[str]:
     asked = {name.strip().lower() for name in args.report_to.split(",")}
     for name in sorted(asked - {*TRACKERS, "all", "none", ""}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
-    if args.hub_token and asked & {"wandb", "comet_ml", "all"}:  # these upload sys.argv
+    if args.hub_token and asked - {"tensorboard", "trackio", "mlflow", "none", ""}:  # may upload sys.argv
         yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
-    if "wandb" in asked and not wandb_can_start():
+    if "wandb" in report_to(args) and not wandb_can_start():
         yield "--report_to wandb: not logged in; run `wandb login` or set WANDB_MODE=offline"
     if args.push_to_hub and not (args.hub_token or hub_token_on_disk()):
         yield "--push_to_hub: no token; run `hf auth login` or set HF_TOKEN"
@@ -444,33 +438,38 @@ def check_trackers_and_hub(args: Args) -> Iterator[str]:
 
 def wandb_can_start() -> bool:
     """Whether wandb has a key, or is told to stay offline."""
-    netrc, mode = Path(os.environ.get("NETRC", Path.home() / ".netrc")), os.environ.get("WANDB_MODE")
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     known = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
-    return known or bool(os.environ.get("WANDB_API_KEY")) or mode in ("offline", "disabled", "dryrun")
+    return known or bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE", "online") != "online"
 
 
 def check_output_dir(args: Args) -> Iterator[str]:
     """Problems of the output folder: not writable, or an earlier run in it that nobody said what to do with."""
     folder = Path(args.output_dir)
-    if problem := unwritable(folder):
-        yield f"--output_dir {folder}: {problem}; choose another folder"
-        return
-    if folder.resolve() in [Path(path).resolve() for path in ("/", Path.home(), args.instance_data_dir or "/")]:
-        yield f"--output_dir {folder}: is the root, the home or the data folder; choose a folder of its own"
+    for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
+        if problem := unwritable(Path(getattr(args, name, None) or ".")):
+            yield f"--{name} {getattr(args, name)}: {problem}; choose another folder"
+            return
+    taken = [Path(path).resolve() for path in (Path.home(), "/", args.instance_data_dir or os.devnull)]
+    for name in ("output_dir", "class_data_dir", "latents_cache_dir"):
+        path = Path(getattr(args, name, None) or "a folder of its own").resolve()
+        if path in taken or taken[-1] in path.parents:
+            yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
     target = args.resume_from_checkpoint
     if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
         yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
-    earlier = sorted(path.name for path in (*folder.glob("checkpoint-*"), folder / LORA_FILE) if path.exists())
+    earlier = [*folder.glob("checkpoint-*"), folder / LORA_FILE, folder / "config.args", folder / "README.md"]
+    earlier = sorted(path.name for path in earlier if os.path.exists(path))
     if earlier and not (target or args.overwrite_output_dir or args.dry_run):
-        yield (f"--output_dir {folder}: holds an earlier run ({', '.join(earlier[:3])}). To go on with it add\n"
+        yield (f"--output_dir {folder}: holds {', '.join(earlier[:3])}, of an earlier run. To go on with it add\n"
                "      --resume_from_checkpoint latest\n    to start anew and remove its files (not the cache) add\n"
                "      --overwrite_output_dir")  # fmt: skip
 
 
 def unwritable(folder: Path) -> str | None:
     """Why `folder` cannot be made or written to, or None; leaves nothing behind."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir():
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(parent):
         return f"{parent} is a file"
     try:
         with tempfile.TemporaryDirectory(dir=parent):
@@ -479,16 +478,13 @@ def unwritable(folder: Path) -> str | None:
         return f"cannot write to {parent} ({error.strerror})"
 
 
-SHARED_CHECKS = (check_numbers, check_sizes, check_model, check_text, check_packages,
-                 check_trackers_and_hub, check_output_dir)  # fmt: skip
+SHARED_CHECKS = (check_sizes, check_model, check_text, check_packages, check_trackers_and_hub, check_output_dir)
 # endregion shared: arguments-parsing
 
 
 # differs: prior preservation is a text-to-image technique
 def check_own(args: Args) -> Iterator[str]:
     """Problems of the prior preservation flags."""
-    if args.prior_generation_precision == "fp16":
-        yield "--prior_generation_precision fp16: FLUX.2's activations overflow fp16; use bf16 or fp32"
     for name, example in (("class_data_dir", "class_pictures"), ("class_prompt", "'a photo of a dog'")):
         if args.with_prior_preservation and not getattr(args, name):
             yield f"--with_prior_preservation: needs --{name} as well, such as --{name} {example}"
@@ -497,9 +493,8 @@ def check_own(args: Args) -> Iterator[str]:
 # differs: prior preservation is a text-to-image technique
 def own_conditions(args: Args) -> list[tuple[str, bool, str]]:
     """(flag, whether it has an effect, what it needs) for the flags of this script."""
-    needs = "--with_prior_preservation"
-    names = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight", "prior_generation_precision")
-    return [(name, args.with_prior_preservation, needs) for name in names]
+    needs = args.with_prior_preservation, "--with_prior_preservation"
+    return [(name, *needs) for name, _ in OWN_FLAGS["Prior preservation"][1:]]
 
 
 # region shared: arguments-result
@@ -512,15 +507,17 @@ def flag_notes(args: Args) -> list[str]:
         ("lr_warmup_steps", schedule != "constant", "--lr_scheduler constant_with_warmup, or another"),
         ("lr_num_cycles", schedule == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
         ("lr_power", schedule == "polynomial", "--lr_scheduler polynomial"),
-        ("prodigy_beta3", prodigy, "--optimizer prodigy"),
+        *((name, prodigy, "--optimizer prodigy") for name in DEFAULTS if name.startswith("prodigy_")),
         ("use_8bit_adam", not prodigy, "--optimizer adamw"),
         ("use_aspect_ratio_buckets", not args.aspect_ratio_buckets, "leaving --aspect_ratio_buckets out"),
         ("num_train_epochs", not args.max_train_steps, "leaving --max_train_steps out"),
-        ("validation_steps", bool(args.validation_prompt), "--validation_prompt"),
+        *((name, bool(args.validation_prompt or args.final_validation_prompt), "--validation_prompt") for name in (
+            "num_validation_images", "validation_guidance_scale", "validation_size", "validation_steps")),
+        ("remote_text_encoder_url", args.remote_text_encoder, "--remote_text_encoder"),
         ("hub_model_id", args.push_to_hub, "--push_to_hub"),
         *((name, False, "being read: it is accepted and ignored") for name in ACCEPTED_NO_EFFECT),
         *own_conditions(args),
-    ]
+    ]  # fmt: skip
     notes = [f"--{name} has no effect without {needs}" for name, works, needs in conditions
              if not works and getattr(args, name) != DEFAULTS[name]]  # fmt: skip
     if args.cache_latents and not args.center_crop:
@@ -528,9 +525,7 @@ def flag_notes(args: Args) -> list[str]:
     if prodigy and args.learning_rate is not None and args.learning_rate < 0.1:
         notes.append(f"--learning_rate {args.learning_rate} is small: Prodigy finds the step size itself, 1.0 is usual")
     if args.hub_token:
-        notes.append(
-            "--hub_token shows in the process list and in accelerate's traceback of a failed run; use HF_TOKEN"
-        )
+        notes.append("--hub_token shows in the process list and in the traceback of accelerate; better use HF_TOKEN")
     return notes
 
 
@@ -587,7 +582,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-LIBRARIES = (torch, diffusers, transformers, accelerate, huggingface_hub)  # whose versions the numbers depend on
 log = logging.getLogger("flux2_lora")
 # endregion shared: imports
 
@@ -640,33 +634,39 @@ class ModelFiles:
             huggingface_hub.snapshot_download(self.name, **wanted)
         return self.folder / subfolder
 
-    def config(self, subfolder: str) -> dict[str, Any]:
-        """The part's config.json. Raises UserError if the checkpoint has none."""
-        path = self.folder / subfolder / "config.json"
+    def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
+        """The part's config.json, or another file. Raises UserError if the checkpoint has none."""
+        path = self.folder / subfolder / file
         if not path.is_file():
-            raise UserError(f"{self.name}: {subfolder}/config.json is missing; is this a complete diffusers folder?")
+            raise UserError(f"{self.name}: {subfolder}/{file} is missing; is this a complete diffusers folder?")
         return json.loads(path.read_text(encoding="utf-8"))
 
     @property
     def is_distilled(self) -> bool:
         """Whether model_index.json calls the checkpoint distilled: no guidance at inference, weak to train on."""
-        return bool(json.loads((self.folder / "model_index.json").read_text(encoding="utf-8")).get("is_distilled"))
+        return bool(self.config(".", "model_index.json").get("is_distilled"))
 
     def identity(self, subfolder: str) -> str:
         """Names the weights of a part in cache keys: the commit, or config and size and time of the weight files."""
         if self.remote:
-            return f"{self.name}@{self.folder.name}/{subfolder}"
+            return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
         config = self.folder / subfolder / "config.json"
         parts = [config.read_text(encoding="utf-8") if config.is_file() else ""]
         for path in sorted((self.folder / subfolder).glob("*")):  # a tokenizer is all small files
             parts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
-        return digest(*parts)
+        return digest(self.variant, *parts)
 
 
 def find_model(args: Args) -> ModelFiles:
     """Finds the checkpoint and fetches its configs, no weights. Raises UserError if it cannot be reached."""
     name = args.pretrained_model_name_or_path
     if Path(name).is_dir():
+        wanted = ["transformer/*.safetensors", "vae/*.safetensors", "scheduler/*.json"]
+        wanted += [] if args.remote_text_encoder else ["text_encoder/*.safetensors", "tokenizer/*.json"]
+        if missing := [pattern for pattern in wanted if not any(Path(name).glob(pattern))]:
+            raise UserError(
+                f"--pretrained_model_name_or_path {name}: {missing[0]} is missing; is the download complete?"
+            )
         return ModelFiles(name, Path(name), False, {}, args.variant)
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
     configs = ["*.json", "*/*.json", "README.md", "tokenizer/*"]
@@ -676,18 +676,16 @@ def find_model(args: Args) -> ModelFiles:
         raise UserError(
             f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
         ) from None
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+    except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
-    return ModelFiles(name, Path(folder), True, options, args.variant)
+    # the commit as revision: parts that are fetched later are of the same one
+    return ModelFiles(name, Path(folder), True, {**options, "revision": Path(folder).name}, args.variant)
 
 
 def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
-    index_path = model.folder / "model_index.json"
-    if not index_path.is_file():
-        raise UserError(f"{model.name}: no model_index.json; a diffusers checkpoint is needed, not a single file")
-    index, config = json.loads(index_path.read_text(encoding="utf-8")), model.config("transformer")
+    index, config = model.config(".", "model_index.json"), model.config("transformer")
     matches = [family for family in FAMILIES if family.pipeline == index.get("_class_name")]
     if not matches:
         known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
@@ -868,15 +866,15 @@ def read_metadata(folder: Path, column: str | None) -> dict[Path, str]:
 
 def inside(folder: Path, name: str) -> Path:
     """`folder/name`. Raises UserError if the name leads out of the folder or to no file."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+    path = Path(os.path.normpath(folder / name))  # not resolved: the files of a Hub snapshot are links to elsewhere
+    if not path.is_relative_to(folder) or not path.is_file():
         raise UserError(f"metadata of {folder}: '{name}' leads out of the folder or does not exist")
     return path
 
 
 def list_folder(args: Args) -> list[tuple[Source, str | None]]:
     """(picture, caption or None) of --instance_data_dir: metadata file first, then captions beside the pictures."""
-    folder = Path(args.instance_data_dir).absolute()
+    folder = Path(os.path.abspath(args.instance_data_dir))
     pictures, captions = list_pictures(folder), read_metadata(folder, args.caption_column)
     if not pictures:
         raise UserError(f"--instance_data_dir {folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
@@ -920,7 +918,10 @@ def list_dataset(args: Args) -> list[tuple[Source, str | None]]:
         raise UserError(f"--image_column {args.image_column}: holds no pictures ({error})") from None
     log.info(f"data: {len(table)} rows of {name}")
     sources = [Source(f"row {row}", None, pictures, row, args.image_column) for row in range(len(table))]
-    return [(source, (text or "").strip() or None) for source, text in zip(sources, captions, strict=True)]
+    return [
+        (source, str("" if text is None else text).strip() or None)
+        for source, text in zip(sources, captions, strict=True)
+    ]
 
 
 def settle_captions(args: Args, listed: list[tuple[Source, str | None]]) -> list[tuple[Source, str]]:
@@ -999,7 +1000,10 @@ def inspect_pictures(
     """
     index = PictureIndex(cache_dir)
     good, bad = [], ""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress("check pictures", len(captioned)) as progress:
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        Progress("check pictures", len(captioned)) as progress,
+    ):
         results = pool.map(index.inspect, [source for source, _ in captioned])
         for (source, caption), (sha256, (height, width, reason)) in zip(captioned, results, strict=True):
             progress.advance()
@@ -1175,7 +1179,7 @@ def report_captions(run: Run, samples: list[Sample]) -> None:
 # region shared: text
 def load_tokenizer(run: Run) -> Any:
     """The family's tokenizer or processor."""
-    return getattr(transformers, run.family.tokenizer).from_pretrained(run.model.part("tokenizer"))
+    return getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
 
 
 def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int | None) -> dict[str, torch.Tensor]:
@@ -1193,11 +1197,8 @@ def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int |
         ]
         template = {"add_generation_prompt": False, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         return tokenizer.apply_chat_template([messages], **template, **limits)
-    messages, template = (
-        [{"role": "user", "content": prompt}],
-        {"add_generation_prompt": True, "enable_thinking": False},
-    )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
     return tokenizer(text, return_tensors="pt", **limits)
 
 
@@ -1292,10 +1293,6 @@ class PromptCache:
         """(B, L, D) on the device."""
         return torch.stack([self.get(prompt) for prompt in prompts]).to(dtype)
 
-    def save(self, prompt: str, embedding: torch.Tensor) -> None:
-        """Writes one embedding atomically."""
-        write_atomically(self.path(prompt), save({"prompt_embeds": embedding.cpu().contiguous()}))
-
 
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
@@ -1319,7 +1316,7 @@ def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
         encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
     with Progress("encode prompts", len(missing)) as progress:
         for prompt in missing:
-            cache.save(prompt, encode(prompt))
+            write_atomically(cache.path(prompt), save({"prompt_embeds": encode(prompt).cpu().contiguous()}))
             progress.advance()
     del encode
     release_memory()
@@ -1336,7 +1333,7 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
 
 
 def release_memory() -> None:
-    """Returns freed memory to the system and the device; the caller has dropped its references."""
+    """Frees what the caller no longer refers to, and the device's cached blocks."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no CUDA
 
@@ -1674,10 +1671,8 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
 # region shared: flow-matching
 def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
     """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
-    shape = args.logit_mean, args.logit_std, args.mode_scale
-    return compute_density_for_timestep_sampling(args.weighting_scheme, 1, *shape, generator=generator)[0].clamp(
-        0.0, 1.0
-    )
+    density = args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale
+    return compute_density_for_timestep_sampling(*density, generator=generator)[0].clamp(0.0, 1.0)
 
 
 def shift_factor(args: Args, tokens: int) -> float:
@@ -1734,8 +1729,8 @@ def predict_velocity(
         timestep=(sigmas_B * 1000).to(dtype) / 1000,
         guidance=guidance,
         encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device),
-        img_ids=position_ids(rows, columns).to(device),
+        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
+        img_ids=position_ids(rows, columns).to(device, non_blocking=True),
         return_dict=False,
     )[0]
 
@@ -1760,11 +1755,13 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     """(losses (B), sigmas) of one micro-batch from the loader."""
     rows, columns = (side // parts.space.cell for side in batch["target"][0])
     sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, rows * columns))
-    on_device = {k: v.to(run.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
+    on_device = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
     if "moments" not in batch:
         on_device["moments"] = encode_pixels(parts.vae_on_device(run), on_device["pixels"])
+        parts.rest_vae(run.args)
     clean_BLC = tokens_from_moments(parts.space, on_device["moments"], on_device.get("posterior_noise"))
-    inputs = parts.prompts.batch(batch["caption"], run.dtype), clean_BLC, on_device["noise"], sigmas_B.to(run.device)
+    inputs = parts.prompts.batch(batch["caption"], run.dtype), clean_BLC, on_device["noise"], on_device["sigmas"]
     return flow_matching_losses(run.args, parts.transformer, *inputs, rows, columns), sigmas_B.tolist()
 
 
@@ -1813,7 +1810,7 @@ def total_steps(run: Run, samples: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
-OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "logs", "samples/final",
+OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "logs/flux2-lora", "samples/final",
              "samples/contact_sheet.png")  # fmt: skip
 
 
@@ -1835,7 +1832,7 @@ def verify_checkpoint(folder: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None when every file has the size and hash of the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, stamp in manifest.items():
+        for name, stamp in {"state.json": None, **manifest}.items():
             if file_stamp(folder / name) != stamp:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError) as error:
@@ -1862,12 +1859,16 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
         if target != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
+    if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
+        raise UserError(
+            f"--resume_from_checkpoint latest: no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew"
+        )
     log.info(f"checkpoint: none in {output_dir}, the run starts from step 0")
     return None
 
 
-def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample]) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
+def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample] | None = None) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run; the class pictures are known later than the rest."""
     names = """rank lora_alpha lora_dropout lora_layers train_batch_size gradient_accumulation_steps optimizer
         use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
         cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift
@@ -1878,8 +1879,11 @@ def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample]) ->
     result |= {name: vars(run.args).get(name) for name in names.split()}
     if run.args.timestep_shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
-    data = [(s.sha256, s.caption, s.target) for s in [*samples, *class_samples]]
-    result.update(data=digest(*data), seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer"))
+    for name, part in (("data", samples), ("class data", class_samples)):
+        result |= {} if part is None else {name: digest(*((s.sha256, s.caption, s.target) for s in part))}
+    result.update(
+        embeddings=PromptCache(run).key, seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer")
+    )
     if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
         # these schedules bend towards the end: another end is another run
         result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(samples))
@@ -1889,8 +1893,7 @@ def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample]) ->
 def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     """Raises UserError naming every setting that differs from the checkpoint's."""
     then = checkpoint.state["fingerprint"]
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    lines = "".join(f"\n    {key}: was {then.get(key)}, is {now.get(key)}" for key in changed)
+    lines = "".join(f"\n    {key}: was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key])
     if lines:
         raise UserError(f"{checkpoint.folder}: not the same run; set back, or start anew:{lines}")
 
@@ -1948,8 +1951,9 @@ def eight_bit_maps(optimizer: Any, device: torch.device) -> dict[str, torch.Tens
 def save_checkpoint(run: Run, state: TrainState) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
     final = run.output_dir / f"checkpoint-{state.step}"
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-checkpoint-", dir=run.output_dir))
+    temporary, old = run.output_dir / f".tmp-checkpoint-{os.getpid()}", run.output_dir / f".tmp-old-{final.name}"
     try:
+        temporary.mkdir()
         tensors, scalars = optimizer_tensors(state)
         tensors |= {f"lora/{name}": p.detach().cpu().contiguous() for name, p in state.parameters.items()}
         (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
@@ -1957,16 +1961,17 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         numbers = {"step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss, "seed": run.seed}
         schedule = {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"}
         content = {**numbers, "fingerprint": state.fingerprint, "optimizer": scalars, "schedule": schedule}
-        content["versions"] = {library.__name__: library.__version__ for library in LIBRARIES}
+        content["versions"] = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
         if final.exists():  # a finished run that was resumed
-            final.rename(run.output_dir / f".tmp-old-{final.name}")
+            final.rename(old)
         temporary.rename(final)
         flush_to_disk(run.output_dir)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -2048,9 +2053,9 @@ class LogHandler(logging.Handler):
 
 
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
-    """The installed pipeline around the resident transformer, without encoder; nothing is moved or cast."""
+    """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
     modules = {"transformer": parts.transformer, "vae": parts.vae_on_device(run)}
-    modules["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.part("scheduler"))
+    modules["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
     if run.family.pipeline == "Flux2KleinPipeline":
         modules["is_distilled"] = run.model.is_distilled
     pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=None, tokenizer=None, **modules)
@@ -2085,11 +2090,13 @@ def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Pat
     """Draws --num_validation_images of each prompt with fixed seeds into `folder`; returns the first of each prompt."""
     pipeline, size, firsts = make_pipeline(run, parts), validation_size(run.args, parts.buckets), []
     folder.mkdir(parents=True, exist_ok=True)
-    for row, prompt in enumerate(prompts):
-        for number in range(run.args.num_validation_images):
+    todo = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
+    with Progress(f"draw {folder.name}", len(todo)) as progress:
+        for (row, prompt), number in todo:
             picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size)[0]
             picture.save(folder / f"prompt-{row}_image-{number}.png")
             firsts += [picture] if number == 0 else []
+            progress.advance()
     parts.rest_vae(run.args)
     return firsts
 
@@ -2134,22 +2141,17 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
         pictures = draw_samples(run, parts, prompts, samples_dir / f"step-{state.step:06d}")
         steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
         draw_sheet(prompts, [(f"step {int(s.name[5:])}", s) for s in steps], samples_dir / "contact_sheet.png")
-        track_images(run, pictures, state.step)
+        for tracker in run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.stack(pictures)}, step=state.step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": pictures}, step=state.step)
         return {"validation_loss": validation_loss(run, parts)}
+    except Exception as error:  # pictures are not worth a run
+        log.warning(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
+        return {}
     finally:
         parts.transformer.train()
-
-
-def track_images(run: Run, pictures: list[PIL.Image.Image], step: int) -> None:
-    """Sends pictures to the trackers that take them; a tracker that fails does not stop training."""
-    for tracker in run.accelerator.trackers:
-        try:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.stack(pictures)}, step=step, dataformats="NHWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": pictures}, step=step)
-        except Exception as error:  # whatever a tracker raises
-            log.warning(f"tracker {tracker.name}: pictures were not logged ({error})")
 
 
 # endregion shared: validation
@@ -2167,7 +2169,7 @@ def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, bu
     log.info(f"class pictures: {present} in {folder.name}, {len(missing)} to generate")
     if missing:
         generate_class_pictures(run, space, prompts, buckets, folder, missing)
-    pictures = list_pictures(folder)[:wanted]
+    pictures = list_pictures(folder)
     captioned = [(Source(str(path.relative_to(folder)), path), run.args.class_prompt) for path in pictures]
     good = inspect_pictures(run.args, captioned, run.cache_dir)
     return [Sample(*picture, target=nearest_bucket(picture[3], buckets)) for picture in good]
@@ -2183,7 +2185,7 @@ def generate_class_pictures(
     dtypes = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, None: run.dtype}
     base_run = replace(run, dtype=dtypes[run.args.prior_generation_precision])
     parts = TrainingParts(space, prompts, load_transformer(base_run).eval(), load_vae(run), [], buckets)
-    pipeline, size = make_pipeline(base_run, parts), validation_size(run.args, buckets)
+    pipeline, size = make_pipeline(base_run, parts), buckets[0]
     with Progress("generate class pictures", len(numbers)) as progress:
         for start in range(0, len(numbers), run.args.sample_batch_size):
             chosen = numbers[start : start + run.args.sample_batch_size]
@@ -2215,7 +2217,7 @@ def write_config(run: Run, basenames: bool = False) -> str:
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
-            words = [Path(word).name if Path(word).is_absolute() else word for word in words]
+            words = [Path(word).name if os.path.exists(word) or word[0] in "/.~" else word for word in words]
         quoted = " ".join(map(shlex.quote, words))
         lines.append(f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}")
     return "\n".join(lines) + "\n"
@@ -2233,16 +2235,12 @@ def base_license(run: Run) -> dict[str, str]:
 CARD = """---
 {head}
 ---
-
 # {title}
-
 A LoRA for {base_text}, trained with `{script}`; the settings are in `config.args`.
 
 <Gallery />
 
 {table}
-
-## Use it
 
 ```python
 import torch
@@ -2270,7 +2268,7 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
     facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
              "steps": state.step, "seed": run.seed, "dtype": dtype, "resolution": run.args.resolution}  # fmt: skip
     rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
-    height, width = validation_size(run.args, [(run.args.resolution, run.args.resolution)])
+    height, width = validation_size(run.args, choose_buckets(run))
     options = {"height": height, "width": width, "num_inference_steps": run.args.num_inference_steps,
                "guidance_scale": run.args.validation_guidance_scale}  # fmt: skip
     prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
@@ -2294,12 +2292,6 @@ def track(run: Run, values: dict[str, Any], step: int) -> None:
         run.accelerator.log(values, step=step)
     except Exception as error:  # whatever a tracker raises
         log.warning(f"trackers: step {step} was not logged ({error})")
-
-
-def write_metrics(run: Run, values: dict[str, Any]) -> None:
-    """Appends one line to metrics.jsonl; floats are written so that they read back exactly."""
-    with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(values) + "\n")
 
 
 def trim_metrics(run: Run, step: int) -> None:
@@ -2358,7 +2350,7 @@ def push(run: Run) -> None:
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
         names = " ".join(f"--include {name}" for name in (LORA_FILE, COMFYUI_FILE, "README.md", "'samples/**'"))
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {folder} {names}")  # fmt: skip
+                    f"    hf upload {run.hub_repo} {shlex.quote(str(folder))} {names}")  # fmt: skip
 
 
 # endregion shared: results
@@ -2423,7 +2415,7 @@ class Stopped(SystemExit):
 class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
     """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
 
-    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (torch.OutOfMemoryError, 6))
+    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (torch.OutOfMemoryError, 6), (KeyboardInterrupt, 130))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Turns a known failure into SystemExit when this file is the program."""
@@ -2479,12 +2471,11 @@ def set_up_logging() -> None:
 
 def refuse_launch() -> None:
     """Raises UserError for accelerate configurations that this script does not run under."""
-    advice = "which this version does not run under; use configs/accelerate/one_gpu.yaml"
-    for engine in ("DEEPSPEED", "MEGATRON_LM", "FSDP", "TPU"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true"):
-            raise UserError(f"the accelerate config asks for {engine}, {advice}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"the launch has {os.environ['WORLD_SIZE']} processes, {advice}")
+    engines = ("DEEPSPEED", "MEGATRON_LM", "FSDP", "TPU")
+    asked = [name for name in engines if os.environ.get(f"ACCELERATE_USE_{name}", "no").lower() in ("1", "true")]
+    if asked or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = ", ".join(asked) or f"{os.environ['WORLD_SIZE']} processes"
+        raise UserError(f"the launch asks for {what}: not in this version; use configs/accelerate/one_gpu.yaml")
 
 
 def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
@@ -2508,7 +2499,7 @@ def start_accelerator(args: Args) -> Run:
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
     accelerator = accelerate.Accelerator(
-        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=report_to(args) or None,
@@ -2550,6 +2541,12 @@ def create_hub_repo(args: Args) -> str | None:
         raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
 
 
+def ignore_signals(_worker: int) -> None:
+    """Workers outlive a signal to the process group (Ctrl-C, Slurm): the main process answers it and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
     """Endless micro-batches from micro-step `first` on: (instance batch,) or (instance batch, class batch)."""
     loaders = []
@@ -2558,6 +2555,7 @@ def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[d
         if samples:
             sampler = SampleStream(targets, run.args.train_batch_size, run.seed, stream, first)
             options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
+            options["worker_init_fn"] = ignore_signals
             dataset = TrainingSet(run, parts.space, samples, stream)
             loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
     return zip(*loaders, strict=True)
@@ -2569,7 +2567,7 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    losses, sigmas, names = [], [], []
+    losses, weights, sigmas, names = [], [], [], []
     for micro in range(accumulation):
         for weight, batch in zip((1.0, prior_weight(run.args)), next(batches), strict=False):
             if run.args.lora_dropout > 0:
@@ -2579,15 +2577,16 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
             losses_B, sigmas_B = batch_losses(run, parts, batch)
             run.accelerator.backward(weight * losses_B.mean())
             losses.append(weight * losses_B.detach())
+            weights += [weight] * len(sigmas_B)
             sigmas += sigmas_B
             names += batch["name"]
     norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
-    # the one wait for the device before the update: everything that the host wants to know comes over together
+    # everything that the host wants to know before the update comes over together, so it waits for the device once
     *row_losses, grad_norm = torch.cat([*losses, norm[None]]).tolist()
     # mean over the micro-batches of mean(instance) + prior_loss_weight x mean(class): what is minimised
     loss = sum(row_losses) / (run.args.train_batch_size * accumulation)
     values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
-    values |= loss_by_sigma(row_losses, sigmas)
+    values |= loss_by_sigma(row_losses, sigmas, weights)
     if math.isfinite(loss) and math.isfinite(grad_norm):
         values |= apply_update(state)
         state.skipped = 0
@@ -2612,11 +2611,11 @@ def apply_update(state: TrainState) -> dict[str, float]:
     return {"lora_norm": norm, "update_ratio": update / norm if norm else 0.0}
 
 
-def loss_by_sigma(row_losses: list[float], sigmas: list[float]) -> dict[str, float]:
-    """Mean loss of the samples in each tenth of sigma that was drawn: `loss_sigma_0.3` is 0.3 to 0.4."""
+def loss_by_sigma(row_losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
+    """Mean loss, without its weight, of the samples in each tenth of sigma: `loss_sigma_0.3` is 0.3 to 0.4."""
     tenths: dict[int, list[float]] = {}
-    for loss, sigma in zip(row_losses, sigmas, strict=True):
-        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss)
+    for loss, sigma, weight in zip(row_losses, sigmas, weights, strict=True):
+        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss / weight if weight else 0.0)
     return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
 
 
@@ -2677,10 +2676,11 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
                 state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
             progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
             stop.check_time(run)
-            if validation_is_due(run, samples, state.step):
+            if stop.received is None and validation_is_due(run, samples, state.step):
                 values |= validate(run, parts, state)
             values |= peak_memory(run)
-            write_metrics(run, values)
+            with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
             track(run, values, state.step)
             watch(state, values)
             if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.received is None:
@@ -2729,18 +2729,19 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     now, share = fingerprint(run, parts.samples, parts.class_samples), run.args.gradient_checkpointing
     if run.resume:
         check_resume(run.resume, now)
-    parts.transformer = load_transformer(run)
-    parameters = add_lora(run, parts.transformer)
+    transformer = parts.transformer = load_transformer(run)
+    parameters = add_lora(run, transformer)
     if run.args.init_lora_from:
         load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args))
     if share:
-        blocks = [*parts.transformer.transformer_blocks, *parts.transformer.single_transformer_blocks]
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         chosen = {id(block) for block in blocks[: math.ceil(share * len(blocks))]}
-        parts.transformer.enable_gradient_checkpointing(functools.partial(recompute, chosen))
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, chosen))
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":  # the accelerate config asks for torch.compile: block by block, in place, names unchanged
-        mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
-        parts.transformer.compile_repeated_blocks(backend=backend, dynamic=True, mode=mode)
+        transformer.compile_repeated_blocks(
+            backend=backend, dynamic=True, mode=os.environ.get("ACCELERATE_DYNAMO_MODE")
+        )
     optimizer, steps = make_optimizer(run, list(parameters.values())), total_steps(run, len(parts.samples))
     lengths = {"num_warmup_steps": run.args.lr_warmup_steps, "num_training_steps": steps}
     shape = {"num_cycles": run.args.lr_num_cycles, "power": run.args.lr_power}
@@ -2770,15 +2771,12 @@ def prepare_output(run: Run) -> Run:
     With --overwrite_output_dir an earlier run's files go first, never the cache. Returns the run with its repository.
     """
     hub_repo = create_hub_repo(run.args)
-    doomed = list(run.output_dir.glob(".tmp-*"))
-    if run.args.overwrite_output_dir and not run.resume:
+    doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
+    if run.args.overwrite_output_dir and not run.resume and (run.output_dir / "config.args").is_file():
         doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
         doomed += run.output_dir.glob("samples/step-*")
     for path in doomed:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_atomically(run.output_dir / "config.args", write_config(run).encode())
     public = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
     settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
@@ -2788,11 +2786,8 @@ def prepare_output(run: Run) -> Run:
 
 
 def check_plan(run: Run, samples: list[Sample]) -> None:
-    """The last checks before anything heavy: LoRA targets, disk space; with --dry_run this is the plan."""
+    """The last checks before anything heavy: weights, LoRA targets, resume, disk; with --dry_run this is the plan."""
     config = run.model.config("transformer")
-    for part in ("transformer", "vae") if run.args.remote_text_encoder else ("transformer", "vae", "text_encoder"):
-        if not run.model.remote and not any((run.model.folder / part).glob("*.safetensors")):
-            raise UserError(f"{run.model.name}: {part}/ holds no .safetensors weights; is the download complete?")
     linears = linear_modules(config)
     targets = resolve_lora_layers(list(linears), run.args.lora_layers)
     if run.args.init_lora_from:  # into an adapter that exists only here
@@ -2800,6 +2795,8 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
         adapter = {f"{name}.lora_A.weight": torch.empty(run.args.rank, size[0]) for name, size in sizes.items()}
         adapter |= {f"{name}.lora_B.weight": torch.empty(size[1], run.args.rank) for name, size in sizes.items()}
         load_lora(adapter, Path(run.args.init_lora_from), lora_alpha(run.args))
+    if run.resume:
+        check_resume(run.resume, fingerprint(run, samples))
     prompts = len(set(all_prompts(run, samples)))
     need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
@@ -2810,12 +2807,8 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 def print_results(run: Run) -> None:
     """The last lines of a run: where everything is."""
     log.info(f"done in {time.monotonic() - run.started:.0f} s")
-    for label, name in {
-        "LoRA": LORA_FILE,
-        "pictures": "samples",
-        "card": "README.md",
-        "settings": "config.args",
-    }.items():
+    results = {"LoRA": LORA_FILE, "pictures": "samples", "card": "README.md", "settings": "config.args"}
+    for label, name in results.items():
         if (run.output_dir / name).exists():
             log.info(f"{label:>9}: {run.output_dir / name}")
 
@@ -2823,26 +2816,26 @@ def print_results(run: Run) -> None:
 @ExitCodes()
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
-    with StopSignals() as stop:
-        run = start_accelerator(args)
-        samples, buckets = check_data(run)
-        check_plan(run, samples)
-        if args.dry_run:
-            return
-        run = prepare_output(run)
-        space = open_latent_space(run)
-        prompts = encode_prompts(run, all_prompts(run, samples))
-        class_samples = prepare_class_samples(run, space, prompts, buckets)
-        vae = encode_pictures(run, space, [*samples, *class_samples])
-        parts = TrainingParts(space, prompts, None, vae, samples, buckets, class_samples)
-        state = set_up_training(run, parts)
+    run = start_accelerator(args)
+    samples, buckets = check_data(run)
+    check_plan(run, samples)
+    if args.dry_run:
+        return
+    run = prepare_output(run)
+    space = open_latent_space(run)
+    prompts = encode_prompts(run, all_prompts(run, samples))
+    class_samples = prepare_class_samples(run, space, prompts, buckets)
+    vae = encode_pictures(run, space, [*samples, *class_samples])
+    parts = TrainingParts(space, prompts, None, vae, samples, buckets, class_samples)
+    state = set_up_training(run, parts)
+    with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
         train(run, parts, state, stop)
         save_results(run, state, stop)
-        write_card(run, state, draw_final_pictures(run, parts, state.parameters))
-        run.accelerator.end_training()
-        if args.push_to_hub:
-            push(run)
-        print_results(run)
+    write_card(run, state, draw_final_pictures(run, parts, state.parameters))
+    run.accelerator.end_training()
+    if args.push_to_hub:
+        push(run)
+    print_results(run)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_a_metadata_row_without_a_file_is_an_error_that_names_it(t2i, tmp_path):
     """A picture that was deleted."""
     fill(tmp_path, "a.jpg")
     write_jsonl(tmp_path, {"file_name": "gone.jpg", "text": "x"})
-    with pytest.raises(t2i.UserError, match=r"'gone\.jpg' does not exist"):
+    with pytest.raises(t2i.UserError, match=r"'gone\.jpg' leads out of the folder or does not exist"):
         listed(t2i, tmp_path)
 
 

@@ -105,7 +105,7 @@ WRONG_FLAGS = {
     "too long a text": (["--max_sequence_length", "1024"], ["--max_sequence_length", "1024", "512"]),
     "a shift that is neither name nor number": (["--timestep_shift", "some"], ["--timestep_shift some", "linear"]),
     "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
-    "fp16 class pictures": (["--prior_generation_precision", "fp16"], ["--prior_generation_precision fp16", "bf16"]),
+    "fp16 class pictures": (["--prior_generation_precision", "fp16"], ["--prior_generation_precision", "fp16", "bf16"]),
     "FP8": (["--do_fp8_training"], ["--do_fp8_training", "not in this version", "leave"]),
     "NF4": (["--bnb_quantization_config_path", "nf4.json"], ["--bnb_quantization_config_path", "leave"]),
     "a sharded text encoder on one process": (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "--offload"]),
@@ -512,3 +512,18 @@ def test_a_usage_error_as_a_program_exits_with_2_and_prints_no_traceback(good):
 
 def test_the_environment_of_the_tests_is_hermetic():
     assert os.environ["HF_HUB_OFFLINE"] == "1" and "HF_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--class_data_dir", "--latents_cache_dir"])
+def test_a_folder_of_the_run_inside_the_data_folder_is_refused(refusal, tmp_path, flag):
+    """What the run writes there would be trained on at the next start."""
+    (tmp_path / "photos").mkdir(exist_ok=True)
+    message = refusal("--instance_data_dir", str(tmp_path / "photos"), flag, str(tmp_path / "photos" / "inside"))
+    assert has(message, flag, "data folder")
+
+
+def test_a_foreign_readme_in_the_output_folder_is_not_overwritten_without_a_word(refusal, tmp_path):
+    """Nothing of the user's is replaced: the run stops and says what is there."""
+    (tmp_path / "README.md").write_text("mine")
+    assert has(refusal("--output_dir", str(tmp_path)), "README.md", "--overwrite_output_dir")
+    assert (tmp_path / "README.md").read_text() == "mine"

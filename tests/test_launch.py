@@ -356,3 +356,28 @@ def test_a_data_error_of_a_program_is_one_message_and_exit_code_2(tmp_path):
     assert process.returncode == 2, process.stdout
     assert "error: --instance_data_dir" in process.stdout and "no picture" in process.stdout
     assert "Traceback" not in process.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
+def test_a_sigterm_to_the_whole_process_group_saves_a_checkpoint_and_exits_with_143(tmp_path, photos):
+    """As Slurm, systemd and `timeout` send it: the loader's workers get it too and must not end the run."""
+    out = tmp_path / "out"
+    words = [
+        "--pretrained_model_name_or_path",
+        "tiny_flux2",
+        "--instance_data_dir",
+        photos,
+        "--instance_prompt",
+        "a toy",
+    ]
+    words += ["--resolution", "64", "--rank", "4", "--max_sequence_length", "64", "--max_train_steps", "100000"]
+    words += ["--output_dir", out, "--report_to", "none", "--dataloader_num_workers", "2"]
+    command = [sys.executable, TEXT_TO_IMAGE, *map(str, words)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGTERM)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 143, errors
+    assert errors.count("SIGTERM") == 1 and list(out.glob("checkpoint-*/manifest.json")), errors

@@ -96,7 +96,7 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, alpha):
 
 def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(t2i, quick, monkeypatch):
     """Floats in the file equal the floats in the run; two micro-batches make one line."""
-    calls = spy(monkeypatch, t2i, "write_metrics")
+    calls = spy(monkeypatch, t2i, "watch")  # it gets the values that were written
     folder = quick("--gradient_accumulation_steps", "2", "--max_train_steps", "4")
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -362,10 +362,10 @@ def test_a_second_start_encodes_and_decodes_nothing_and_loads_only_the_transform
         second = train(*flags, output="second")
     assert_same_run(first, second)
     draw_photo(folder / "02.jpg", (128, 128), seed=99)
-    decoded, encoded = spy(monkeypatch, t2i.PictureIndex, "verdict"), spy(monkeypatch, t2i, "encode_pixels")
+    decoded, encoded = spy(monkeypatch, t2i, "decode_picture"), spy(monkeypatch, t2i, "encode_pixels")
     forbid(monkeypatch, t2i, "load_text_encoder")
     train(*flags, output="third")
-    assert len(decoded) == 1 and len(encoded) == 2  # the new picture and its mirror image
+    assert len(decoded) == 3 and len(encoded) == 2  # the new picture: checked, encoded, and its mirror image
 
 
 def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(t2i, train, monkeypatch, capsys):
