@@ -309,7 +309,11 @@ def test_a_micro_batch_is_the_loss_of_its_parts(t2i, tiny, tmp_path):
     prompts = SimpleNamespace(batch=lambda captions, dtype: asked.append((captions, dtype)) or embeds)
     clean = t2i.tokens_from_moments(space, t2i.encode_pixels(vae, pixels))
     parts = SimpleNamespace(
-        space=space, prompts=prompts, transformer=Knows(noise - clean + 2), vae_on_device=lambda run: vae
+        space=space,
+        prompts=prompts,
+        transformer=Knows(noise - clean + 2),
+        vae_on_device=lambda run: vae,
+        rest_vae=lambda args: None,
     )
     batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels}
     losses, sigmas = t2i.batch_losses(run, parts, {**batch, "caption": ["a", "b"]})
