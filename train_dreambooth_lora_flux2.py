@@ -2217,7 +2217,7 @@ def write_config(run: Run, basenames: bool = False) -> str:
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
-            words = [Path(word).name if os.path.exists(word) or word[0] in "/.~" else word for word in words]
+            words = [Path(word).name if os.path.exists(word) or word[:1] in "/.~" else word for word in words]
         quoted = " ".join(map(shlex.quote, words))
         lines.append(f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}")
     return "\n".join(lines) + "\n"
@@ -2422,7 +2422,7 @@ class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
         for known, code in self.codes if __name__ == "__main__" else ():
             if isinstance(error, known):
                 hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
-                print(f"error: {error}{hint}", file=sys.stderr)
+                print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
                 raise SystemExit(code) from None
 
 
@@ -2614,8 +2614,8 @@ def apply_update(state: TrainState) -> dict[str, float]:
 def loss_by_sigma(row_losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
     """Mean loss, without its weight, of the samples in each tenth of sigma: `loss_sigma_0.3` is 0.3 to 0.4."""
     tenths: dict[int, list[float]] = {}
-    for loss, sigma, weight in zip(row_losses, sigmas, weights, strict=True):
-        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss / weight if weight else 0.0)
+    for loss, sigma, weight in (row for row in zip(row_losses, sigmas, weights, strict=True) if row[2]):
+        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss / weight)
     return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
 
 
@@ -2786,7 +2786,7 @@ def prepare_output(run: Run) -> Run:
 
 
 def check_plan(run: Run, samples: list[Sample]) -> None:
-    """The last checks before anything heavy: weights, LoRA targets, resume, disk; with --dry_run this is the plan."""
+    """The last checks before anything heavy: LoRA targets, resume, disk space; with --dry_run this is the plan."""
     config = run.model.config("transformer")
     linears = linear_modules(config)
     targets = resolve_lora_layers(list(linears), run.args.lora_layers)

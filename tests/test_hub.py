@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 from servers import Hub, point_to
+from unit_parts import start_run
 
 TOKEN = "hf_canary_token_of_the_tests"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -299,3 +300,9 @@ def test_the_hub_token_is_used_for_the_model_too(t2i, hub, tiny, monkeypatch):
     t2i.find_model(t2i.Args(pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None, cache_dir=None,
                             hub_token=TOKEN)).part("scheduler")  # fmt: skip
     assert {request.token for request in hub.requests if "lab/tiny-flux2" in request.path} == {TOKEN}
+
+
+def test_an_empty_path_does_not_stop_the_upload(t2i, tiny, tmp_path):
+    """The copy of the settings that leaves the machine is made after training: it must not fail then."""
+    run = start_run(t2i, tiny, tmp_path, "--cache_dir", "")
+    assert "--cache_dir ''" in t2i.write_config(run, basenames=True).splitlines()

@@ -206,3 +206,10 @@ def test_the_bare_base_model_draws_the_class_pictures(t2i, quick, ready, tmp_pat
     quick("--init_lora_from", first / "pytorch_lora_weights.safetensors", class_dir=tmp_path / "class", output="second")
     assert modes == [(False, False)] * 2
     assert sha256(tmp_path / "class" / "class-00000.png") == sha256(ready / "class-00000.png")
+
+
+def test_the_loss_by_sigma_is_that_of_the_samples_without_the_weight_of_their_class(t2i):
+    """A class sample of weight 0.5 counts in full, one of weight 0 was not trained on and counts not at all."""
+    found = t2i.loss_by_sigma([2.0, 1.0, 0.0], [0.31, 0.35, 0.39], [1.0, 0.5, 0.0])
+    assert found == {"loss_sigma_0.3": 2.0}
+    assert t2i.loss_by_sigma([0.0], [0.99], [0.0]) == {}
