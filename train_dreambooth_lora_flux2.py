@@ -129,7 +129,7 @@ SHARED_FLAGS = {
         flag("dataset_name", str, None, "hub id, or a folder that `datasets` can load, instead of --instance_data_dir"),
         flag("dataset_config_name", str, None, "configuration of that data set"),
         flag("image_column", str, "image", "column with the pictures to train on"),
-        flag("caption_column", str, None, "column with the captions; None: text, caption or prompt of a metadata file"),
+        flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction of metadata"),
         flag("instance_data_dir", str, None, "folder of pictures, with NAME.txt captions or a metadata.jsonl/csv"),
         flag("instance_prompt", str, None, "caption of pictures without one; replaces [trigger] in captions"),
         flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
@@ -204,7 +204,7 @@ SHARED_FLAGS = {
         flag("cache_latents", bool, False, "encode the pictures once, to disk; fixes the crop to the centre"),
         flag("latents_cache_dir", str, None, "where latents and prompt embeddings are kept; None: OUTPUT_DIR/cache"),
         flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
-        flag("do_fp8_training", bool, False, "FP8 weights and matmuls for the frozen base"),
+        flag("do_fp8_training", bool, False, "FP8 weights and matmuls in the frozen blocks: half their memory"),
         flag("bnb_quantization_config_path", str, None, "JSON with a bitsandbytes configuration for the frozen base"),
         flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
         flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
@@ -246,8 +246,9 @@ SHARED_FLAGS = {
 }  # fmt: skip
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
-PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "output_dir", "cache_dir",
-              "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name")  # fmt: skip
+PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "cond_data_dir", "output_dir",
+              "cache_dir", "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name",
+              "validation_image")  # fmt: skip
 SECRET_FLAGS = ("hub_token",)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
@@ -344,6 +345,11 @@ def parse_sizes(text: str) -> list[Size]:
     return sizes
 
 
+def final_prompts(args: Args) -> list[str]:
+    """Prompts of the last pictures."""
+    return [args.final_validation_prompt] if args.final_validation_prompt else list(args.validation_prompt or [])
+
+
 def check_sizes(args: Args) -> Iterator[str]:
     """Problems of the sizes, and of --timestep_shift."""
     if args.resolution % 16:
@@ -374,9 +380,8 @@ def check_model(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if args.do_fp8_training or args.bnb_quantization_config_path:
-        yield ("--do_fp8_training, --bnb_quantization_config_path: not in this version yet; leave them out (the base "
-               "is bf16, --gradient_checkpointing saves memory)")  # fmt: skip
+    if args.bnb_quantization_config_path:
+        yield "--bnb_quantization_config_path: not in this version yet; leave it out, --do_fp8_training halves the base"
     if args.init_lora_from and not Path(args.init_lora_from).is_file():
         yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
     if bool(args.instance_data_dir) == bool(args.dataset_name):
@@ -450,10 +455,10 @@ def check_output_dir(args: Args) -> Iterator[str]:
         if problem := unwritable(Path(getattr(args, name, None) or ".")):
             yield f"--{name} {getattr(args, name)}: {problem}; choose another folder"
             return
-    taken = [Path(path).resolve() for path in (Path.home(), "/", args.instance_data_dir or os.devnull)]
+    data = [Path(path).resolve() for path in data_folders(args)]
     for name in ("output_dir", "class_data_dir", "latents_cache_dir"):
         path = Path(getattr(args, name, None) or "a folder of its own").resolve()
-        if path in taken or taken[-1] in path.parents:
+        if path in (Path.home(), Path("/").resolve(), *data) or not set(data).isdisjoint(path.parents):
             yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
     target = args.resume_from_checkpoint
     if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
@@ -488,6 +493,12 @@ def check_own(args: Args) -> Iterator[str]:
     for name, example in (("class_data_dir", "class_pictures"), ("class_prompt", "'a photo of a dog'")):
         if args.with_prior_preservation and not getattr(args, name):
             yield f"--with_prior_preservation: needs --{name} as well, such as --{name} {example}"
+
+
+# differs: the image-to-image script has folders of references too
+def data_folders(args: Args) -> list[str]:
+    """The folders that the pictures are read from, into which nothing may be written."""
+    return [args.instance_data_dir] if args.instance_data_dir else []
 
 
 # differs: prior preservation is a text-to-image technique
@@ -790,10 +801,17 @@ def picture_to_pixels(
     height, width = cover_size((picture.height, picture.width), target)
     if (height, width) != (picture.height, picture.width):
         picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-    down, right = height - target[0], width - target[1]
+    return crop_to_pixels(picture, target, crop, flip)
+
+
+def crop_to_pixels(
+    picture: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool
+) -> torch.Tensor:
+    """Crops a picture that is large enough; (3, H, W) by the operations of the pipelines' image processor."""
+    down, right = picture.height - target[0], picture.width - target[1]
     top, left = (int(crop[0] * (down + 1)), int(crop[1] * (right + 1))) if crop else (down // 2, right // 2)
     picture = picture.crop((left, top, left + target[1], top + target[0]))
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
     return pixels.flip(-1) if flip else pixels
 
 
@@ -821,85 +839,148 @@ class Source:
         """The file's bytes. Raises OSError."""
         if self.path is not None:
             return self.path.read_bytes()
-        cell = self.table[self.row][self.column] or {"bytes": b""}
+        cell = self.cell() or {"bytes": b""}
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def cell(self) -> dict[str, Any] | None:
+        """What the data set holds: bytes, or the path of a file."""
+        return self.table[self.row][self.column]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One training sample after the checks; sizes are (height, width) in pixels."""
+class Picture:
+    """A checked picture and the size it is encoded at; sizes are (height, width) in pixels."""
 
     source: Source
-    caption: str
     sha256: str  # of the file's bytes
     size: Size
     target: Size
 
+    @property
+    def fit(self) -> str:
+        """Names the way to `target` in cache keys: two ways must not share a file."""
+        return "centre"
 
+    def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
+        """(3, H, W) in [-1, 1], decoded anew: pictures are never kept. See `picture_to_pixels`."""
+        return picture_to_pixels(decode_picture(self.source.read()), self.target, crop, flip)
+
+
+# endregion shared: data
+
+
+# differs: rows of the image-to-image script have references
+@dataclass(frozen=True)
+class Row:
+    """One row of the data as listed, nothing opened."""
+
+    picture: Source
+    caption: str | None
+
+
+# differs: samples of the image-to-image script have references
+@dataclass(frozen=True)
+class Sample(Picture):
+    """One training sample after the checks: a picture and its caption."""
+
+    caption: str
+
+    @property
+    def geometry(self) -> tuple[Size, ...]:
+        """What the samples of one batch have in common: their position ids are the same."""
+        return (self.target,)
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What a resumed run must find unchanged."""
+        return self.sha256, self.caption, self.target
+
+
+# region shared: listing
 def list_pictures(folder: Path) -> list[Path]:
     """Pictures below `folder`, sorted; hidden files and folders such as .cache are skipped."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def read_metadata(folder: Path, column: str | None) -> dict[Path, str]:
-    """Captions by picture from metadata.jsonl or metadata.csv in `folder`; {} without one. Raises UserError."""
-    path = next((file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()), None)
-    if path is None and column:
-        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv")
-    if path is None:
-        return {}
+def metadata_file(folder: Path) -> Path | None:
+    """metadata.jsonl or metadata.csv in `folder`, or None."""
+    return next((file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()), None)
+
+
+def read_metadata(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the metadata file in `folder`; [] without one. Raises UserError."""
+    if (path := metadata_file(folder)) is None:
+        return []
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = filter(str.strip, text.split("\n"))
         rows = list(csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, lines))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
-    if not all(isinstance(row, dict) and row.get("file_name") and isinstance(row["file_name"], str) for row in rows):
-        raise UserError(f"{path}: every row needs a 'file_name'")
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f'{path}: every line must be an object like {{"file_name": ..., "text": ...}}')
+    return rows
+
+
+USUAL_CAPTIONS = ("text", "caption", "prompt", "instruction")
+
+
+def metadata_captions(folder: Path, rows: list[dict[str, Any]], column: str | None) -> list[str | None]:
+    """The caption of each row, None where it has none. Raises UserError if there is no such column."""
+    if column and not rows:
+        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv")
     columns = sorted({str(key) for row in rows for key in row})
     if column and column not in columns:
-        raise UserError(f"--caption_column {column}: not in {path}; columns: {', '.join(columns)}")
-    column = column or next((name for name in ("text", "caption", "prompt") if name in columns), "text")
-    return {inside(folder, row["file_name"]): str(row.get(column) or "").strip() for row in rows}
+        raise UserError(f"--caption_column {column}: not in {metadata_file(folder)}; columns: {', '.join(columns)}")
+    column = column or next((name for name in USUAL_CAPTIONS if name in columns), "text")
+    return [str(row.get(column) or "").strip() or None for row in rows]
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder/name`. Raises UserError if the name leads out of the folder or to no file."""
+def inside(folder: Path, name: Any) -> Path:
+    """`folder/name` of a metadata row. Raises UserError if it is no name, leads out of the folder or to no file."""
+    if not name or not isinstance(name, str):
+        raise UserError(f"{metadata_file(folder)}: every row needs a 'file_name'")
     path = Path(os.path.normpath(folder / name))  # not resolved: the files of a Hub snapshot are links to elsewhere
     if not path.is_relative_to(folder) or not path.is_file():
-        raise UserError(f"metadata of {folder}: '{name}' leads out of the folder or does not exist")
+        raise UserError(f"{metadata_file(folder)}: '{name}' leads out of the folder or does not exist")
     return path
 
 
-def list_folder(args: Args) -> list[tuple[Source, str | None]]:
-    """(picture, caption or None) of --instance_data_dir: metadata file first, then captions beside the pictures."""
+def file_source(folder: Path, path: Path) -> Source:
+    """A picture below `folder`, named by its path in it."""
+    return Source(str(path.relative_to(folder)), path=path)
+
+
+def list_folder_pictures(args: Args) -> list[Row]:
+    """The pictures of --instance_data_dir with captions from its metadata file, else from files beside them."""
     folder = Path(os.path.abspath(args.instance_data_dir))
-    pictures, captions = list_pictures(folder), read_metadata(folder, args.caption_column)
+    pictures, rows = list_pictures(folder), read_metadata(folder)
     if not pictures:
         raise UserError(f"--instance_data_dir {folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    texts = [captions.get(path) or sidecar_caption(path) or None for path in pictures]
-    origin = "its metadata file" if captions else "caption files"
-    captioned = f"{sum(map(bool, texts))} captions from {origin}"
+    texts = metadata_captions(folder, rows, args.caption_column)
+    captions = {inside(folder, row.get("file_name")): text for row, text in zip(rows, texts, strict=True)}
+    listed = [Row(file_source(folder, path), captions.get(path) or sidecar_caption(path)) for path in pictures]
+    origin = "its metadata file" if rows else "caption files"
+    captioned = f"{sum(bool(row.caption) for row in listed)} captions from {origin}"
     log.info(f"data: {len(pictures)} pictures in {args.instance_data_dir}, {captioned}")
-    sources = [Source(str(path.relative_to(folder)), path=path) for path in pictures]
-    return list(zip(sources, texts, strict=True))
+    return listed
 
 
-def sidecar_caption(path: Path) -> str:
-    """The text of NAME.txt or NAME.caption beside a picture, or ''. Raises UserError if it is not UTF-8."""
+def sidecar_caption(path: Path) -> str | None:
+    """The text of NAME.txt or NAME.caption beside a picture, or None. Raises UserError if it is not UTF-8."""
     for suffix in (".txt", ".caption"):
         sidecar = path.with_suffix(suffix)
         if sidecar.is_file():
             try:
-                return sidecar.read_text(encoding="utf-8-sig").strip()
+                return sidecar.read_text(encoding="utf-8-sig").strip() or None
             except UnicodeDecodeError:
                 raise UserError(f"{sidecar}: not UTF-8 text; save it as UTF-8") from None
-    return ""
+    return None
 
 
-def list_dataset(args: Args) -> list[tuple[Source, str | None]]:
-    """(picture, caption or None) of --dataset_name. Raises UserError for a missing column, naming those there are."""
+def open_dataset(args: Args) -> Any:
+    """The table of --dataset_name, its pictures not decoded. Raises UserError for a missing column, naming all."""
     import datasets  # only now: it costs a second and most runs use a folder
 
     name, options = args.dataset_name, {"cache_dir": args.cache_dir, "split": "train", "token": args.hub_token}
@@ -908,35 +989,79 @@ def list_dataset(args: Args) -> list[tuple[Source, str | None]]:
     except (OSError, ValueError) as error:
         raise UserError(f"--dataset_name {name}: cannot be loaded ({error})") from None
     for flag_name in ("image_column", "caption_column"):
-        column = getattr(args, flag_name)
-        if column is not None and column not in table.column_names:
-            raise UserError(f"--{flag_name} {column}: not in {name}; columns: {', '.join(table.column_names)}")
-    captions = table[args.caption_column][:] if args.caption_column else [None] * len(table)
-    try:
-        pictures = table.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--image_column {args.image_column}: holds no pictures ({error})") from None
+        require_column(args, table, flag_name, getattr(args, flag_name))
     log.info(f"data: {len(table)} rows of {name}")
-    sources = [Source(f"row {row}", None, pictures, row, args.image_column) for row in range(len(table))]
-    return [
-        (source, str("" if text is None else text).strip() or None)
-        for source, text in zip(sources, captions, strict=True)
-    ]
+    return table
 
 
-def settle_captions(args: Args, listed: list[tuple[Source, str | None]]) -> list[tuple[Source, str]]:
+def require_column(args: Args, table: Any, flag_name: str, column: str | None) -> None:
+    """Raises UserError, naming the columns that there are, unless the table has `column`."""
+    if column is not None and column not in table.column_names:
+        raise UserError(f"--{flag_name} {column}: not in {args.dataset_name}; columns: {', '.join(table.column_names)}")
+
+
+def column_pictures(table: Any, flag_name: str, column: str) -> list[Source]:
+    """One picture per row of the column. Raises UserError if it holds none."""
+    import datasets
+
+    try:
+        pictures = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"--{flag_name} {column}: holds no pictures ({error})") from None
+    return [Source(f"row {row}", None, pictures, row, column) for row in range(len(table))]
+
+
+def dataset_captions(args: Args, table: Any) -> list[str | None]:
+    """The caption of each row, None where it has none."""
+    texts = table[args.caption_column][:] if args.caption_column else [None] * len(table)
+    return [str("" if text is None else text).strip() or None for text in texts]
+
+
+# endregion shared: listing
+
+
+# differs: rows of the image-to-image script have references
+def list_rows(args: Args) -> list[Row]:
+    """The rows of --dataset_name or --instance_data_dir, captions not settled yet."""
+    if not args.dataset_name:
+        return list_folder_pictures(args)
+    table = open_dataset(args)
+    pictures, captions = column_pictures(table, "image_column", args.image_column), dataset_captions(args, table)
+    return [Row(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+
+
+# differs: rows of the image-to-image script have references
+def pictures_of_row(row: Row) -> tuple[Source, ...]:
+    """Every picture that is checked with the row."""
+    return (row.picture,)
+
+
+# differs: only references have to be of a certain size
+def row_problems(args: Args, sizes: list[tuple[str, Size]]) -> dict[str, str]:
+    """Why a row of good pictures (name, size) cannot be trained on, by picture."""
+    return {}
+
+
+# differs: there are no references to add
+def own_tensors(data: TrainingSet, sample: Sample, position: int, crop: Any, flip: bool) -> dict[str, Any]:
+    """What only this script's samples have."""
+    return {}
+
+
+# region shared: samples
+def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
     """Fills missing captions with --instance_prompt and replaces [trigger]. Raises UserError if one is needed."""
-    missing = [source.name for source, caption in listed if caption is None]
-    triggered = [source.name for source, caption in listed if caption and "[trigger]" in caption]
+    missing = [row.picture.name for row in rows if row.caption is None]
+    triggered = [row.picture.name for row in rows if row.caption and "[trigger]" in row.caption]
     prompt = args.instance_prompt
     if (missing or triggered) and not prompt:
         names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
         raise UserError(f"--instance_prompt: needed, {len(names)} picture(s) have {reason}: {', '.join(names[:5])}")
     if prompt and not missing and not triggered:
         log.info("data: every picture has a caption, --instance_prompt is not used")
-    elif missing and len(missing) < len(listed):
+    elif missing and len(missing) < len(rows):
         log.info(f"data: {len(missing)} pictures have no caption and get --instance_prompt: {', '.join(missing[:5])}")
-    return [(source, (caption or prompt).replace("[trigger]", prompt or "")) for source, caption in listed]
+    return [replace(row, caption=(row.caption or prompt).replace("[trigger]", prompt or "")) for row in rows]
 
 
 class PictureIndex:
@@ -991,33 +1116,32 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def inspect_pictures(
-    args: Args, captioned: list[tuple[Source, str]], cache_dir: Path
-) -> list[tuple[Source, str, str, Size]]:
-    """Checks every picture once, in threads; returns (source, caption, sha256, size) of the good ones.
+def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row, list[tuple[Source, str, Size]]]]:
+    """Checks every picture once, in threads; returns the good rows, each with (source, sha256, size) of its pictures.
 
-    Raises UserError with one list of all bad pictures unless --on_bad_image skip.
+    Raises UserError with one list of all bad pictures unless --on_bad_image skip, which leaves their rows out.
     """
-    index = PictureIndex(cache_dir)
-    good, bad = [], ""
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        Progress("check pictures", len(captioned)) as progress,
-    ):
-        results = pool.map(index.inspect, [source for source, _ in captioned])
-        for (source, caption), (sha256, (height, width, reason)) in zip(captioned, results, strict=True):
+    index, good, bad = PictureIndex(cache_dir), [], {}
+    sources = list(dict.fromkeys(source for row in rows for source in pictures_of_row(row)))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check pictures", len(sources)) as progress:
+        verdicts = {}
+        for source, verdict in zip(sources, pool.map(index.inspect, sources), strict=True):
+            verdicts[source] = verdict
             progress.advance()
-            if reason:
-                bad += f"\n    {source.name}: {reason}"
-            else:
-                good.append((source, caption, sha256, (height, width)))
     index.save()
-    log.info(f"data: {len(captioned)} pictures checked, {index.decoded} of them decoded now")
-    count = f"{len(captioned) - len(good)} picture(s)"
+    log.info(f"data: {len(sources)} pictures checked, {index.decoded} of them decoded now")
+    for row in rows:
+        found = [(source, *verdicts[source]) for source in pictures_of_row(row)]
+        problems = {source.name: reason for source, _, (_, _, reason) in found if reason}
+        problems = problems or row_problems(args, [(source.name, (h, w)) for source, _, (h, w, _) in found])
+        bad |= problems
+        if not problems:
+            good.append((row, [(source, sha256, (height, width)) for source, sha256, (height, width, _) in found]))
+    count, listed = f"{len(bad)} picture(s)", "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
     if bad and (args.on_bad_image == "error" or not good):
-        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{bad}")
+        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{listed}")
     if bad:
-        log.warning(f"data: {count} are skipped:{bad}")
+        log.warning(f"data: {count} are skipped:{listed}")
     return good
 
 
@@ -1053,14 +1177,14 @@ class SampleStream:
     """
 
     def __init__(
-        self, targets: list[Size], batch: int, seed: int, stream: str, first: int = 0, rank: int = 0,
+        self, geometries: list[Any], batch: int, seed: int, stream: str, first: int = 0, rank: int = 0,
         processes: int = 1,
     ) -> None:  # fmt: skip
-        """`targets` is the geometry of each sample: a batch holds samples of one geometry."""
-        groups: dict[Size, list[int]] = {}
-        for index, target in enumerate(targets):
-            groups.setdefault(target, []).append(index)
-        self.buckets = [groups[target] for target in sorted(groups)]
+        """`geometries` are those of the samples, which sort: a batch holds samples of one geometry."""
+        groups: dict[Any, list[int]] = {}
+        for index, geometry in enumerate(geometries):
+            groups.setdefault(geometry, []).append(index)
+        self.buckets = [groups[geometry] for geometry in sorted(groups)]
         common = math.gcd(*map(len, self.buckets))
         self.shares = tuple(len(bucket) // common for bucket in self.buckets)
         self.batch, self.seed, self.stream, self.first = batch, seed, stream, first
@@ -1109,10 +1233,15 @@ class TrainingSet(Dataset):
         if run.args.vae_encode_mode == "sample":
             shape = (self.space.channels // 4, 2 * rows, 2 * columns)
             item["posterior_noise"] = torch.randn(shape, generator=self.generator("posterior", position))
-        if run.args.cache_latents:
-            return {**item, "moments": load_file(self.space.path(sample, flip))["moments"]}
         crop = None if run.args.center_crop else torch.rand(2, generator=self.generator("crop", position)).tolist()
-        return {**item, "pixels": picture_to_pixels(decode_picture(sample.source.read()), sample.target, crop, flip)}
+        item["moments" if run.args.cache_latents else "pixels"] = self.view(sample, crop, flip)
+        return {**item, **own_tensors(self, sample, position, crop, flip)}
+
+    def view(self, picture: Picture, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
+        if self.run.args.cache_latents:
+            return load_file(self.space.path(picture, flip))["moments"]
+        return picture.pixels(crop, flip)
 
     def generator(self, purpose: str, position: int) -> torch.Generator:
         """The generator of one purpose at one position of this set's stream."""
@@ -1137,13 +1266,12 @@ def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
     Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
     """
     buckets = choose_buckets(run)
-    captioned = settle_captions(run.args, list_dataset(run.args) if run.args.dataset_name else list_folder(run.args))
-    good = inspect_pictures(run.args, captioned, run.cache_dir)
-    samples = [Sample(*picture, target=nearest_bucket(picture[3], buckets)) for picture in good]
+    samples = make_samples(run, settle_captions(run.args, list_rows(run.args)), buckets)
     report_captions(run, samples)
     for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
         small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} picture(s)" + f", {small} of them enlarged" * (small > 0))
+    check_own_data(run, samples)
     return samples, buckets
 
 
@@ -1172,7 +1300,19 @@ def report_captions(run: Run, samples: list[Sample]) -> None:
         log.warning(f"data: {len(cut)} captions are cut at {most} tokens: {', '.join(cut[:5])}")
 
 
-# endregion shared: data
+# endregion shared: samples
+
+
+# differs: rows of the image-to-image script have references
+def make_samples(run: Run, rows: list[Row], buckets: list[Size]) -> list[Sample]:
+    """The samples of the rows whose pictures are good, each in its bucket."""
+    good = inspect_rows(run.args, rows, run.cache_dir)
+    return [Sample(*picture, nearest_bucket(picture[2], buckets), row.caption) for row, [picture] in good]
+
+
+# differs: there are no references to report on
+def check_own_data(run: Run, samples: list[Sample]) -> None:
+    """Checks and logs what only this script's data have."""
 
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
@@ -1363,9 +1503,9 @@ class LatentSpace:
         """C, channels of a token: 4 x the VAE's latent channels."""
         return len(self.mean_C)
 
-    def path(self, sample: Sample, flip: bool) -> Path:
+    def path(self, picture: Picture, flip: bool) -> Path:
         """The cache file of a picture: named by content, geometry and VAE."""
-        key = digest(sample.sha256, DECODE_POLICY, *sample.target, "centre", flip, self.identity)
+        key = digest(picture.sha256, DECODE_POLICY, *picture.target, picture.fit, flip, self.identity)
         return self.folder / f"{key}.safetensors"
 
 
@@ -1399,9 +1539,10 @@ def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
     return latents_BCHW.flatten(2).transpose(1, 2)
 
 
-def position_ids(rows: int, columns: int) -> torch.Tensor:
-    """(1, rows*columns, 4) coordinates (T=0, row, column, 0) of the target's tokens."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1))[None]
+def position_ids(rows: int, columns: int, time: int = 0) -> torch.Tensor:
+    """(1, rows*columns, 4) coordinates (T, row, column, 0) of a picture's tokens; T is 0 for the target."""
+    axes = torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)
+    return torch.cartesian_prod(*axes)[None]
 
 
 def text_ids(length: int) -> torch.Tensor:
@@ -1412,7 +1553,10 @@ def text_ids(length: int) -> torch.Tensor:
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] -> moments (B, 2, C, H, W) of the latent distribution: mean and log-variance, fp32."""
-    posterior = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+    pixels_BCHW = pixels_BCHW.to(
+        vae.device, vae.dtype, memory_format=torch.channels_last
+    )  # as the pipelines hand it over
+    posterior = vae.encode(pixels_BCHW).latent_dist
     return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
 
 
@@ -1439,32 +1583,32 @@ def decode_tokens(
     return [PIL.Image.fromarray(array) for array in bytes_BHWC]
 
 
-def cache_latents(run: Run, space: LatentSpace, samples: list[Sample]) -> AutoencoderKLFlux2 | None:
+def cache_latents(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
     """Encodes every picture (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
 
     Only the picture in work is in memory. Raises UserError when the disk is too small.
     """
     flips = (False, True) if run.args.random_flip else (False,)
-    wanted = {space.path(sample, flip): (sample, flip) for sample in samples for flip in flips}
+    wanted = {space.path(picture, flip): (picture, flip) for picture in pictures for flip in flips}
     missing = {path: work for path, work in wanted.items() if not path.is_file()}
     log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     if not missing:
         return None
     numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-    need = sum(4 * numbers_per_pixel * math.prod(sample.target) for sample, _ in missing.values())
+    need = sum(4 * numbers_per_pixel * math.prod(picture.target) for picture, _ in missing.values())
     check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
     vae = load_vae(run)
     with Progress("encode pictures", len(missing)) as progress:
-        for path, (sample, flip) in missing.items():
-            pixels = picture_to_pixels(decode_picture(sample.source.read()), sample.target, None, flip)
-            write_atomically(path, save({"moments": encode_pixels(vae, pixels[None])[0].cpu().contiguous()}))
+        for path, (picture, flip) in missing.items():
+            moments = encode_pixels(vae, picture.pixels(flip=flip)[None])[0]
+            write_atomically(path, save({"moments": moments.cpu().contiguous()}))
             progress.advance()
     return vae
 
 
-def encode_pictures(run: Run, space: LatentSpace, samples: list[Sample]) -> AutoencoderKLFlux2 | None:
+def encode_pictures(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
     """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it."""
-    vae = cache_latents(run, space, samples) if run.args.cache_latents else None
+    vae = cache_latents(run, space, pictures) if run.args.cache_latents else None
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = (vae or load_vae(run)) if draws or not run.args.cache_latents else None
     release_memory()
@@ -1562,8 +1706,84 @@ def lora_layers_of(transformer: nn.Module) -> list[LoraLayer]:
     return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
 
 
+FP8 = torch.float8_e4m3fn
+
+
+def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(FP8 values, fp32 scales (rows, 1)) of a matrix; a scale per row, so that an outlier spoils its row only."""
+    scales = matrix.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(FP8).max
+    return (matrix / scales).to(FP8), scales
+
+
+def fp8_matmul(
+    left: torch.Tensor, right: torch.Tensor, left_scales: torch.Tensor, right_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(M, K) row-major @ (K, N) column-major with scales (M, 1) and (1, N), on FP8 tensor cores where there are any."""
+    recipe = F.ScalingType.RowWise
+    return F.scaled_mm(left, right, left_scales, recipe, right_scales, recipe, output_dtype=dtype)
+
+
+class FP8Product(torch.autograd.Function):
+    """x W^T for a frozen W in FP8: one scaled matmul forward and one backward, no gradient of W, and x is not kept."""
+
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """hidden (..., in), weight (out, in) in FP8 with scales (out, 1) -> (..., out) in the dtype of `hidden`."""
+        context.save_for_backward(weight, scales)
+        rows, row_scales = to_fp8(hidden.flatten(0, -2))
+        product = fp8_matmul(rows, weight.t(), row_scales, scales.t(), hidden.dtype)
+        return product.unflatten(0, hidden.shape[:-1])
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of `hidden`. W's scales lie along the sum, so they go into the gradient before it is quantised."""
+        weight, scales = context.saved_tensors
+        rows, row_scales = to_fp8(gradient.flatten(0, -2) * scales.t())
+        ones, columns = torch.ones_like(weight[:1], dtype=torch.float32), weight.t().contiguous().t()
+        product = fp8_matmul(rows, columns, row_scales, ones, gradient.dtype)
+        return product.unflatten(0, gradient.shape[:-1]), None, None
+
+
+class FP8Linear(nn.Linear):
+    """A frozen Linear without bias whose weight is kept in FP8 only: half the memory of bf16."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        """Quantises the weight of `linear` on `device`, so that the whole model never has to lie there in bf16."""
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        assert linear.bias is None, "FLUX.2 has none"
+        weight, scales = to_fp8(linear.weight.detach().to(device))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scales", scales)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out) in the dtype of `hidden`."""
+        return FP8Product.apply(hidden, self.weight, self.scales)
+
+
+def quantize_blocks(transformer: Flux2Transformer2DModel, device: torch.device) -> None:
+    """Replaces the Linear layers of the blocks, one by one; embedders, modulation and last layer stay as they are."""
+    for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
+        for name, module in list(blocks.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(blocks.get_submodule(parent), child, FP8Linear(module, device))
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
+    if device.type == "cpu":
+        return
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 9) or dtype != torch.bfloat16:
+        raise UserError(
+            "--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (Ada, Hopper and later); "
+            f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a smaller "
+            "--resolution, [klein] instead of [dev]; SimpleTuner and ai-toolkit train quantised on older cards"
+        )
+
+
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype, on the device."""
+    """The frozen transformer in the compute dtype, on the device; with --do_fp8_training its blocks are in FP8."""
     options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
     transformer = Flux2Transformer2DModel.from_pretrained(run.model.part("transformer"), **options)
     if run.args.attention_backend:
@@ -1571,6 +1791,8 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
             transformer.set_attention_backend(run.args.attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"--attention_backend {run.args.attention_backend}: {error}") from None
+    if run.args.do_fp8_training:
+        quantize_blocks(transformer, run.device)
     return transformer.to(run.device).requires_grad_(False)
 
 
@@ -1711,44 +1933,45 @@ def loss_weights(args: Args, sigmas_B: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(sigmas_B)
 
 
-def predict_velocity(
-    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int,
+def flow_matching_losses(
+    args: Args, transformer: nn.Module, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    *condition: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """The transformer's velocity (B, L, C) for noisy tokens, called exactly as the pipeline's denoising loop does.
+    """Loss (B) of each sample: mean squared error of the velocity over the target's tokens and channels.
+
+    x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0; `condition` is what `predict_velocity`
+    needs besides. Tokens stay packed: the mean does not care about their order. Sigma and the mix are fp32, the forward
+    runs in the compute dtype.
+    """
+    sigmas_B11 = sigmas_B.view(-1, 1, 1)
+    noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
+    velocity_BLC = predict_velocity(args, transformer, noisy_BLC, sigmas_B, *condition)
+    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    return loss_weights(args, sigmas_B) * errors_B
+
+
+def call_transformer(
+    args: Args, transformer: nn.Module, tokens_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    prompt_embeds_BLD: torch.Tensor, ids: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The transformer's output (B, L, C), called exactly as the pipeline's denoising loop does.
 
     The timestep takes the pipeline's way (1000 sigma, rounded to the compute dtype, / 1000), so that bf16 sees the same
     grid in training as at inference.
     """
-    dtype, device = prompt_embeds_BLD.dtype, noisy_BLC.device
+    dtype, device = prompt_embeds_BLD.dtype, tokens_BLC.device
     guidance = None
     if transformer.config.guidance_embeds:
-        guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
+        guidance = torch.full([len(tokens_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
     return transformer(
-        hidden_states=noisy_BLC.to(dtype),
+        hidden_states=tokens_BLC.to(dtype),
         timestep=(sigmas_B * 1000).to(dtype) / 1000,
         guidance=guidance,
         encoder_hidden_states=prompt_embeds_BLD,
         txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
-        img_ids=position_ids(rows, columns).to(device, non_blocking=True),
+        img_ids=ids.to(device, non_blocking=True),
         return_dict=False,
     )[0]
-
-
-def flow_matching_losses(
-    args: Args, transformer: nn.Module, prompt_embeds_BLD: torch.Tensor, clean_BLC: torch.Tensor,
-    noise_BLC: torch.Tensor, sigmas_B: torch.Tensor, rows: int, columns: int,
-) -> torch.Tensor:  # fmt: skip
-    """Loss (B) of each sample: mean squared error of the velocity over tokens and channels.
-
-    x_t = (1 - sigma) x_0 + sigma noise, and the target is noise - x_0. Tokens stay packed: the mean does not care
-    about their order. Sigma and the mix are fp32, the forward runs in the compute dtype.
-    """
-    sigmas_B11 = sigmas_B.view(-1, 1, 1)
-    noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    velocity = predict_velocity(args, transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, rows, columns)
-    errors_B = (velocity.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
-    return loss_weights(args, sigmas_B) * errors_B
 
 
 def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, list[float]]:
@@ -1761,11 +1984,29 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
         on_device["moments"] = encode_pixels(parts.vae_on_device(run), on_device["pixels"])
         parts.rest_vae(run.args)
     clean_BLC = tokens_from_moments(parts.space, on_device["moments"], on_device.get("posterior_noise"))
-    inputs = parts.prompts.batch(batch["caption"], run.dtype), clean_BLC, on_device["noise"], on_device["sigmas"]
-    return flow_matching_losses(run.args, parts.transformer, *inputs, rows, columns), sigmas_B.tolist()
+    prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
+    inputs = clean_BLC, on_device["noise"], on_device["sigmas"], prompt_embeds_BLD
+    return losses_of_samples(run, parts, batch, inputs, rows, columns), sigmas_B.tolist()
 
 
 # endregion shared: flow-matching
+
+
+# differs: the image-to-image script puts references behind the noisy tokens
+def predict_velocity(
+    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int,
+) -> torch.Tensor:  # fmt: skip
+    """The transformer's velocity (B, L, C) for noisy tokens of a grid of rows and columns."""
+    return call_transformer(args, transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, position_ids(rows, columns))
+
+
+# differs: the image-to-image script may drop the references of some samples
+def losses_of_samples(
+    run: Run, parts: TrainingParts, batch: dict[str, Any], inputs: tuple[torch.Tensor, ...], rows: int, columns: int
+) -> torch.Tensor:
+    """Loss (B) of each sample, in one forward; `inputs` are clean tokens, noise, sigmas and prompt embeddings."""
+    return flow_matching_losses(run.args, parts.transformer, *inputs, rows, columns)
 
 
 # ----------------------------------------------------------------------------------------------- Optimizer and schedule
@@ -1811,7 +2052,7 @@ def total_steps(run: Run, samples: int) -> int:
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
 OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "logs/flux2-lora", "samples/final",
-             "samples/contact_sheet.png")  # fmt: skip
+             "samples/given", "samples/contact_sheet.png")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1867,26 +2108,25 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
     return None
 
 
-def fingerprint(run: Run, samples: list[Sample], class_samples: list[Sample] | None = None) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run; the class pictures are known later than the rest."""
+def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run; class pictures are known later than the rest."""
     names = """rank lora_alpha lora_dropout lora_layers train_batch_size gradient_accumulation_steps optimizer
         use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
         cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift
         guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
         prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
-        prior_loss_weight lr_power"""
+        prior_loss_weight lr_power cond_dropout align_cond_image do_fp8_training"""
     result = {"text_encoder_out_layers": list(run.text_layers)}
     result |= {name: vars(run.args).get(name) for name in names.split()}
     if run.args.timestep_shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
-    for name, part in (("data", samples), ("class data", class_samples)):
-        result |= {} if part is None else {name: digest(*((s.sha256, s.caption, s.target) for s in part))}
+    result |= {f"{stream.name} data": digest(*(sample.content for sample in stream.samples)) for stream in streams}
     result.update(
         embeddings=PromptCache(run).key, seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer")
     )
     if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
         # these schedules bend towards the end: another end is another run
-        result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(samples))
+        result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
     return result
 
 
@@ -2065,10 +2305,10 @@ def make_pipeline(run: Run, parts: TrainingParts) -> Any:
 
 @torch.no_grad()
 def generate(
-    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size
+    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
     """Pictures of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
-    options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps}
+    options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
         options["negative_prompt_embeds"] = parts.prompts.batch([""] * len(seeds), run.dtype)
@@ -2081,19 +2321,33 @@ def generate(
     return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, rows, columns)
 
 
-def validation_size(args: Args, buckets: list[Size]) -> Size:
-    """(height, width) of validation pictures: as asked, or the first size that is trained at."""
-    return parse_sizes(args.validation_size)[0] if args.validation_size else buckets[0]
+# endregion shared: validation
 
 
+# differs: pictures of the image-to-image script have references
+def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, dict[str, Any]]:
+    """(height, width) of the pictures of the prompt in this row, as asked or the first size that is trained at."""
+    return parse_sizes(run.args.validation_size)[0] if run.args.validation_size else buckets[0], {}
+
+
+# differs: the image-to-image script shows references and known targets beside its pictures
+def sheet_columns(
+    run: Run, parts: TrainingParts, prompts: list[str], drawn: list[tuple[str, Path]]
+) -> list[tuple[str, Path]]:
+    """The columns (title, folder) of a contact sheet with a row for each prompt."""
+    return drawn
+
+
+# region shared: sheets
 def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> list[PIL.Image.Image]:
     """Draws --num_validation_images of each prompt with fixed seeds into `folder`; returns the first of each prompt."""
-    pipeline, size, firsts = make_pipeline(run, parts), validation_size(run.args, parts.buckets), []
+    pipeline, firsts = make_pipeline(run, parts), []
     folder.mkdir(parents=True, exist_ok=True)
     todo = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
     with Progress(f"draw {folder.name}", len(todo)) as progress:
         for (row, prompt), number in todo:
-            picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size)[0]
+            size, inputs = validation_inputs(run, row, parts.buckets)
+            picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
             picture.save(folder / f"prompt-{row}_image-{number}.png")
             firsts += [picture] if number == 0 else []
             progress.advance()
@@ -2102,7 +2356,7 @@ def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Pat
 
 
 def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> None:
-    """A contact sheet: one row per prompt, one column per folder of samples (title, folder), first picture of each."""
+    """A contact sheet: one row per prompt, one column per folder of pictures (title, folder), the first of each."""
     cells = {}
     for (x, (_, folder)), y in itertools.product(enumerate(columns), range(len(rows))):
         if (file := folder / f"prompt-{y}_image-0.png").is_file():
@@ -2118,7 +2372,8 @@ def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> 
         draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(columns) * width // 7], fill="black")
     for (x, y), picture in cells.items():
         filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
-        sheet.paste(picture.resize((width, height), filter), (8 + x * (width + 8), 24 + y * (height + 28)))
+        fitted = PIL.ImageOps.contain(picture, (width, height), filter)
+        sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
     sheet.save(path)
 
 
@@ -2140,10 +2395,13 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
         samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
         pictures = draw_samples(run, parts, prompts, samples_dir / f"step-{state.step:06d}")
         steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
-        draw_sheet(prompts, [(f"step {int(s.name[5:])}", s) for s in steps], samples_dir / "contact_sheet.png")
+        columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
+        draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
         for tracker in run.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.stack(pictures)}, step=state.step, dataformats="NHWC")
+                for row, picture in enumerate(pictures):  # one by one: their sizes may differ
+                    images = {f"validation/{row}": np.asarray(picture)[None]}
+                    tracker.log_images(images, step=state.step, dataformats="NHWC")
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": pictures}, step=state.step)
         return {"validation_loss": validation_loss(run, parts)}
@@ -2154,10 +2412,9 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
         parts.transformer.train()
 
 
-# endregion shared: validation
+# endregion shared: sheets
 
 
-# differs: class pictures belong to text-to-image prior preservation
 def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size]) -> list[Sample]:
     """The class pictures of prior preservation, generated first where too few are there; [] without it."""
     if not run.args.with_prior_preservation:
@@ -2170,9 +2427,7 @@ def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, bu
     if missing:
         generate_class_pictures(run, space, prompts, buckets, folder, missing)
     pictures = list_pictures(folder)
-    captioned = [(Source(str(path.relative_to(folder)), path), run.args.class_prompt) for path in pictures]
-    good = inspect_pictures(run.args, captioned, run.cache_dir)
-    return [Sample(*picture, target=nearest_bucket(picture[3], buckets)) for picture in good]
+    return make_samples(run, [Row(file_source(folder, path), run.args.class_prompt) for path in pictures], buckets)
 
 
 def generate_class_pictures(
@@ -2200,6 +2455,13 @@ def generate_class_pictures(
     release_memory()
 
 
+# differs: the image-to-image script has a picture to give
+def card_inputs(run: Run) -> tuple[str, dict[str, Any]]:
+    """(import lines, arguments) of the card's snippet that are this script's."""
+    (height, width), _ = validation_inputs(run, 0, choose_buckets(run))
+    return "", {"height": height, "width": width}
+
+
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
     """The resolved command line, one flag per line, no secrets: `@config.args` reproduces the run.
@@ -2217,10 +2479,17 @@ def write_config(run: Run, basenames: bool = False) -> str:
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
-            words = [Path(word).name if os.path.exists(word) or word[:1] in "/.~" else word for word in words]
+            words = [without_folders(word) for word in words]
         quoted = " ".join(map(shlex.quote, words))
         lines.append(f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}")
     return "\n".join(lines) + "\n"
+
+
+def without_folders(path: str) -> str:
+    """The last part of a path, or of each of several with commas; a hub id stays whole."""
+    if "," in path and not os.path.exists(path):
+        return ",".join(Path(part).name for part in path.split(","))
+    return Path(path).name if os.path.exists(path) or path[:1] in "/.~" else path
 
 
 def base_license(run: Run) -> dict[str, str]:
@@ -2245,11 +2514,11 @@ A LoRA for {base_text}, trained with `{script}`; the settings are in `config.arg
 ```python
 import torch
 from diffusers import {pipeline}
-
+{imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.{dtype})
 pipeline.load_lora_weights({repo!r}, weight_name={file!r})
 pipeline.enable_model_cpu_offload()  # or pipeline.to("cuda") where it fits
-pipeline(prompt={prompt!r}, **{options!r}).images[0].save("picture.png")
+pipeline(prompt={prompt!r}, {arguments}).images[0].save("picture.png")
 ```
 """
 
@@ -2268,15 +2537,17 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
     facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
              "steps": state.step, "seed": run.seed, "dtype": dtype, "resolution": run.args.resolution}  # fmt: skip
     rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
-    height, width = validation_size(run.args, choose_buckets(run))
-    options = {"height": height, "width": width, "num_inference_steps": run.args.num_inference_steps,
-               "guidance_scale": run.args.validation_guidance_scale}  # fmt: skip
+    imports, options = card_inputs(run)
+    options |= {
+        "num_inference_steps": run.args.num_inference_steps,
+        "guidance_scale": run.args.validation_guidance_scale,
+    }
     prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
     title, base_text, script = escape_markdown(Path(repo).name), escape_markdown(base), Path(__file__).name
     text = CARD.format(
         head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), pipeline=run.family.pipeline, base=base,
-        dtype=dtype, repo=repo, file=LORA_FILE, options=options, prompt=prompt, title=title, base_text=base_text,
-        script=script,
+        dtype=dtype, repo=repo, file=LORA_FILE, prompt=prompt, title=title, base_text=base_text, script=script,
+        imports=imports, arguments=", ".join(f"{name}={value}" for name, value in options.items()),
     )  # fmt: skip
     write_atomically(run.output_dir / "README.md", text.encode())
 
@@ -2303,11 +2574,6 @@ def trim_metrics(run: Run, step: int) -> None:
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
 
-def final_prompts(args: Args) -> list[str]:
-    """Prompts of the last pictures."""
-    return [args.final_validation_prompt] if args.final_validation_prompt else list(args.validation_prompt or [])
-
-
 def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
     """Pictures from the saved file, read back into the resident adapter, also at strength 0.6 and 0.8.
 
@@ -2324,7 +2590,9 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
             for layer in lora_layers_of(parts.transformer):
                 layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
             draw_samples(run, parts, prompts, folder)
-        draw_sheet(prompts, [(f"LoRA strength {s}", f) for s, f in strengths.items()], final / "contact_sheet.png")
+        drawn = [(f"LoRA strength {strength}", folder) for strength, folder in strengths.items()]
+        columns = sheet_columns(run, parts, prompts, drawn)
+        draw_sheet(prompts, columns, final / "contact_sheet.png")
     except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
         log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
         return []
@@ -2378,6 +2646,15 @@ class Run:
     hub_repo: str | None = None  # made when the checks have passed
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
+
+    name: str
+    samples: list[Sample]
+    weight: float = 1.0  # of its loss
+
+
 @dataclass
 class TrainingParts:
     """What the training loop works with."""
@@ -2386,9 +2663,13 @@ class TrainingParts:
     prompts: PromptCache
     transformer: nn.Module
     vae: Any  # None when the pictures are cached and nothing is drawn
-    samples: list[Sample]
+    streams: list[Stream]  # the first one is what is learned
     buckets: list[Size]
-    class_samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What is learned: epochs count these."""
+        return self.streams[0].samples
 
     def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
         """The VAE where it is needed; with --offload it waits on the CPU."""
@@ -2505,11 +2786,14 @@ def start_accelerator(args: Args) -> Run:
         log_with=report_to(args) or None,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
     )
+    dtype = compute_dtype(args, accelerator.device.type == "cpu")
+    if args.do_fp8_training:
+        check_fp8(accelerator.device, dtype)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
     return Run(
-        args, accelerator, accelerator.device, compute_dtype(args, accelerator.device.type == "cpu"),
+        args, accelerator, accelerator.device, dtype,
         seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
@@ -2548,16 +2832,15 @@ def ignore_signals(_worker: int) -> None:
 
 
 def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
-    """Endless micro-batches from micro-step `first` on: (instance batch,) or (instance batch, class batch)."""
+    """Endless micro-batches from micro-step `first` on, each a tuple with one batch per stream."""
     loaders = []
-    for stream, samples in (("instance", parts.samples), ("class", parts.class_samples)):
-        targets = [sample.target for sample in samples]
-        if samples:
-            sampler = SampleStream(targets, run.args.train_batch_size, run.seed, stream, first)
-            options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
-            options["worker_init_fn"] = ignore_signals
-            dataset = TrainingSet(run, parts.space, samples, stream)
-            loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
+    for stream in parts.streams:
+        geometries = [sample.geometry for sample in stream.samples]
+        sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first)
+        options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
+        options["worker_init_fn"] = ignore_signals
+        dataset = TrainingSet(run, parts.space, stream.samples, stream.name)
+        loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
     return zip(*loaders, strict=True)
 
 
@@ -2569,21 +2852,21 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
     losses, weights, sigmas, names = [], [], [], []
     for micro in range(accumulation):
-        for weight, batch in zip((1.0, prior_weight(run.args)), next(batches), strict=False):
+        for stream, batch in zip(parts.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
                 # dropout is a function of (seed, micro-step), so that neither resume nor validation shifts it
                 key = (state.step * accumulation + micro, len(losses))
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
             losses_B, sigmas_B = batch_losses(run, parts, batch)
-            run.accelerator.backward(weight * losses_B.mean())
-            losses.append(weight * losses_B.detach())
-            weights += [weight] * len(sigmas_B)
+            run.accelerator.backward(stream.weight * losses_B.mean())
+            losses.append(stream.weight * losses_B.detach())
+            weights += [stream.weight] * len(sigmas_B)
             sigmas += sigmas_B
             names += batch["name"]
     norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
     # everything that the host wants to know before the update comes over together, so it waits for the device once
     *row_losses, grad_norm = torch.cat([*losses, norm[None]]).tolist()
-    # mean over the micro-batches of mean(instance) + prior_loss_weight x mean(class): what is minimised
+    # mean over the micro-batches of the weighted sum of the streams' means: what is minimised
     loss = sum(row_losses) / (run.args.train_batch_size * accumulation)
     values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
     values |= loss_by_sigma(row_losses, sigmas, weights)
@@ -2726,7 +3009,7 @@ def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
 
 def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
-    now, share = fingerprint(run, parts.samples, parts.class_samples), run.args.gradient_checkpointing
+    now, share = fingerprint(run, parts.streams), run.args.gradient_checkpointing
     if run.resume:
         check_resume(run.resume, now)
     transformer = parts.transformer = load_transformer(run)
@@ -2755,16 +3038,6 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     return state
 
 
-# endregion shared: training
-
-
-# differs: the image-to-image script has no class pictures
-def prior_weight(args: Args) -> float:
-    """Weight of the class batch that follows each instance batch."""
-    return args.prior_loss_weight
-
-
-# region shared: main
 def prepare_output(run: Run) -> Run:
     """Makes the output folder, writes the settings, starts the trackers with them: no secrets, no folders in them.
 
@@ -2796,7 +3069,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
         adapter |= {f"{name}.lora_B.weight": torch.empty(size[1], run.args.rank) for name, size in sizes.items()}
         load_lora(adapter, Path(run.args.init_lora_from), lora_alpha(run.args))
     if run.resume:
-        check_resume(run.resume, fingerprint(run, samples))
+        check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
     prompts = len(set(all_prompts(run, samples)))
     need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
@@ -2813,6 +3086,21 @@ def print_results(run: Run) -> None:
             log.info(f"{label:>9}: {run.output_dir / name}")
 
 
+# endregion shared: training
+
+
+# differs: the image-to-image script has references and no class pictures
+def prepare_streams(
+    run: Run, space: LatentSpace, prompts: PromptCache, samples: list[Sample], buckets: list[Size]
+) -> tuple[list[Stream], list[Picture]]:
+    """What is learned, with prior preservation the class beside it; and all the pictures to encode."""
+    class_samples = prepare_class_samples(run, space, prompts, buckets)
+    streams = [Stream("instance", samples)]
+    streams += [Stream("class", class_samples, run.args.prior_loss_weight)] if class_samples else []
+    return streams, [*samples, *class_samples]
+
+
+# region shared: main
 @ExitCodes()
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
@@ -2824,9 +3112,8 @@ def main(args: Args) -> None:
     run = prepare_output(run)
     space = open_latent_space(run)
     prompts = encode_prompts(run, all_prompts(run, samples))
-    class_samples = prepare_class_samples(run, space, prompts, buckets)
-    vae = encode_pictures(run, space, [*samples, *class_samples])
-    parts = TrainingParts(space, prompts, None, vae, samples, buckets, class_samples)
+    streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
+    parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
     state = set_up_training(run, parts)
     with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
         train(run, parts, state, stop)

@@ -1,10 +1,15 @@
-"""What every test gets: a hermetic environment, the script as a module, the tiny models, drawn photographs."""
+"""What every test gets: a hermetic environment, both scripts as modules, the tiny models, drawn pictures.
+
+A test of the fixture `script` runs on both scripts: what they share is promised of both. `t2i` and `i2i` are for what
+is one script's own.
+"""
 
 import importlib
 import os
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 # Before anything imports huggingface_hub or accelerate: no file of the user's is read, no network is asked.
 _HOME = tempfile.mkdtemp(prefix="flux2-tests-")
@@ -20,6 +25,8 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+SCRIPTS = {"t2i": "train_dreambooth_lora_flux2", "i2i": "train_dreambooth_lora_flux2_img2img"}
 
 
 def draw_photo(path: Path, size: tuple[int, int], seed: int, exif_orientation: int | None = None) -> Path:
@@ -54,13 +61,39 @@ def draw_photos(folder: Path, count: int = 5, seed: int = 0) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def t2i():
-    """The text-to-image script as a module."""
+def draw_references(folder: Path, size: tuple[int, int] | None = None) -> Path:
+    """A reference for each picture of `draw_photos`, one lying on its side; of many sizes or all of one."""
+    sizes = [(80, 72), (64, 128), (64, 100), (150, 70), (150, 70)]  # the last two are a group
+    for number, own_size in enumerate(sizes):
+        lying = number == 1 and size is None
+        draw_photo(folder / f"{number:02d}.png", size or own_size, 100 + number, exif_orientation=6 if lying else None)
+    return folder
+
+
+def load_script(name: str) -> ModuleType:
+    """The script of this short name as a module."""
     import torch
 
     torch.set_num_threads(1)  # bit-exact comparisons, and faster on a model this small
-    return importlib.import_module("train_dreambooth_lora_flux2")
+    return importlib.import_module(SCRIPTS[name])
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def script(request) -> ModuleType:
+    """Each of the two scripts as a module."""
+    return load_script(request.param)
+
+
+@pytest.fixture(scope="session")
+def t2i() -> ModuleType:
+    """The text-to-image script as a module."""
+    return load_script("t2i")
+
+
+@pytest.fixture(scope="session")
+def i2i() -> ModuleType:
+    """The image-to-image script as a module."""
+    return load_script("i2i")
 
 
 @pytest.fixture(scope="session")
@@ -83,28 +116,64 @@ def photos(tmp_path_factory) -> Path:
     return draw_photos(tmp_path_factory.mktemp("data") / "photos")
 
 
+@pytest.fixture(scope="session")
+def references(tmp_path_factory) -> Path:
+    """A reference for each of the five photographs, by file name. Read-only: copy them to change them."""
+    return draw_references(tmp_path_factory.mktemp("data") / "references")
+
+
+@pytest.fixture(scope="session")
+def square_references(tmp_path_factory) -> Path:
+    """References of one size, with which the five photographs are one group in one bucket. Read-only."""
+    return draw_references(tmp_path_factory.mktemp("data") / "square", size=(72, 72))
+
+
+def of_edits(script: ModuleType, *flags: str | Path) -> tuple[str | Path, ...]:
+    """Flags that the image-to-image script alone has: given to it, left out for the other one."""
+    return flags if script.TASK == "image-to-image" else ()
+
+
+@pytest.fixture(scope="session")
+def reference_flags(script, references) -> tuple:
+    """The flags that give the photographs their references, where the script has such."""
+    return of_edits(script, "--cond_data_dir", references)
+
+
+@pytest.fixture(scope="session")
+def one_group(script, square_references) -> tuple:
+    """The flags under which every photograph in one bucket has one geometry, whichever the script."""
+    return of_edits(script, "--cond_data_dir", square_references)
+
+
+@pytest.fixture(scope="session")
+def reference_dropout(script) -> tuple:
+    """The flags with which the script draws one random number more at each visit, if it can."""
+    return of_edits(script, "--cond_dropout", "0.4")
+
+
+@pytest.fixture(scope="session")
+def validation_reference(script, references) -> tuple:
+    """The flags that give the first validation prompt a reference, where the script has such."""
+    return of_edits(script, "--validation_image", references / "02.png")
+
+
 @pytest.fixture
-def train(t2i, tiny, photos, tmp_path):
+def train(script, tiny, photos, reference_flags, tmp_path):
     """Runs the script in this process: `train("--rank", "4", ...)` returns the output folder.
 
-    The defaults are three quick steps at 64 px; a later flag replaces an earlier one. `output=` names the folder.
+    The defaults are three quick steps at 64 px on the photographs with their references; a later flag replaces an
+    earlier one, and other data have no references unless they are given. `output=` names the folder.
     """
 
     def start(*flags: str, output: str | Path = "out") -> Path:
         folder = tmp_path / output
-        base = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--output_dir", folder]
-        base += [
-            "--instance_prompt",
-            "a photo of sks toy",
-            "--resolution",
-            "64",
-            "--max_train_steps",
-            "3",
-            "--seed",
-            "0",
-        ]
+        data = ["--instance_data_dir", photos]
+        data += [] if {"--instance_data_dir", "--dataset_name"} & {*map(str, flags)} else reference_flags
+        base = ["--pretrained_model_name_or_path", tiny, *data, "--output_dir", folder]
+        base += ["--instance_prompt", "a photo of sks toy", "--resolution", "64"]
+        base += ["--max_train_steps", "3", "--seed", "0"]
         base += ["--rank", "4", "--max_sequence_length", "64", "--report_to", "none", "--dataloader_num_workers", "0"]
-        t2i.main(t2i.parse_args([str(word) for word in [*base, *flags]]))
+        script.main(script.parse_args([str(word) for word in [*base, *flags]]))
         return folder
 
     return start

@@ -35,11 +35,11 @@ def quick(train, cache):
 
 
 @pytest.fixture(scope="module")
-def six_steps(t2i, tiny, photos, cache, tmp_path_factory):
+def six_steps(script, tiny, photos, reference_flags, cache, tmp_path_factory):
     """A finished run of six steps with the checkpoints 2, 4 and 6. Read-only: copy it to change it."""
     folder = tmp_path_factory.mktemp("runs") / "six"
-    flags = ("--seed", "0", "--latents_cache_dir", cache, "--cache_latents", *SIX)
-    t2i.main(t2i.parse_args(command_line(tiny, photos, folder, *flags)))
+    flags = (*reference_flags, "--seed", "0", "--latents_cache_dir", cache, "--cache_latents", *SIX)
+    script.main(script.parse_args(command_line(tiny, photos, folder, *flags)))
     return folder
 
 
@@ -85,8 +85,9 @@ def nothing_temporary_in(folder: Path) -> bool:
     ],
     ids=["accumulation", "prodigy", "8bit", "cosine-bf16", "everything-random"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(train, cache, tmp_path, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(train, cache, reference_dropout, tmp_path, flags):
     """From checkpoint 3 of 6 on, losses, gradient norms and LoRA are those of the run that was not stopped."""
+    flags += reference_dropout
     cached = ("--latents_cache_dir", cache, "--max_train_steps", "6", "--checkpointing_steps", "3", *flags)
     whole = train(*cached, output="whole")
     resumed = cut_back(shutil.copytree(whole, tmp_path / "resumed"), 3)
@@ -98,16 +99,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(train, cache,
         assert {tensor.dtype for name, tensor in stored.items() if name.endswith(("state1", "state2"))} == {torch.uint8}
     first, second = (load_file(folder / "checkpoint-6" / "training_state.safetensors") for folder in (whole, resumed))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_resumed_run_with_prior_preservation_equals_an_uninterrupted_one(quick, tmp_path):
-    """The stream of class pictures goes on where it was."""
-    flags = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy")
-    flags += ("--num_class_images", "3", "--num_inference_steps", "1", "--max_train_steps", "4")
-    whole = quick(*flags, "--checkpointing_steps", "2", output="whole")
-    resumed = cut_back(shutil.copytree(whole, tmp_path / "resumed"), 2)
-    quick(*flags, "--checkpointing_steps", "2", *RESUME, output="resumed")
-    assert_same_run(whole, resumed)
 
 
 @pytest.mark.parametrize("route", ["latest", "name", "path"])
@@ -125,12 +116,15 @@ def test_latest_in_an_empty_folder_starts_from_the_beginning(quick, six_steps):
     assert_same_run(six_steps, quick(*SIX, *RESUME))
 
 
-def test_a_resumed_run_without_a_seed_takes_the_seed_of_the_checkpoint(t2i, tiny, photos, cache, tmp_path):
+def test_a_resumed_run_without_a_seed_takes_the_seed_of_the_checkpoint(
+    script, tiny, photos, reference_flags, cache, tmp_path
+):
     """The drawn seed is in state.json, so the run goes on exactly."""
-    flags = ("--latents_cache_dir", cache, "--cache_latents", "--max_train_steps", "4", "--checkpointing_steps", "2")
-    t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "whole", *flags)))
+    flags = (*reference_flags, "--latents_cache_dir", cache, "--cache_latents")
+    flags += ("--max_train_steps", "4", "--checkpointing_steps", "2")
+    script.main(script.parse_args(command_line(tiny, photos, tmp_path / "whole", *flags)))
     cut_back(shutil.copytree(tmp_path / "whole", tmp_path / "resumed"), 2)
-    t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "resumed", *flags, *RESUME)))
+    script.main(script.parse_args(command_line(tiny, photos, tmp_path / "resumed", *flags, *RESUME)))
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
@@ -142,11 +136,11 @@ def test_a_finished_constant_run_goes_on_with_more_steps(quick, six_steps):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_finished_run_whose_schedule_has_ended_cannot_go_on_and_the_error_says_why(t2i, quick, schedule):
+def test_a_finished_run_whose_schedule_has_ended_cannot_go_on_and_the_error_says_why(script, quick, schedule):
     """The learning rate of these schedules depends on the number of steps: the message names schedule and numbers."""
     folder = quick("--max_train_steps", "2", "--lr_scheduler", schedule)
     before = trajectory(folder)
-    with pytest.raises(t2i.UserError) as caught:
+    with pytest.raises(script.UserError) as caught:
         quick("--max_train_steps", "4", "--lr_scheduler", schedule, *RESUME)
     message = str(caught.value)
     assert "steps" in message and "was 2, is 4" in message
@@ -165,7 +159,8 @@ def test_a_checkpoint_holds_its_four_files_true_hashes_and_no_pickle(six_steps):
     others = files_of(folder) - {"manifest.json"}
     assert manifest == {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in others}
     state = json.loads((folder / "state.json").read_text())
-    assert state["step"] == 4 and state["seed"] == 0 and "torch" in state["versions"] and "data" in state["fingerprint"]
+    assert state["step"] == 4 and state["seed"] == 0 and "torch" in state["versions"]
+    assert "instance data" in state["fingerprint"]
     tensors = load_file(folder / "training_state.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     export = load_file(folder / LORA)
@@ -173,7 +168,7 @@ def test_a_checkpoint_holds_its_four_files_true_hashes_and_no_pickle(six_steps):
     assert not [name for name in files_of(six_steps) if Path(name).suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
 
 
-def test_the_export_inside_a_checkpoint_loads_in_diffusers(t2i, quick, tiny, tmp_path):
+def test_the_export_inside_a_checkpoint_loads_in_diffusers(script, quick, tiny, tmp_path):
     """With rank and alpha as given, and with the weights of the training state."""
     folder = quick("--lora_alpha", "2", "--max_train_steps", "2", "--checkpointing_steps", "1") / "checkpoint-1"
     pipeline = Flux2Pipeline.from_pretrained(tiny, text_encoder=None, tokenizer=None)
@@ -187,7 +182,7 @@ def test_the_export_inside_a_checkpoint_loads_in_diffusers(t2i, quick, tiny, tmp
         stored = state["lora/" + name.replace(".default_0.", ".")]
         torch.testing.assert_close(parameter.float(), stored, rtol=1e-2, atol=1e-6)  # the tiny model is loaded in bf16
     assert (folder / "comfyui_lora.safetensors").is_file()
-    assert t2i.verify_checkpoint(folder) is None
+    assert script.verify_checkpoint(folder) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -207,27 +202,30 @@ def flip_byte(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip_byte, Path.unlink], ids=["truncated", "flipped", "removed"])
 @pytest.mark.parametrize("name", ["training_state.safetensors", LORA, "state.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_never_resumed_from(t2i, tiny, photos, finished, capsys, damage, name):
+def test_a_damaged_checkpoint_is_never_resumed_from(
+    script, tiny, photos, reference_flags, finished, capsys, damage, name
+):
     """`latest` skips it and names the file; asking for it is an error that names folder and file."""
     damage(finished / "checkpoint-6" / name)
-    args = t2i.parse_args(command_line(tiny, photos, finished, *RESUME))
-    t2i.set_up_logging()
-    assert t2i.find_checkpoint(args).folder == finished / "checkpoint-4"
+    args = script.parse_args(command_line(tiny, photos, finished, *reference_flags, *RESUME))
+    script.set_up_logging()
+    assert script.find_checkpoint(args).folder == finished / "checkpoint-4"
     said = capsys.readouterr().err
     # a wrong hash in the manifest speaks against the file that it belongs to
     named = r"\w+\.(safetensors|json)" if (name, damage) == ("manifest.json", flip_byte) else re.escape(name)
     assert re.search(f"checkpoint-6.*{named}", said)
-    args = t2i.parse_args(command_line(tiny, photos, finished, "--resume_from_checkpoint", "checkpoint-6"))
-    with pytest.raises(t2i.UserError, match=f"(?s)checkpoint-6.*{named}"):
-        t2i.find_checkpoint(args)
+    named_one = (*reference_flags, "--resume_from_checkpoint", "checkpoint-6")
+    args = script.parse_args(command_line(tiny, photos, finished, *named_one))
+    with pytest.raises(script.UserError, match=f"(?s)checkpoint-6.*{named}"):
+        script.find_checkpoint(args)
 
 
-def test_a_run_over_a_damaged_newest_checkpoint_replaces_it_and_ends_the_same(t2i, quick, six_steps, finished):
+def test_a_run_over_a_damaged_newest_checkpoint_replaces_it_and_ends_the_same(script, quick, six_steps, finished):
     """The whole way: skip checkpoint 6, go on from 4, write 6 anew."""
     truncate(finished / "checkpoint-6" / "training_state.safetensors")
     quick(*SIX, *RESUME)
     assert_same_run(six_steps, finished)
-    assert t2i.verify_checkpoint(finished / "checkpoint-6") is None
+    assert script.verify_checkpoint(finished / "checkpoint-6") is None
 
 
 @pytest.mark.parametrize(
@@ -245,12 +243,12 @@ def test_a_run_over_a_damaged_newest_checkpoint_replaces_it_and_ends_the_same(t2
     ids=lambda changed: changed[0],
 )
 def test_a_changed_setting_is_refused_by_name_before_the_transformer_is_loaded(
-    t2i, quick, finished, monkeypatch, changed
+    script, quick, finished, monkeypatch, changed
 ):
     """Resuming with other settings would silently be another run."""
-    forbid(monkeypatch, t2i, "load_transformer")
+    forbid(monkeypatch, script, "load_transformer")
     name, *values = changed
-    with pytest.raises(t2i.UserError, match=name):
+    with pytest.raises(script.UserError, match=name):
         quick(*SIX, *RESUME, f"--{name}", *values)
 
 
@@ -260,27 +258,34 @@ def test_a_changed_setting_is_refused_by_name_before_the_transformer_is_loaded(
         (("--optimizer", "prodigy"), "prodigy_beta3", ("0.9", "0.8")),
         (("--lr_scheduler", "polynomial"), "lr_power", ("1", "2")),
         (("--lr_scheduler", "cosine_with_restarts"), "lr_num_cycles", ("1", "2")),
-        (("--with_prior_preservation",), "prior_loss_weight", ("1.0", "0.5")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_changed_setting_of_optimizer_schedule_or_prior_is_refused_by_name(t2i, quick, tmp_path, flags, name, values):
+def test_a_changed_setting_of_optimizer_or_schedule_is_refused_by_name(script, quick, flags, name, values):
     """What bends the rest of the run is part of the run's fingerprint."""
-    if flags == ("--with_prior_preservation",):
-        draw_photos(tmp_path / "class", 2, seed=70)
-        flags += ("--class_data_dir", tmp_path / "class", "--class_prompt", "a toy", "--num_class_images", "2")
     quick("--max_train_steps", "2", "--checkpointing_steps", "1", *flags, f"--{name}", values[0])
-    with pytest.raises(t2i.UserError, match=name):
+    with pytest.raises(script.UserError, match=name):
         quick("--max_train_steps", "2", *flags, f"--{name}", values[1], "--resume_from_checkpoint", "checkpoint-1")
 
 
-def test_several_changed_settings_and_other_pictures_are_named_together(t2i, quick, finished, tmp_path):
+def test_several_changed_settings_and_other_pictures_are_named_together(script, quick, finished, tmp_path):
     """One error lists them all, with old and new value."""
     flags = ("--rank", "8", "--random_flip", "--instance_data_dir", draw_photos(tmp_path / "others", 3, seed=40))
-    with pytest.raises(t2i.UserError) as caught:
+    with pytest.raises(script.UserError) as caught:
         quick(*SIX, *RESUME, *flags)
     message = str(caught.value)
-    assert "rank: was 4, is 8" in message and "random_flip: was False, is True" in message and "data" in message
+    assert "rank: was 4, is 8" in message and "random_flip: was False, is True" in message
+    assert "instance data: was" in message
+
+
+@pytest.mark.parametrize("script", ["i2i"], indirect=True)
+def test_another_dropout_of_references_and_other_references_are_refused_by_name(
+    script, quick, finished, square_references
+):
+    """What is trained on are pairs: the same targets with other references are other data."""
+    with pytest.raises(script.UserError) as caught:
+        quick(*SIX, *RESUME, "--cond_dropout", "0.5", "--cond_data_dir", square_references)
+    assert "cond_dropout: was 0.0, is 0.5" in str(caught.value) and "instance data: was" in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------- rotation and disks
@@ -293,27 +298,27 @@ def test_rotation_keeps_the_limit_and_the_newest(quick):
     assert nothing_temporary_in(folder)
 
 
-def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one(t2i, quick, finished, monkeypatch):
+def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one(script, quick, finished, monkeypatch):
     """After a resume below a damaged checkpoint 6, what was just written stays although 6 has the higher number."""
     truncate(finished / "checkpoint-6" / "training_state.safetensors")
 
-    def stop_after_five(run, parts, state, batches, original=t2i.train_step):
+    def stop_after_five(run, parts, state, batches, original=script.train_step):
         if state.step == 5:
             raise RuntimeError("killed")
         return original(run, parts, state, batches)
 
-    monkeypatch.setattr(t2i, "train_step", stop_after_five)
+    monkeypatch.setattr(script, "train_step", stop_after_five)
     with pytest.raises(RuntimeError, match="killed"):
         limits = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
         quick("--max_train_steps", "6", *limits, *RESUME)
-    good = [step for step in checkpoints(finished) if t2i.verify_checkpoint(finished / f"checkpoint-{step}") is None]
+    good = [step for step in checkpoints(finished) if script.verify_checkpoint(finished / f"checkpoint-{step}") is None]
     assert good, f"no good checkpoint is left, only {checkpoints(finished)}"
 
 
-def full_disk(t2i, monkeypatch, when: int, how: str) -> None:
+def full_disk(script, monkeypatch, when: int, how: str) -> None:
     """The save of step `when` fails: at fsync, or really, because files may not grow over 20 kB."""
 
-    def save(run, state, original=t2i.save_checkpoint):
+    def save(run, state, original=script.save_checkpoint):
         if state.step != when:
             return original(run, state)
         with monkeypatch.context() as patch:
@@ -322,7 +327,7 @@ def full_disk(t2i, monkeypatch, when: int, how: str) -> None:
                 def refuse(*_):
                     raise OSError(28, "No space left on device")
 
-                patch.setattr(t2i, "flush_to_disk", refuse)
+                patch.setattr(script, "flush_to_disk", refuse)
                 return original(run, state)
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -331,18 +336,18 @@ def full_disk(t2i, monkeypatch, when: int, how: str) -> None:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(t2i, "save_checkpoint", save)
+    monkeypatch.setattr(script, "save_checkpoint", save)
 
 
 @pytest.mark.parametrize("how", ["fsync", "write"])
 def test_a_save_that_fails_keeps_the_old_checkpoint_and_the_run_goes_on(
-    t2i, quick, six_steps, monkeypatch, capsys, how
+    script, quick, six_steps, monkeypatch, capsys, how
 ):
     """Step 4 cannot be saved: a warning, nothing half-written, and the run ends as if nothing had been."""
-    full_disk(t2i, monkeypatch, 4, how)
+    full_disk(script, monkeypatch, 4, how)
     folder = quick(*SIX)
     assert checkpoints(folder) == [2, 6]
-    assert t2i.verify_checkpoint(folder / "checkpoint-2") is None
+    assert script.verify_checkpoint(folder / "checkpoint-2") is None
     assert "step 4 was not saved" in capsys.readouterr().err
     assert nothing_temporary_in(folder)
     assert_same_run(six_steps, folder)
@@ -350,14 +355,14 @@ def test_a_save_that_fails_keeps_the_old_checkpoint_and_the_run_goes_on(
 
 @pytest.mark.parametrize("how", ["fsync", "write"])
 def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpoint(
-    t2i, quick, monkeypatch, tmp_path, how
+    script, quick, monkeypatch, tmp_path, how
 ):
     """SaveFailed (exit code 4), checkpoint 2 still good, no final LoRA."""
-    full_disk(t2i, monkeypatch, 3, how)
-    with pytest.raises(t2i.SaveFailed):
+    full_disk(script, monkeypatch, 3, how)
+    with pytest.raises(script.SaveFailed):
         quick("--checkpointing_steps", "2")
     folder = tmp_path / "out"
-    assert checkpoints(folder) == [2] and t2i.verify_checkpoint(folder / "checkpoint-2") is None
+    assert checkpoints(folder) == [2] and script.verify_checkpoint(folder / "checkpoint-2") is None
     assert not (folder / LORA).exists() and nothing_temporary_in(folder)
 
 
@@ -366,18 +371,18 @@ def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpo
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
-    t2i, quick, six_steps, monkeypatch, tmp_path, capsys, number, code
+    script, quick, six_steps, monkeypatch, tmp_path, capsys, number, code
 ):
     """Stopped carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
 
-    def signalled(run, parts, state, batches, original=t2i.train_step):
+    def signalled(run, parts, state, batches, original=script.train_step):
         if state.step == 2:
             os.kill(os.getpid(), number)
         return original(run, parts, state, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(t2i, "train_step", signalled)
-        with pytest.raises(t2i.Stopped) as caught:
+        patch.setattr(script, "train_step", signalled)
+        with pytest.raises(script.Stopped) as caught:
             quick("--max_train_steps", "6")
     folder = tmp_path / "out"
     assert caught.value.code == code
@@ -387,9 +392,9 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
     assert_same_run(six_steps, folder)
 
 
-def test_the_time_limit_saves_and_stops_like_a_signal(t2i, quick, six_steps, tmp_path):
+def test_the_time_limit_saves_and_stops_like_a_signal(script, quick, six_steps, tmp_path):
     """One step is always done, and without the limit the run goes on exactly."""
-    with pytest.raises(t2i.Stopped) as caught:
+    with pytest.raises(script.Stopped) as caught:
         quick("--max_train_steps", "6", "--max_train_minutes", "1e-6")
     folder = tmp_path / "out"
     assert caught.value.code == 143 and checkpoints(folder) == [1] and len(metrics(folder)) == 1
@@ -400,18 +405,18 @@ def test_the_time_limit_saves_and_stops_like_a_signal(t2i, quick, six_steps, tmp
 # ------------------------------------------------------------------------------------------------------ an earlier run
 
 
-def test_a_folder_with_an_earlier_run_is_refused_with_both_ways_out(t2i, tiny, photos, finished, capsys):
+def test_a_folder_with_an_earlier_run_is_refused_with_both_ways_out(script, tiny, photos, finished, capsys):
     """Exit code 2 while parsing; the message holds the line to resume and the line to overwrite."""
     before = files_of(finished)
     with pytest.raises(SystemExit) as caught:
-        t2i.parse_args(command_line(tiny, photos, finished))
+        script.parse_args(command_line(tiny, photos, finished))
     said = capsys.readouterr().err
     assert caught.value.code == 2
     assert "--resume_from_checkpoint latest" in said and "--overwrite_output_dir" in said and "checkpoint-2" in said
     assert files_of(finished) == before
 
 
-def test_overwriting_removes_our_files_and_never_the_cache_or_what_is_not_ours(t2i, train, six_steps, monkeypatch):
+def test_overwriting_removes_our_files_and_never_the_cache_or_what_is_not_ours(script, train, six_steps, monkeypatch):
     """Afterwards the folder is that of a fresh run, plus the user's files, and the cache was used again."""
     flags = ("--cache_latents", "--report_to", "tensorboard")
     folder = train(*flags, "--max_train_steps", "4", "--checkpointing_steps", "2", "--lora_alpha", "2")
@@ -421,7 +426,7 @@ def test_overwriting_removes_our_files_and_never_the_cache_or_what_is_not_ours(t
         (folder / name).write_text("mine")
     cached = {name: (folder / name).stat().st_mtime_ns for name in files_of(folder) if name.startswith("cache/")}
     events = {name for name in files_of(folder) if "tfevents" in name}
-    forbid(monkeypatch, t2i, "load_text_encoder", "load_vae")
+    forbid(monkeypatch, script, "load_text_encoder", "load_vae")
     train(*flags, "--max_train_steps", "3", "--overwrite_output_dir")
     assert all((folder / name).read_text() == "mine" for name in foreign)
     assert checkpoints_of_ours(folder) == [3] and column(folder, "step") == [1, 2, 3]
@@ -454,10 +459,10 @@ def test_an_export_of_a_resumed_run_is_that_of_its_last_checkpoint(quick, finish
     assert all(torch.equal(tensor, inside[name]) for name, tensor in lora(finished).items())
 
 
-def test_a_resumed_run_loads_no_encoder(t2i, quick, finished, monkeypatch):
+def test_a_resumed_run_loads_no_encoder(script, quick, finished, monkeypatch):
     """Prompts and latents come from the cache."""
     cut_back(finished, 4)
-    forbid(monkeypatch, t2i, "load_text_encoder", "load_vae")
-    steps = spy(monkeypatch, t2i, "train_step")
+    forbid(monkeypatch, script, "load_text_encoder", "load_vae")
+    steps = spy(monkeypatch, script, "train_step")
     quick(*SIX, *RESUME)
     assert len(steps) == 2

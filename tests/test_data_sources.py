@@ -17,50 +17,50 @@ def fill(folder: Path, *names: str) -> Path:
     return folder
 
 
-def arguments(t2i, *flags) -> object:
+def arguments(script, *flags) -> object:
     """The parsed command line without its checks: the functions under test see folders only."""
-    return t2i.build_parser().parse_args([str(word) for word in flags])
+    return script.build_parser().parse_args([str(word) for word in flags])
 
 
-def listed(t2i, folder: Path, *flags) -> dict[str, str | None]:
+def listed(script, folder: Path, *flags) -> dict[str, str | None]:
     """{name: caption or None} of a folder, in the order of the list."""
-    found = t2i.list_folder(arguments(t2i, "--instance_data_dir", folder, *flags))
-    return {source.name: caption for source, caption in found}
+    found = script.list_rows(arguments(script, "--instance_data_dir", folder, *flags))
+    return {row.picture.name: row.caption for row in found}
 
 
 # ---- folders ----
 
 
-def test_a_folder_lists_pictures_only_and_sorted(t2i, tmp_path):
+def test_a_folder_lists_pictures_only_and_sorted(script, tmp_path):
     """Whatever order the disk has; in subfolders too."""
     fill(tmp_path, "b.jpg", "a.PNG", "sub/0.jpeg", "c.webp")
     (tmp_path / "notes.md").write_text("no picture")
     (tmp_path / "Thumbs.db").write_bytes(b"\0")
     (tmp_path / "a-folder.jpg").mkdir()
-    assert list(listed(t2i, tmp_path)) == ["a.PNG", "b.jpg", "c.webp", str(Path("sub/0.jpeg"))]
+    assert list(listed(script, tmp_path)) == ["a.PNG", "b.jpg", "c.webp", str(Path("sub/0.jpeg"))]
 
 
-def test_hidden_files_and_folders_are_skipped(t2i, tmp_path):
+def test_hidden_files_and_folders_are_skipped(script, tmp_path):
     """What `snapshot_download` and macOS leave behind; a hidden folder above the data is no reason to find nothing."""
     data = fill(tmp_path / ".hidden" / "data", "a.jpg", ".cache/huggingface/b.jpg", "._c.jpg")
     (data / ".DS_Store").write_bytes(b"\0")
-    assert list(listed(t2i, data)) == ["a.jpg"]
+    assert list(listed(script, data)) == ["a.jpg"]
 
 
-def test_the_drawn_photographs_are_all_listed_without_a_caption(t2i, photos):
+def test_the_drawn_photographs_are_all_listed_without_a_caption(script, photos):
     """The fixture of every other test: five photographs beside a .cache folder and a .DS_Store."""
-    assert listed(t2i, photos) == {f"{number:02d}.jpg": None for number in range(5)}
+    assert listed(script, photos) == {f"{number:02d}.jpg": None for number in range(5)}
 
 
-def test_an_empty_folder_is_an_error_that_names_the_suffixes(t2i, tmp_path):
+def test_an_empty_folder_is_an_error_that_names_the_suffixes(script, tmp_path):
     """Only hidden pictures are none."""
     fill(tmp_path, ".cache/a.jpg")
-    with pytest.raises(t2i.UserError, match=r"no picture in it \(.*\.jpg.*\.png") as error:
-        listed(t2i, tmp_path)
+    with pytest.raises(script.UserError, match=r"no picture in it \(.*\.jpg.*\.png") as error:
+        listed(script, tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
-def test_captions_beside_the_pictures_are_read(t2i, tmp_path):
+def test_captions_beside_the_pictures_are_read(script, tmp_path):
     """NAME.txt before NAME.caption, blanks stripped, a byte order mark dropped, an empty file is no caption."""
     fill(tmp_path, "a.jpg", "b.png", "c.jpg", "d.jpg")
     (tmp_path / "a.txt").write_bytes("\ufeff  ein Hündchen \n".encode())
@@ -68,16 +68,16 @@ def test_captions_beside_the_pictures_are_read(t2i, tmp_path):
     (tmp_path / "b.caption").write_text("a cat")
     (tmp_path / "c.txt").write_text(" \n")
     with log_lines() as lines:
-        assert listed(t2i, tmp_path) == {"a.jpg": "ein Hündchen", "b.png": "a cat", "c.jpg": None, "d.jpg": None}
+        assert listed(script, tmp_path) == {"a.jpg": "ein Hündchen", "b.png": "a cat", "c.jpg": None, "d.jpg": None}
     assert any("4 pictures" in line and "2" in line.split("pictures")[1] for line in lines)
 
 
-def test_a_caption_that_is_not_utf8_is_an_error_with_its_path(t2i, tmp_path):
+def test_a_caption_that_is_not_utf8_is_an_error_with_its_path(script, tmp_path):
     """Latin-1 from an old editor."""
     fill(tmp_path, "a.jpg")
     (tmp_path / "a.txt").write_bytes("Hündchen".encode("latin-1"))
-    with pytest.raises(t2i.UserError, match=r"a\.txt: not UTF-8"):
-        listed(t2i, tmp_path)
+    with pytest.raises(script.UserError, match=r"a\.txt: not UTF-8"):
+        listed(script, tmp_path)
 
 
 # ---- metadata files ----
@@ -88,52 +88,52 @@ def write_jsonl(folder: Path, *rows: object) -> None:
     (folder / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
-def test_metadata_jsonl_gives_the_captions(t2i, tmp_path):
+def test_metadata_jsonl_gives_the_captions(script, tmp_path):
     """In subfolders and with './' too; a picture that the file does not name keeps its own caption file."""
     fill(tmp_path, "a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
     (tmp_path / "c.txt").write_text("from the text file")
     (tmp_path / "a.txt").write_text("not this one")
     rows = [{"file_name": "a.jpg", "text": " one "}, {"file_name": "./b.jpg", "text": "two"}]
     write_jsonl(tmp_path, *rows, {"file_name": "sub/d.jpg", "text": "four"})
-    assert list(listed(t2i, tmp_path).values()) == ["one", "two", "from the text file", "four"]
+    assert list(listed(script, tmp_path).values()) == ["one", "two", "from the text file", "four"]
 
 
-def test_a_metadata_row_ends_at_a_newline_only(t2i, tmp_path):
+def test_a_metadata_row_ends_at_a_newline_only(script, tmp_path):
     """JSON may hold a line separator of Unicode as it is, and pasted captions do."""
     fill(tmp_path, "a.jpg")
     row = json.dumps({"file_name": "a.jpg", "text": "one\u2028two\x85three"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text(row + "\r\n", encoding="utf-8")
-    assert listed(t2i, tmp_path) == {"a.jpg": "one\u2028two\x85three"}
+    assert listed(script, tmp_path) == {"a.jpg": "one\u2028two\x85three"}
 
 
-def test_metadata_csv_gives_the_captions(t2i, tmp_path):
+def test_metadata_csv_gives_the_captions(script, tmp_path):
     """Quoted commas and newlines, a byte order mark from Excel, a short row."""
     fill(tmp_path, "a.jpg", "b.jpg")
     (tmp_path / "metadata.csv").write_bytes('\ufefffile_name,caption\na.jpg,"a, b\nc"\nb.jpg\n'.encode())
-    assert listed(t2i, tmp_path) == {"a.jpg": "a, b\nc", "b.jpg": None}
+    assert listed(script, tmp_path) == {"a.jpg": "a, b\nc", "b.jpg": None}
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
-def test_the_usual_caption_columns_are_found(t2i, tmp_path, column):
+def test_the_usual_caption_columns_are_found(script, tmp_path, column):
     """Without --caption_column."""
     fill(tmp_path, "a.jpg")
     write_jsonl(tmp_path, {"file_name": "a.jpg", "other": "no", column: "yes"})
-    assert listed(t2i, tmp_path) == {"a.jpg": "yes"}
+    assert listed(script, tmp_path) == {"a.jpg": "yes"}
 
 
-def test_the_caption_column_that_is_asked_for_is_taken(t2i, tmp_path):
+def test_the_caption_column_that_is_asked_for_is_taken(script, tmp_path):
     """Even beside a usual one."""
     fill(tmp_path, "a.jpg")
     write_jsonl(tmp_path, {"file_name": "a.jpg", "text": "no", "long": "yes"})
-    assert listed(t2i, tmp_path, "--caption_column", "long") == {"a.jpg": "yes"}
+    assert listed(script, tmp_path, "--caption_column", "long") == {"a.jpg": "yes"}
 
 
-def test_a_missing_caption_column_is_an_error_that_names_the_columns(t2i, tmp_path):
+def test_a_missing_caption_column_is_an_error_that_names_the_columns(script, tmp_path):
     """Of the metadata file."""
     fill(tmp_path, "a.jpg")
     write_jsonl(tmp_path, {"file_name": "a.jpg", "text": "x", "style": "y"})
-    with pytest.raises(t2i.UserError, match="--caption_column txt: .*columns: file_name, style, text"):
-        listed(t2i, tmp_path, "--caption_column", "txt")
+    with pytest.raises(script.UserError, match="--caption_column txt: .*columns: file_name, style, text"):
+        listed(script, tmp_path, "--caption_column", "txt")
 
 
 @pytest.mark.parametrize(
@@ -141,83 +141,83 @@ def test_a_missing_caption_column_is_an_error_that_names_the_columns(t2i, tmp_pa
     [b'{"file_name": "a.jpg"', b'{"text": "no name"}', b'["a.jpg"]', b'{"file_name": 5}', b'{"file_name": ""}',
      b'{"file_name": "a.jpg", "text": "\xff"}', b'"a.jpg"'],
 )  # fmt: skip
-def test_bad_metadata_is_an_error_with_its_path(t2i, tmp_path, content):
+def test_bad_metadata_is_an_error_with_its_path(script, tmp_path, content):
     """Broken JSON, no file name, a row that is no object, a name that is no text, not UTF-8."""
     fill(tmp_path, "a.jpg")
     (tmp_path / "metadata.jsonl").write_bytes(content)
-    with pytest.raises(t2i.UserError, match=r"metadata\.jsonl"):
-        listed(t2i, tmp_path)
+    with pytest.raises(script.UserError, match=r"metadata\.jsonl"):
+        listed(script, tmp_path)
 
 
-def test_a_metadata_csv_without_file_names_is_an_error_with_its_path(t2i, tmp_path):
+def test_a_metadata_csv_without_file_names_is_an_error_with_its_path(script, tmp_path):
     """The column is called otherwise."""
     fill(tmp_path, "a.jpg")
     (tmp_path / "metadata.csv").write_text("image,text\na.jpg,x\n")
-    with pytest.raises(t2i.UserError, match=r"metadata\.csv: every row needs a 'file_name'"):
-        listed(t2i, tmp_path)
+    with pytest.raises(script.UserError, match=r"metadata\.csv: every row needs a 'file_name'"):
+        listed(script, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "sub/../../secret.jpg", "/etc/hostname"])
-def test_metadata_cannot_lead_out_of_the_folder(t2i, tmp_path, name):
+def test_metadata_cannot_lead_out_of_the_folder(script, tmp_path, name):
     """Neither with .. nor with an absolute path, to a file that exists."""
     data = fill(tmp_path / "data", "a.jpg", "sub/b.jpg")
     fill(tmp_path, "secret.jpg")
     write_jsonl(data, {"file_name": name, "text": "x"})
-    with pytest.raises(t2i.UserError, match="leads out of the folder") as error:
-        listed(t2i, data)
+    with pytest.raises(script.UserError, match="leads out of the folder") as error:
+        listed(script, data)
     assert name in str(error.value)
 
 
-def test_a_metadata_row_without_a_file_is_an_error_that_names_it(t2i, tmp_path):
+def test_a_metadata_row_without_a_file_is_an_error_that_names_it(script, tmp_path):
     """A picture that was deleted."""
     fill(tmp_path, "a.jpg")
     write_jsonl(tmp_path, {"file_name": "gone.jpg", "text": "x"})
-    with pytest.raises(t2i.UserError, match=r"'gone\.jpg' leads out of the folder or does not exist"):
-        listed(t2i, tmp_path)
+    with pytest.raises(script.UserError, match=r"'gone\.jpg' leads out of the folder or does not exist"):
+        listed(script, tmp_path)
 
 
 # ---- captions ----
 
 
-def settled(t2i, captions: dict[str, str | None], prompt: str | None = None) -> list[str]:
+def settled(script, captions: dict[str, str | None], prompt: str | None = None) -> list[str]:
     """The captions after --instance_prompt was applied."""
     flags = ["--instance_prompt", prompt] if prompt else []
-    pairs = [(t2i.Source(name), caption) for name, caption in captions.items()]
-    return [caption for _, caption in t2i.settle_captions(arguments(t2i, *flags), pairs)]
+    rows = [script.Row(script.Source(name), caption) for name, caption in captions.items()]
+    return [row.caption for row in script.settle_captions(arguments(script, *flags), rows)]
 
 
-def test_the_instance_prompt_is_the_caption_of_pictures_without_one(t2i):
+def test_the_instance_prompt_is_the_caption_of_pictures_without_one(script):
     """Those that have one keep it, and the log names the others."""
     with log_lines() as lines:
-        assert settled(t2i, {"a.jpg": "a cat", "b.jpg": None}, "sks toy") == ["a cat", "sks toy"]
+        assert settled(script, {"a.jpg": "a cat", "b.jpg": None}, "sks toy") == ["a cat", "sks toy"]
     assert any("no caption" in line and "b.jpg" in line and "a.jpg" not in line for line in lines)
 
 
-def test_a_missing_caption_without_an_instance_prompt_is_an_error_that_names_the_pictures(t2i):
+def test_a_missing_caption_without_an_instance_prompt_is_an_error_that_names_the_pictures(script):
     """And says the flag that helps."""
-    with pytest.raises(t2i.UserError, match=r"--instance_prompt: needed.*b\.jpg, c\.jpg"):
-        settled(t2i, {"a.jpg": "a cat", "b.jpg": None, "c.jpg": None})
+    with pytest.raises(script.UserError, match=r"--instance_prompt: needed.*b\.jpg, c\.jpg"):
+        settled(script, {"a.jpg": "a cat", "b.jpg": None, "c.jpg": None})
 
 
-def test_captions_everywhere_need_no_instance_prompt(t2i):
+def test_captions_everywhere_need_no_instance_prompt(script):
     """And one that is given is said to be unused."""
-    assert settled(t2i, {"a.jpg": "a cat"}) == ["a cat"]
+    assert settled(script, {"a.jpg": "a cat"}) == ["a cat"]
     with log_lines() as lines:
-        assert settled(t2i, {"a.jpg": "a cat"}, "sks toy") == ["a cat"]
+        assert settled(script, {"a.jpg": "a cat"}, "sks toy") == ["a cat"]
     assert any("--instance_prompt is not used" in line for line in lines)
 
 
-def test_the_trigger_is_replaced_by_the_instance_prompt(t2i):
+def test_the_trigger_is_replaced_by_the_instance_prompt(script):
     """Every time it stands there, and it is not called unused then."""
     with log_lines() as lines:
-        assert settled(t2i, {"a.jpg": "[trigger] and [trigger]"}, "sks toy") == ["sks toy and sks toy"]
+        assert settled(script, {"a.jpg": "[trigger] and [trigger]"}, "sks toy") == ["sks toy and sks toy"]
     assert not any("not used" in line for line in lines)
 
 
-def test_a_trigger_without_an_instance_prompt_is_an_error_that_names_the_picture(t2i):
+def test_a_trigger_without_an_instance_prompt_is_an_error_that_names_the_picture(script):
     """Otherwise the word [trigger] would be trained."""
-    with pytest.raises(t2i.UserError, match=r"--instance_prompt: needed.*\[trigger\].*a\.jpg"):
-        settled(t2i, {"a.jpg": "[trigger] on a table"})
+    with pytest.raises(script.UserError, match=r"--instance_prompt: needed.*\[trigger\].*a\.jpg"):
+        settled(script, {"a.jpg": "[trigger] on a table"})
 
 
 # ---- datasets ----
@@ -246,71 +246,71 @@ def table(tmp_path_factory, photos) -> Path:
     return parquet(tmp_path_factory.mktemp("parquet"), photos)
 
 
-def list_table(t2i, tmp_path: Path, name: Path, *flags) -> list:
+def list_table(script, tmp_path: Path, name: Path, *flags) -> list:
     """The rows of a data set by --dataset_name, with a cache of this test's own."""
-    return t2i.list_dataset(arguments(t2i, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
+    return script.list_rows(arguments(script, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
 
 
-def test_a_parquet_data_set_gives_the_bytes_and_captions_of_its_rows(t2i, tmp_path, table, photos):
+def test_a_parquet_data_set_gives_the_bytes_and_captions_of_its_rows(script, tmp_path, table, photos):
     """Undecoded, in order; empty captions are none."""
-    rows = list_table(t2i, tmp_path, table, "--image_column", "picture", "--caption_column", "words")
-    assert [caption for _, caption in rows] == ["one", "two", None, None, "five"]
-    assert [source.read() for source, _ in rows] == [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
-    assert rows[3][0].name == "row 3"
+    rows = list_table(script, tmp_path, table, "--image_column", "picture", "--caption_column", "words")
+    assert [row.caption for row in rows] == ["one", "two", None, None, "five"]
+    assert [row.picture.read() for row in rows] == [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
+    assert rows[3].picture.name == "row 3"
 
 
-def test_a_data_set_without_a_caption_column_has_no_captions(t2i, tmp_path, table):
+def test_a_data_set_without_a_caption_column_has_no_captions(script, tmp_path, table):
     """The columns of a hub data set mean what its author wanted: none is guessed."""
-    rows = list_table(t2i, tmp_path, table, "--image_column", "picture")
-    assert [caption for _, caption in rows] == [None] * 5
+    rows = list_table(script, tmp_path, table, "--image_column", "picture")
+    assert [row.caption for row in rows] == [None] * 5
 
 
 @pytest.mark.parametrize("flag", ["image_column", "caption_column"])
-def test_a_wrong_column_is_an_error_that_names_the_columns(t2i, tmp_path, table, flag):
+def test_a_wrong_column_is_an_error_that_names_the_columns(script, tmp_path, table, flag):
     """Before a picture is touched."""
     columns = {"image_column": "picture", "caption_column": "words", flag: "txt"}
     flags = [word for name, value in columns.items() for word in (f"--{name}", value)]
-    with pytest.raises(t2i.UserError, match=f"--{flag} txt: .*columns: picture, label, words"):
-        list_table(t2i, tmp_path, table, *flags)
+    with pytest.raises(script.UserError, match=f"--{flag} txt: .*columns: picture, label, words"):
+        list_table(script, tmp_path, table, *flags)
 
 
-def test_an_image_folder_with_metadata_loads_as_a_data_set(t2i, tmp_path, photos):
+def test_an_image_folder_with_metadata_loads_as_a_data_set(script, tmp_path, photos):
     """The `imagefolder` builder, by the name of the folder."""
     data = tmp_path / "folder"
     for number in range(3):
         (data / "train").mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / f"0{number}.jpg", data / "train")
     write_jsonl(data / "train", *({"file_name": f"0{number}.jpg", "text": f"photo {number}"} for number in range(3)))
-    rows = list_table(t2i, tmp_path, data, "--caption_column", "text")
-    assert [caption for _, caption in rows] == ["photo 0", "photo 1", "photo 2"]
-    assert [source.read() for source, _ in rows] == [(photos / f"0{number}.jpg").read_bytes() for number in range(3)]
+    rows = list_table(script, tmp_path, data, "--caption_column", "text")
+    assert [row.caption for row in rows] == ["photo 0", "photo 1", "photo 2"]
+    assert [row.picture.read() for row in rows] == [(photos / f"0{number}.jpg").read_bytes() for number in range(3)]
 
 
-def test_a_column_that_holds_no_pictures_is_an_error_that_names_it(t2i, tmp_path, table):
+def test_a_column_that_holds_no_pictures_is_an_error_that_names_it(script, tmp_path, table):
     """A number cannot be cast to a picture."""
-    with pytest.raises(t2i.UserError, match="--image_column label"):
-        list_table(t2i, tmp_path, table, "--image_column", "label")
+    with pytest.raises(script.UserError, match="--image_column label"):
+        list_table(script, tmp_path, table, "--image_column", "label")
 
 
 @pytest.mark.parametrize("content", [None, b"not parquet"], ids=["no such folder", "damaged"])
-def test_a_data_set_that_cannot_be_loaded_is_an_error_with_its_name(t2i, tmp_path, content):
+def test_a_data_set_that_cannot_be_loaded_is_an_error_with_its_name(script, tmp_path, content):
     """A wrong path, or a damaged file."""
     data = tmp_path / "data"
     if content is not None:
         data.mkdir()
         (data / "train.parquet").write_bytes(content)
-    with pytest.raises(t2i.UserError, match=f"--dataset_name {data}"):
-        list_table(t2i, tmp_path, data)
+    with pytest.raises(script.UserError, match=f"--dataset_name {data}"):
+        list_table(script, tmp_path, data)
 
 
 # ---- the index of checked pictures ----
 
 
 @pytest.fixture
-def counted(t2i, monkeypatch) -> dict[str, int]:
+def counted(script, monkeypatch) -> dict[str, int]:
     """Counts how often a file is read and how often one is decoded."""
     counts = {"read": 0, "decoded": 0}
-    read, decode = t2i.Source.read, t2i.decode_picture
+    read, decode = script.Source.read, script.decode_picture
 
     def counting_read(source):
         counts["read"] += 1
@@ -320,78 +320,77 @@ def counted(t2i, monkeypatch) -> dict[str, int]:
         counts["decoded"] += 1
         return decode(data)
 
-    monkeypatch.setattr(t2i.Source, "read", counting_read)
-    monkeypatch.setattr(t2i, "decode_picture", counting_decode)
+    monkeypatch.setattr(script.Source, "read", counting_read)
+    monkeypatch.setattr(script, "decode_picture", counting_decode)
     return counts
 
 
-def check(t2i, folder: Path, cache: Path, *flags) -> list:
+def check(script, folder: Path, cache: Path, *flags) -> list:
     """Lists a folder and checks its pictures, as a start of the script does."""
-    args = arguments(t2i, "--instance_data_dir", folder, *flags)
-    captioned = [(source, caption or "toy") for source, caption in t2i.list_folder(args)]
-    return t2i.inspect_pictures(args, captioned, cache)
+    args = arguments(script, "--instance_data_dir", folder, *flags)
+    return [picture for _, [picture] in script.inspect_rows(args, script.list_rows(args), cache)]
 
 
-def test_the_second_start_neither_reads_nor_decodes_unchanged_pictures(t2i, tmp_path, photos, counted):
+def test_the_second_start_neither_reads_nor_decodes_unchanged_pictures(script, tmp_path, photos, counted):
     """And says the same of them."""
-    first = check(t2i, photos, tmp_path)
+    first = check(script, photos, tmp_path)
     assert counted == {"read": 5, "decoded": 5}
-    assert check(t2i, photos, tmp_path) == first
+    assert check(script, photos, tmp_path) == first
     assert counted == {"read": 5, "decoded": 5}
 
 
-def test_the_index_knows_the_size_of_a_picture_as_a_viewer_shows_it(t2i, tmp_path, photos):
+def test_the_index_knows_the_size_of_a_picture_as_a_viewer_shows_it(script, tmp_path, photos):
     """(height, width) after the EXIF rotation, and the SHA-256 of the file: 01 lies on its side."""
-    good = {source.name: (sha256, size) for source, _, sha256, size in check(t2i, photos, tmp_path)}
+    good = {source.name: (sha256, size) for source, sha256, size in check(script, photos, tmp_path)}
     assert [size for _, size in good.values()] == [(128, 96), (128, 96), (128, 128), (120, 200), (90, 160)]
     assert good["00.jpg"][0] == hashlib.sha256((photos / "00.jpg").read_bytes()).hexdigest()
 
 
-def test_a_changed_picture_is_read_and_decoded_again(t2i, tmp_path, counted):
+def test_a_changed_picture_is_read_and_decoded_again(script, tmp_path, counted):
     """Only that one."""
     data = fill(tmp_path / "data", "a.jpg", "b.jpg")
-    before = check(t2i, data, tmp_path / "cache")
+    before = check(script, data, tmp_path / "cache")
     draw_photo(data / "b.jpg", (60, 50), 7)
-    after = check(t2i, data, tmp_path / "cache")
+    after = check(script, data, tmp_path / "cache")
     assert counted == {"read": 3, "decoded": 3}
-    assert after[0] == before[0] and after[1][2] != before[1][2] and after[1][3] == (50, 60)
+    assert after[0] == before[0] and after[1][1] != before[1][1] and after[1][2] == (50, 60)
 
 
-def test_known_content_under_another_name_is_read_but_not_decoded_again(t2i, tmp_path, counted):
+def test_known_content_under_another_name_is_read_but_not_decoded_again(script, tmp_path, counted):
     """A renamed file, or a copy of the data."""
     data = fill(tmp_path / "data", "a.jpg", "b.jpg")
-    before = check(t2i, data, tmp_path / "cache")
+    before = check(script, data, tmp_path / "cache")
     (data / "a.jpg").rename(data / "z.jpg")
-    after = check(t2i, data, tmp_path / "cache")
+    after = check(script, data, tmp_path / "cache")
     assert counted == {"read": 3, "decoded": 2}
     assert after[1][2:] == before[0][2:]
 
 
-def test_a_refusal_is_remembered_too(t2i, tmp_path, counted):
+def test_a_refusal_is_remembered_too(script, tmp_path, counted):
     """A bad picture is not decoded at every start, and is still refused."""
     data = fill(tmp_path / "data", "a.jpg")
     (data / "bad.jpg").write_bytes(b"not a picture")
     for _ in range(2):
-        with pytest.raises(t2i.UserError, match=r"bad\.jpg: not a picture"):
-            check(t2i, data, tmp_path / "cache")
+        with pytest.raises(script.UserError, match=r"bad\.jpg: not a picture"):
+            check(script, data, tmp_path / "cache")
     assert counted == {"read": 2, "decoded": 2}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy": -1, "files": {}, "pictures": {}}'])
-def test_a_damaged_or_outdated_index_is_begun_anew(t2i, tmp_path, photos, counted, content):
+def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
     (tmp_path / "index.json").write_bytes(content)
-    assert len(check(t2i, photos, tmp_path)) == 5
+    assert len(check(script, photos, tmp_path)) == 5
     assert counted["decoded"] == 5
-    check(t2i, photos, tmp_path)
+    check(script, photos, tmp_path)
     assert counted["decoded"] == 5
 
 
-def test_a_new_decode_policy_checks_every_picture_again(t2i, tmp_path, photos, counted, monkeypatch):
+def test_a_new_decode_policy_checks_every_picture_again(script, tmp_path, photos, counted, monkeypatch):
     """Sizes and refusals of the old policy may be wrong under the new one."""
-    check(t2i, photos, tmp_path)
-    monkeypatch.setattr(t2i, "DECODE_POLICY", t2i.DECODE_POLICY + 1)
-    check(t2i, photos, tmp_path)
+    check(script, photos, tmp_path)
+    monkeypatch.setattr(script, "DECODE_POLICY", script.DECODE_POLICY + 1)
+    check(script, photos, tmp_path)
     assert counted["decoded"] == 10
 
 
@@ -405,11 +404,11 @@ def spoil(folder: Path) -> Path:
     return folder
 
 
-def test_one_error_lists_every_bad_picture_with_its_reason(t2i, tmp_path):
+def test_one_error_lists_every_bad_picture_with_its_reason(script, tmp_path):
     """All at once, so that one start is enough to mend them."""
     data = spoil(tmp_path / "data")
-    with pytest.raises(t2i.UserError) as error:
-        check(t2i, data, tmp_path / "cache")
+    with pytest.raises(script.UserError) as error:
+        check(script, data, tmp_path / "cache")
     message = str(error.value)
     assert "--on_bad_image skip" in message
     reasons = {"b.jpg": "empty file", "c.jpg": "truncated", "d.png": "not a picture"}
@@ -419,27 +418,27 @@ def test_one_error_lists_every_bad_picture_with_its_reason(t2i, tmp_path):
     assert "a.jpg" not in message and "e.jpg" not in message
 
 
-def test_skip_trains_on_the_rest_and_names_what_is_skipped(t2i, tmp_path):
+def test_skip_trains_on_the_rest_and_names_what_is_skipped(script, tmp_path):
     """--on_bad_image skip."""
     with log_lines() as lines:
-        good = check(t2i, spoil(tmp_path / "data"), tmp_path / "cache", "--on_bad_image", "skip")
+        good = check(script, spoil(tmp_path / "data"), tmp_path / "cache", "--on_bad_image", "skip")
     assert [source.name for source, *_ in good] == ["a.jpg", "e.jpg", "f.jpg"]
     assert any("skipped" in line and all(name in line for name in ("b.jpg", "c.jpg", "d.png")) for line in lines)
 
 
-def test_skipping_everything_is_an_error(t2i, tmp_path):
+def test_skipping_everything_is_an_error(script, tmp_path):
     """There would be nothing to train on."""
     data = fill(tmp_path / "data", "a.jpg")
     (data / "a.jpg").write_bytes(b"")
-    with pytest.raises(t2i.UserError, match=r"a\.jpg: empty file"):
-        check(t2i, data, tmp_path / "cache", "--on_bad_image", "skip")
+    with pytest.raises(script.UserError, match=r"a\.jpg: empty file"):
+        check(script, data, tmp_path / "cache", "--on_bad_image", "skip")
 
 
-def test_a_picture_that_vanishes_is_a_bad_picture_and_no_crash(t2i, tmp_path):
+def test_a_picture_that_vanishes_is_a_bad_picture_and_no_crash(script, tmp_path):
     """Deleted between the listing and the check."""
     data = fill(tmp_path / "data", "a.jpg", "b.jpg")
-    args = arguments(t2i, "--instance_data_dir", data)
-    captioned = [(source, "toy") for source, _ in t2i.list_folder(args)]
+    args = arguments(script, "--instance_data_dir", data)
+    rows = script.list_rows(args)
     (data / "b.jpg").unlink()
-    with pytest.raises(t2i.UserError, match=r"b\.jpg: cannot be read"):
-        t2i.inspect_pictures(args, captioned, tmp_path / "cache")
+    with pytest.raises(script.UserError, match=r"b\.jpg: cannot be read"):
+        script.inspect_rows(args, rows, tmp_path / "cache")

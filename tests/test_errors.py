@@ -7,17 +7,23 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, draw_photos
-from helpers import TEXT_TO_IMAGE, load_arguments, run_python
+from conftest import ROOT, SCRIPTS, draw_photos
+from helpers import load_arguments, run_python
 from PIL import Image
 
 LOADERS = ("load_text_encoder", "load_vae", "load_transformer")
 
 
 @pytest.fixture(scope="session")
-def parse():
+def parse(script):
     """The script's command line without its heavy imports."""
-    return load_arguments(TEXT_TO_IMAGE)
+    return load_arguments(Path(script.__file__).name)
+
+
+def of_one_script(*rows: tuple, ids: list[str] | None = None) -> pytest.MarkDecorator:
+    """Parametrises a test over rows (short name of the script, value): what is one script's own."""
+    assert {name for name, _ in rows} <= set(SCRIPTS)
+    return pytest.mark.parametrize(("script", "own"), rows, indirect=["script"], ids=ids)
 
 
 @pytest.fixture
@@ -48,14 +54,14 @@ def refusal(parse, good, capsys):
 
 
 @pytest.fixture
-def failure(t2i, good, monkeypatch):
+def failure(script, good, monkeypatch):
     """Gives the message of the UserError with which a run ends, after making sure that it loaded no model."""
 
     def fail(*flags: object) -> str:
         for name in LOADERS:
-            monkeypatch.setattr(t2i, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-        with pytest.raises(t2i.UserError) as error:
-            t2i.main(t2i.parse_args([*good, *map(str, flags)]))
+            monkeypatch.setattr(script, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        with pytest.raises(script.UserError) as error:
+            script.main(script.parse_args([*good, *map(str, flags)]))
         return str(error.value)
 
     return fail
@@ -105,15 +111,11 @@ WRONG_FLAGS = {
     "too long a text": (["--max_sequence_length", "1024"], ["--max_sequence_length", "1024", "512"]),
     "a shift that is neither name nor number": (["--timestep_shift", "some"], ["--timestep_shift some", "linear"]),
     "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
-    "fp16 class pictures": (["--prior_generation_precision", "fp16"], ["--prior_generation_precision", "fp16", "bf16"]),
-    "FP8": (["--do_fp8_training"], ["--do_fp8_training", "not in this version", "leave"]),
-    "NF4": (["--bnb_quantization_config_path", "nf4.json"], ["--bnb_quantization_config_path", "leave"]),
-    "a sharded text encoder on one process": (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "--offload"]),
-    "prior preservation without a folder": (
-        ["--with_prior_preservation", "--class_prompt", "a toy"],
-        ["--class_data_dir"],
+    "NF4": (
+        ["--bnb_quantization_config_path", "nf4.json"],
+        ["--bnb_quantization_config_path", "not in this version", "--do_fp8_training"],
     ),
-    "prior preservation without a prompt": (["--with_prior_preservation", "--class_data_dir", "x"], ["--class_prompt"]),
+    "a sharded text encoder on one process": (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "--offload"]),
     "an unknown tracker": (["--report_to", "tensorbored"], ["--report_to tensorbored", "tensorboard", "wandb"]),
     "a LoRA to start from that is not there": (
         ["--init_lora_from", "no.safetensors"],
@@ -140,14 +142,73 @@ def test_a_wrong_flag_is_refused_with_what_where_and_remedy(refusal, case):
     assert has(refusal(*flags), *named)
 
 
+INDEX = str(ROOT / "tiny_flux2" / "model_index.json")  # any file that is there
+
+OWN_WRONG_FLAGS = {
+    "fp16 class pictures": (
+        "t2i",
+        ["--prior_generation_precision", "fp16"],
+        ["--prior_generation_precision", "fp16", "bf16"],
+    ),
+    "prior preservation without a folder": (
+        "t2i",
+        ["--with_prior_preservation", "--class_prompt", "a toy"],
+        ["--class_data_dir"],
+    ),
+    "prior preservation without a prompt": (
+        "t2i",
+        ["--with_prior_preservation", "--class_data_dir", "x"],
+        ["--class_prompt"],
+    ),
+    "references with the script that has none": ("t2i", ["--cond_data_dir", "tests"], ["--cond_data_dir", "unknown"]),
+    "class pictures with the script that has none": (
+        "i2i",
+        ["--with_prior_preservation"],
+        ["--with_prior_preservation", "unknown"],
+    ),
+    "a folder of references that is not there": (
+        "i2i",
+        ["--cond_data_dir", "no_such_references"],
+        ["--cond_data_dir no_such_references", "no such folder"],
+    ),
+    "references by folder and by column": (
+        "i2i",
+        ["--cond_data_dir", str(ROOT / "tests"), "--cond_image_column", "before"],
+        ["--cond_data_dir", "--cond_image_column"],
+    ),
+    "a probability above one that references are dropped": ("i2i", ["--cond_dropout", "2"], ["--cond_dropout", "2"]),
+    "a validation picture that is not there": (
+        "i2i",
+        ["--validation_prompt", "a toy", "--validation_image", "none.png"],
+        ["--validation_image none.png", "no such file"],
+    ),
+    "more validation pictures than prompts": (
+        "i2i",
+        ["--validation_prompt", "a toy", "--validation_image", INDEX, INDEX],
+        ["--validation_image", "2 for 1 prompt", "comma"],
+    ),
+}
+
+
+@of_one_script(*((row[0], row[1:]) for row in OWN_WRONG_FLAGS.values()), ids=list(OWN_WRONG_FLAGS))
+def test_a_wrong_flag_of_one_script_is_refused_with_what_where_and_remedy(refusal, own):
+    flags, named = own
+    assert has(refusal(*flags), *named)
+
+
+@of_one_script(("i2i", None))
+def test_the_folder_of_the_targets_cannot_be_that_of_the_references(refusal, tmp_path, own):
+    assert has(refusal("--cond_data_dir", tmp_path / "photos"), "--cond_data_dir", "a folder of their own")
+
+
 def test_a_command_line_without_a_mistake_passes(parse, good):
     assert parse.parse_args(good).resolution == 64
 
 
 def test_all_problems_of_the_command_line_are_told_in_one_message(refusal):
     message = refusal("--rank", "many", "--resolution", "500", "--optimizer", "sgd", "--learnin_rate=1",
-                      "--aspect_ratio_buckets", "wide", "--caption_dropout", "2", "--do_fp8_training")  # fmt: skip
-    assert has(message, "--rank", "500", "sgd", "--learnin_rate", "wide", "--caption_dropout", "--do_fp8_training")
+                      "--aspect_ratio_buckets", "wide", "--caption_dropout", "2", "--fsdp_text_encoder")  # fmt: skip
+    assert has(message, "--rank", "500", "sgd", "--learnin_rate", "wide", "--caption_dropout", "--fsdp_text_encoder")
     assert has(message, "7 problems on the command line")
     assert message.count("\n  - ") == 7
 
@@ -308,10 +369,10 @@ def test_a_folder_of_only_corrupt_pictures_is_an_error_also_with_skip(failure, t
     assert has(failure("--instance_data_dir", tmp_path / "bad", "--on_bad_image", "skip"), "a.jpg")
 
 
-def test_pictures_without_captions_need_a_prompt(t2i, good, monkeypatch):
+def test_pictures_without_captions_need_a_prompt(script, good, monkeypatch):
     words = [word for word in good if word not in ("--instance_prompt", "a photo of sks toy")]
-    with pytest.raises(t2i.UserError) as error:
-        t2i.main(t2i.parse_args(words))
+    with pytest.raises(script.UserError) as error:
+        script.main(script.parse_args(words))
     assert has(str(error.value), "--instance_prompt", "no caption", "00.jpg")
 
 
@@ -325,13 +386,20 @@ def test_a_missing_caption_column_of_a_metadata_file_names_those_there_are(failu
 
 @pytest.mark.parametrize(("content", "named"), [
     ('{"file_name": "00.jpg"', "not readable"),
-    ('{"text": "a toy"}', "file_name"), ('{"file_name": "no.jpg"}', "no.jpg"),
+    ('{"file_name": "no.jpg"}', "no.jpg"),
     ('{"file_name": "../out.jpg"}', "leads out of the folder"), ("[1]", "file_name"),
 ])  # fmt: skip
 def test_a_bad_metadata_file_is_an_error_that_says_why(failure, tmp_path, content, named):
     folder = draw_photos(tmp_path / "meta", 1)
     (folder / "metadata.jsonl").write_text(content)
     assert has(failure("--instance_data_dir", folder), "meta", named)
+
+
+@of_one_script(("t2i", "file_name"), ("i2i", "--image_column image: not in"))
+def test_a_metadata_file_without_a_column_of_pictures_says_what_is_looked_for(failure, tmp_path, own):
+    folder = draw_photos(tmp_path / "meta", 1)
+    (folder / "metadata.jsonl").write_text('{"text": "a toy"}')
+    assert has(failure("--instance_data_dir", folder), "metadata.jsonl", own)
 
 
 def test_a_caption_file_that_is_not_utf_8_is_an_error_that_names_it(failure, tmp_path):
@@ -352,18 +420,18 @@ def local_dataset(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(("flag", "column"), [("--image_column", "picture"), ("--caption_column", "captoin")])
-def test_a_wrong_column_of_a_data_set_names_those_there_are(t2i, good, local_dataset, tmp_path, flag, column):
+def test_a_wrong_column_of_a_data_set_names_those_there_are(script, good, local_dataset, tmp_path, flag, column):
     words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
     words += ["--dataset_name", str(local_dataset), "--cache_dir", str(tmp_path / "cache"), flag, column]
-    with pytest.raises(t2i.UserError) as error:
-        t2i.main(t2i.parse_args(words))
+    with pytest.raises(script.UserError) as error:
+        script.main(script.parse_args(words))
     assert has(str(error.value), f"{flag} {column}", "columns:", "image", "text")
 
 
-def test_a_data_set_that_is_not_there_is_an_error(t2i, good, tmp_path):
+def test_a_data_set_that_is_not_there_is_an_error(script, good, tmp_path):
     words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
-    with pytest.raises(t2i.UserError) as error:
-        t2i.main(t2i.parse_args([*words, "--dataset_name", "nobody/nothing"]))
+    with pytest.raises(script.UserError) as error:
+        script.main(script.parse_args([*words, "--dataset_name", "nobody/nothing"]))
     assert has(str(error.value), "--dataset_name nobody/nothing", "cannot be loaded")
 
 
@@ -445,14 +513,14 @@ DTYPES = [  # --mixed_precision, what the accelerate config says, on CPU, the dt
 
 @pytest.mark.parametrize(("flag", "config", "on_cpu", "dtype"), DTYPES)
 def test_a_no_in_the_accelerate_config_does_not_mean_fp32_on_an_accelerator(
-    t2i, good, monkeypatch, flag, config, on_cpu, dtype
+    script, good, monkeypatch, flag, config, on_cpu, dtype
 ):
     if config is None:
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     else:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)
-    args = t2i.parse_args([*good, *(["--mixed_precision", flag] if flag else [])])
-    assert str(t2i.compute_dtype(args, on_cpu)) == f"torch.{dtype}"
+    args = script.parse_args([*good, *(["--mixed_precision", flag] if flag else [])])
+    assert str(script.compute_dtype(args, on_cpu)) == f"torch.{dtype}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,7 +534,6 @@ NOTES = {
     "logit-normal numbers with another scheme": ["--logit_mean", "-1"],
     "a width that only logit_normal reads": ["--logit_std", "0.5"],
     "a scale that only mode reads": ["--mode_scale", "1.5"],
-    "class pictures without prior preservation": ["--class_prompt", "a toy"],
     "a repository name without a push": ["--hub_model_id", "me/toy"],
     "epochs beside steps": ["--num_train_epochs", "7"],
     "a computed ladder beside a given one": ["--aspect_ratio_buckets", "64,64", "--use_aspect_ratio_buckets"],
@@ -481,19 +548,29 @@ NOTES = {
 }
 
 
+def assert_one_note(parse, good: list[str], flags: list[str]) -> None:
+    """Fails unless exactly one note, of one line, names the first of the flags."""
+    notes = parse.flag_notes(parse.parse_args([*good, *flags]))
+    naming = [note for note in notes if flags[0] in note]
+    assert len(naming) == 1 and "\n" not in naming[0], notes
+
+
 @pytest.mark.parametrize("case", NOTES)
 def test_a_flag_without_effect_is_said_so_in_one_line(parse, good, case):
-    notes = parse.flag_notes(parse.parse_args([*good, *NOTES[case]]))
-    naming = [note for note in notes if NOTES[case][0] in note]
-    assert len(naming) == 1 and "\n" not in naming[0], notes
+    assert_one_note(parse, good, NOTES[case])
+
+
+@of_one_script(("t2i", ["--class_prompt", "a toy"]), ("i2i", ["--validation_image", INDEX]))
+def test_a_flag_of_one_script_without_effect_is_said_so_in_one_line(parse, good, own):
+    assert_one_note(parse, good, own)
 
 
 def test_a_command_line_in_which_every_flag_counts_gets_no_note(parse, good):
     assert parse.flag_notes(parse.parse_args(good)) == []
 
 
-def test_the_notes_of_a_run_are_in_its_log(t2i, good, capsys):
-    t2i.main(t2i.parse_args([*good, "--lr_warmup_steps", "100", "--dry_run"]))
+def test_the_notes_of_a_run_are_in_its_log(script, good, capsys):
+    script.main(script.parse_args([*good, "--lr_warmup_steps", "100", "--dry_run"]))
     assert "--lr_warmup_steps has no effect without --lr_scheduler constant_with_warmup" in capsys.readouterr().err
 
 
@@ -502,8 +579,8 @@ def test_the_notes_of_a_run_are_in_its_log(t2i, good, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_usage_error_as_a_program_exits_with_2_and_prints_no_traceback(good):
-    result = run_python(ROOT / TEXT_TO_IMAGE, *good, "--resolution", "500", "--optimizer", "sgd")
+def test_a_usage_error_as_a_program_exits_with_2_and_prints_no_traceback(script, good):
+    result = run_python(script.__file__, *good, "--resolution", "500", "--optimizer", "sgd")
     assert result.returncode == 2
     assert has(result.stderr, "2 problems on the command line", "500", "sgd")
     assert "Traceback" not in result.stderr and result.stdout == ""
@@ -514,12 +591,24 @@ def test_the_environment_of_the_tests_is_hermetic():
     assert os.environ["HF_HUB_OFFLINE"] == "1" and "HF_TOKEN" not in os.environ
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--class_data_dir", "--latents_cache_dir"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--latents_cache_dir"])
 def test_a_folder_of_the_run_inside_the_data_folder_is_refused(refusal, tmp_path, flag):
     """What the run writes there would be trained on at the next start."""
-    (tmp_path / "photos").mkdir(exist_ok=True)
-    message = refusal("--instance_data_dir", str(tmp_path / "photos"), flag, str(tmp_path / "photos" / "inside"))
-    assert has(message, flag, "data folder")
+    assert has(refusal(flag, tmp_path / "photos" / "inside"), flag, "data folder")
+
+
+@of_one_script(("t2i", "--class_data_dir"))
+def test_class_pictures_inside_the_data_folder_are_refused(refusal, tmp_path, own):
+    """They would be trained on as pictures of the subject at the next start."""
+    assert has(refusal(own, tmp_path / "photos" / "inside"), own, "data folder")
+
+
+@of_one_script(("i2i", "--output_dir"), ("i2i", "--latents_cache_dir"))
+def test_a_folder_of_the_run_inside_the_references_is_refused(refusal, tmp_path, own):
+    """What the run writes there would be taken for references at the next start."""
+    (tmp_path / "references").mkdir()
+    message = refusal("--cond_data_dir", tmp_path / "references", own, tmp_path / "references" / "inside")
+    assert has(message, own, "data folder")
 
 
 def test_a_foreign_readme_in_the_output_folder_is_not_overwritten_without_a_word(refusal, tmp_path):

@@ -13,16 +13,16 @@ FAMILIES = {"dev": Flux2Pipeline, "klein": Flux2KleinPipeline}
 SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 
 
-def arguments(t2i, *flags: str) -> object:
+def arguments(script, *flags: str) -> object:
     """The parsed command line without its checks."""
-    return t2i.build_parser().parse_args(list(flags))
+    return script.build_parser().parse_args(list(flags))
 
 
-def with_random_lora(t2i, run) -> torch.nn.Module:
+def with_random_lora(script, run) -> torch.nn.Module:
     """The transformer with a LoRA whose every matrix is random, so that it changes every output."""
-    transformer = t2i.load_transformer(run)
+    transformer = script.load_transformer(run)
     torch.manual_seed(0)
-    for parameter in t2i.add_lora(run, transformer).values():
+    for parameter in script.add_lora(run, transformer).values():
         torch.nn.init.normal_(parameter, std=0.2)
     return transformer.eval()
 
@@ -33,14 +33,14 @@ def models(tiny, tiny_klein) -> dict:
     return {"dev": tiny, "klein": tiny_klein}
 
 
-def denoise(t2i, run, transformer, family: str, guidance: float, size: tuple[int, int], steps: int = 2) -> list:
+def denoise(script, run, transformer, family: str, guidance: float, size: tuple[int, int], steps: int = 2) -> list:
     """(inputs, output, sigma) of every call that the installed pipeline makes to the transformer."""
     calls = []
     hook = transformer.register_forward_hook(
         lambda _, args, kwargs, output: calls.append((dict(kwargs), output[0])), with_kwargs=True
     )
-    parts = SimpleNamespace(transformer=transformer, vae_on_device=lambda run: t2i.load_vae(run))
-    pipeline = t2i.make_pipeline(run, parts)
+    parts = SimpleNamespace(transformer=transformer, vae_on_device=lambda run: script.load_vae(run))
+    pipeline = script.make_pipeline(run, parts)
     assert type(pipeline) is FAMILIES[family]
     generator = torch.Generator().manual_seed(3)
     options = {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "latent"}
@@ -60,14 +60,14 @@ def denoise(t2i, run, transformer, family: str, guidance: float, size: tuple[int
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_prediction_is_exactly_what_the_denoising_call_computes(t2i, models, family, precision, tmp_path):
+def test_the_prediction_is_exactly_what_the_denoising_call_computes(script, models, family, precision, tmp_path):
     """For the same noise, sigma, prompt and LoRA: maximum difference 0, in bf16 too, and not on a square."""
     guidance = 3.5 if family == "dev" else 1.0  # above 1 [klein] would mix in a second call
-    run = start_run(t2i, models[family], tmp_path, "--guidance_scale", str(guidance), "--mixed_precision", precision)
-    transformer = with_random_lora(t2i, run)
-    for inputs, output, sigma in denoise(t2i, run, transformer, family, guidance, (48, 80)):
+    run = start_run(script, models[family], tmp_path, "--guidance_scale", str(guidance), "--mixed_precision", precision)
+    transformer = with_random_lora(script, run)
+    for inputs, output, sigma in denoise(script, run, transformer, family, guidance, (48, 80)):
         with torch.no_grad():
-            actual = t2i.predict_velocity(
+            actual = script.predict_velocity(
                 run.args, transformer, inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"], 3, 5
             )
         assert actual.shape == (2, 15, 32) and actual.dtype == run.dtype
@@ -76,17 +76,17 @@ def test_the_prediction_is_exactly_what_the_denoising_call_computes(t2i, models,
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_input_of_the_transformer_is_the_pipelines(t2i, models, family, precision, tmp_path):
+def test_every_input_of_the_transformer_is_the_pipelines(script, models, family, precision, tmp_path):
     """The bf16 timestep takes the pipeline's rounding; [klein] gets no guidance, [dev] the scale in fp32."""
     guidance = 3.5 if family == "dev" else 1.0
-    run = start_run(t2i, models[family], tmp_path, "--guidance_scale", str(guidance), "--mixed_precision", precision)
-    transformer = t2i.load_transformer(run)
+    run = start_run(script, models[family], tmp_path, "--guidance_scale", str(guidance), "--mixed_precision", precision)
+    transformer = script.load_transformer(run)
     ours = []
-    calls = denoise(t2i, run, transformer, family, guidance, (64, 32), steps=6)
+    calls = denoise(script, run, transformer, family, guidance, (64, 32), steps=6)
     transformer.register_forward_pre_hook(lambda _, args, kwargs: ours.append(kwargs), with_kwargs=True)
     for inputs, _, sigma in calls:
         with torch.no_grad():
-            t2i.predict_velocity(
+            script.predict_velocity(
                 run.args, transformer, inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"], 4, 2
             )
     for (theirs, _, _), mine in zip(calls, ours, strict=True):
@@ -100,15 +100,15 @@ def test_every_input_of_the_transformer_is_the_pipelines(t2i, models, family, pr
     assert (ours[0]["guidance"] is None) == (family == "klein")
 
 
-def test_the_lora_and_the_sigma_and_the_prompt_matter(t2i, tiny, tmp_path):
+def test_the_lora_and_the_sigma_and_the_prompt_matter(script, tiny, tmp_path):
     """Without this the parity above could hold between constants."""
-    run = start_run(t2i, tiny, tmp_path)
-    transformer = with_random_lora(t2i, run)
+    run = start_run(script, tiny, tmp_path)
+    transformer = with_random_lora(script, run)
     noisy, embeds = torch.randn(1, 4, 32), torch.randn(1, 64, 96)
 
     @torch.no_grad()
     def predict(sigma=0.5, prompt=embeds):
-        return t2i.predict_velocity(run.args, transformer, noisy, torch.tensor([sigma]), prompt, 2, 2)
+        return script.predict_velocity(run.args, transformer, noisy, torch.tensor([sigma]), prompt, 2, 2)
 
     base = predict()
     assert not predict(sigma=0.6).allclose(base, atol=1e-4) and not predict(prompt=-embeds).allclose(base, atol=1e-4)
@@ -141,47 +141,47 @@ def problem(batch: int = 3, rows: int = 2, columns: int = 5) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_perfect_predictor_has_loss_zero(t2i, scheme):
+def test_a_perfect_predictor_has_loss_zero(script, scheme):
     """The target is noise - x_0, under every weighting; sigma 0 and 1 are no exception."""
     clean, noise, prompt = problem()
-    args, sigmas = arguments(t2i, "--weighting_scheme", scheme), torch.tensor([0.0, 0.3, 1.0])
-    losses = t2i.flow_matching_losses(args, Knows(noise - clean), prompt, clean, noise, sigmas, 2, 5)
+    args, sigmas = arguments(script, "--weighting_scheme", scheme), torch.tensor([0.0, 0.3, 1.0])
+    losses = script.flow_matching_losses(args, Knows(noise - clean), clean, noise, sigmas, prompt, 2, 5)
     assert losses.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_the_loss_is_the_mean_square_of_each_sample_in_fp32(t2i):
+def test_the_loss_is_the_mean_square_of_each_sample_in_fp32(script):
     """Not of the batch, and not rounded to bf16 when the model answers in bf16."""
     clean, noise, prompt = problem()
     error = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1)
     answer = Knows(noise - clean + error)
-    losses = t2i.flow_matching_losses(arguments(t2i), answer, prompt, clean, noise, torch.full([3], 0.5), 2, 5)
+    losses = script.flow_matching_losses(arguments(script), answer, clean, noise, torch.full([3], 0.5), prompt, 2, 5)
     assert losses.tolist() == pytest.approx([0, 1, 4], abs=1e-6)
     rounded = Knows((noise - clean).bfloat16())
-    losses = t2i.flow_matching_losses(arguments(t2i), rounded, prompt, clean, noise, torch.full([3], 0.5), 2, 5)
+    losses = script.flow_matching_losses(arguments(script), rounded, clean, noise, torch.full([3], 0.5), prompt, 2, 5)
     assert losses.dtype == torch.float32 and 0 < losses.max() < 1e-4
 
 
-def test_the_model_sees_the_mix_of_picture_and_noise(t2i):
+def test_the_model_sees_the_mix_of_picture_and_noise(script):
     """x_t = (1 - sigma) x_0 + sigma noise, and the timestep sigma."""
     clean, noise, prompt = problem()
     model, sigmas = Knows(noise), torch.tensor([0.0, 0.25, 1.0])
-    t2i.flow_matching_losses(arguments(t2i), model, prompt, clean, noise, sigmas, 2, 5)
+    script.flow_matching_losses(arguments(script), model, clean, noise, sigmas, prompt, 2, 5)
     noisy = model.inputs["hidden_states"]
     assert noisy[0].equal(clean[0]) and noisy[2].equal(noise[2])
     assert noisy[1].allclose(0.75 * clean[1] + 0.25 * noise[1])
     assert model.inputs["timestep"].allclose(sigmas)
 
 
-def test_one_euler_step_along_the_target_returns_the_picture(t2i, tiny, tmp_path):
+def test_one_euler_step_along_the_target_returns_the_picture(script, tiny, tmp_path):
     """With the scheduler that the pipeline steps with, from any sigma down to 0."""
-    scheduler = t2i.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "scheduler")
+    scheduler = script.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "scheduler")
     clean, noise, prompt = problem(1)
     for start in (1.0, 0.7, 0.05):
         scheduler.set_timesteps(sigmas=[start], mu=0.0)
         sigma = scheduler.sigmas[:1]
         assert sigma.item() == pytest.approx(start)
         model = Knows(noise - clean)
-        assert t2i.flow_matching_losses(arguments(t2i), model, prompt, clean, noise, sigma, 2, 5).item() == 0
+        assert script.flow_matching_losses(arguments(script), model, clean, noise, sigma, prompt, 2, 5).item() == 0
         noisy = model.inputs["hidden_states"]
         back = scheduler.step(noise - clean, scheduler.timesteps[0], noisy, return_dict=False)[0]
         assert (back - clean).abs().max() < 1e-6
@@ -201,90 +201,92 @@ SHIFTS = {
 
 
 @pytest.mark.parametrize("tokens", SHIFTS)
-def test_the_shift_has_the_known_values(t2i, tokens):
+def test_the_shift_has_the_known_values(script, tokens):
     """Linear and empirical, for 512 to 2048 pixels square."""
     mu, factor, empirical = SHIFTS[tokens]
-    linear = t2i.shift_factor(arguments(t2i), tokens)
+    linear = script.shift_factor(arguments(script), tokens)
     assert linear == pytest.approx(factor, rel=1e-3) and math.log(linear) == pytest.approx(mu, abs=6e-4)
     for steps, expected in empirical.items():
         flags = ("--timestep_shift", "empirical", "--num_inference_steps", str(steps))
-        assert math.log(t2i.shift_factor(arguments(t2i, *flags), tokens)) == pytest.approx(expected, abs=6e-4)
+        assert math.log(script.shift_factor(arguments(script, *flags), tokens)) == pytest.approx(expected, abs=6e-4)
 
 
 @pytest.mark.parametrize("tokens", [16, 1024, 4096, 4300, 4301, 16384])
 @pytest.mark.parametrize("steps", [4, 28, 50, 200])
-def test_the_empirical_shift_is_the_pipelines(t2i, tokens, steps):
+def test_the_empirical_shift_is_the_pipelines(script, tokens, steps):
     """Also where its formula jumps, between 4,300 and 4,301 tokens."""
-    assert t2i.empirical_mu(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), abs=1e-12)
+    assert script.empirical_mu(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), abs=1e-12)
 
 
-def test_linear_is_half_at_256_tokens_and_the_shift_can_be_off_or_a_number(t2i):
+def test_linear_is_half_at_256_tokens_and_the_shift_can_be_off_or_a_number(script):
     """--timestep_shift none is 1, 3 is 3."""
-    assert t2i.shift_factor(arguments(t2i), 256) == pytest.approx(math.exp(0.5))
-    assert t2i.shift_factor(arguments(t2i, "--timestep_shift", "none"), 4096) == 1.0
-    assert t2i.shift_factor(arguments(t2i, "--timestep_shift", "3"), 4096) == 3.0
+    assert script.shift_factor(arguments(script), 256) == pytest.approx(math.exp(0.5))
+    assert script.shift_factor(arguments(script, "--timestep_shift", "none"), 4096) == 1.0
+    assert script.shift_factor(arguments(script, "--timestep_shift", "3"), 4096) == 3.0
 
 
-def test_shifted_sigmas_follow_the_schedulers_formula(t2i, tiny):
+def test_shifted_sigmas_follow_the_schedulers_formula(script, tiny):
     """And keep 0, 1 and their order; a factor of 1 changes nothing."""
     sigmas = torch.linspace(0, 1, 101)
-    scheduler = t2i.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "scheduler")
+    scheduler = script.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "scheduler")
     expected = scheduler.time_shift(1.15, 1.0, sigmas[1:])
-    shifted = t2i.shift_sigmas(sigmas, math.exp(1.15))
+    shifted = script.shift_sigmas(sigmas, math.exp(1.15))
     assert shifted[1:].allclose(expected, atol=1e-6)
     assert shifted[0] == 0 and shifted[-1] == 1 and (shifted.diff() > 0).all() and (shifted[1:-1] > sigmas[1:-1]).all()
-    assert t2i.shift_sigmas(sigmas, 1.0).equal(sigmas)
+    assert script.shift_sigmas(sigmas, 1.0).equal(sigmas)
 
 
 # ---- u and the weights ----
 
 
-def drawn(t2i, count: int, *flags: str) -> torch.Tensor:
+def drawn(script, count: int, *flags: str) -> torch.Tensor:
     """`count` draws of u, each from a generator of its own, as in training."""
-    args = arguments(t2i, *flags)
-    return torch.stack([t2i.draw_u(args, t2i.make_generator(0, "sigma", position)) for position in range(count)])
+    args = arguments(script, *flags)
+    return torch.stack([script.draw_u(args, script.make_generator(0, "sigma", position)) for position in range(count)])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_u_stays_between_0_and_1_and_comes_from_the_generator(t2i, scheme):
+def test_u_stays_between_0_and_1_and_comes_from_the_generator(script, scheme):
     """Under every scheme; the global generator has no say."""
     flags = ("--weighting_scheme", scheme, "--mode_scale", "1.29", "--logit_std", "4")
-    first = drawn(t2i, 500, *flags)
+    first = drawn(script, 500, *flags)
     torch.manual_seed(5)
-    assert drawn(t2i, 500, *flags).equal(first)
+    assert drawn(script, 500, *flags).equal(first)
     assert first.min() >= 0 and first.max() <= 1 and first.std() > 0.1 and first.dtype == torch.float32
 
 
-def test_u_is_clamped_where_the_mode_density_leaves_the_interval(t2i):
+def test_u_is_clamped_where_the_mode_density_leaves_the_interval(script):
     """A large --mode_scale makes u negative in diffusers: sigma would be above 1."""
-    u = drawn(t2i, 300, "--weighting_scheme", "mode", "--mode_scale", "20")
+    u = drawn(script, 300, "--weighting_scheme", "mode", "--mode_scale", "20")
     assert u.min() == 0 and u.max() == 1
 
 
-def test_uniform_is_the_default_density(t2i):
+def test_uniform_is_the_default_density(script):
     """Mean 1/2, variance 1/12."""
-    u = drawn(t2i, 2000)
+    u = drawn(script, 2000)
     assert abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.01
 
 
-def test_a_negative_logit_mean_trains_more_on_noise(t2i):
+def test_a_negative_logit_mean_trains_more_on_noise(script):
     """sigma is 1 - u: the sign that the help text states."""
     flags = ("--weighting_scheme", "logit_normal", "--logit_mean")
-    assert (1 - drawn(t2i, 1000, *flags, "-1")).mean() > 0.6
-    assert (1 - drawn(t2i, 1000, *flags, "1")).mean() < 0.4
+    assert (1 - drawn(script, 1000, *flags, "-1")).mean() > 0.6
+    assert (1 - drawn(script, 1000, *flags, "1")).mean() < 0.4
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_weight_is_finite_and_positive_from_sigma_0_to_1(t2i, scheme):
+def test_every_weight_is_finite_and_positive_from_sigma_0_to_1(script, scheme):
     """sigma_sqrt would be infinite at 0."""
-    weights = t2i.loss_weights(arguments(t2i, "--weighting_scheme", scheme), torch.linspace(0, 1, 1001))
+    weights = script.loss_weights(arguments(script, "--weighting_scheme", scheme), torch.linspace(0, 1, 1001))
     assert weights.shape == (1001,) and weights.isfinite().all() and (weights > 0).all() and weights.max() <= 100
 
 
-def test_the_weights_have_their_formulas(t2i):
+def test_the_weights_have_their_formulas(script):
     """sigma_sqrt is 1 / sigma^2 capped at 100, cosmap 2 / (pi (1 - 2 sigma + 2 sigma^2)), the others 1."""
     sigmas = torch.tensor([0.0, 0.001, 0.1, 0.5, 1.0])
-    weights = {scheme: t2i.loss_weights(arguments(t2i, "--weighting_scheme", scheme), sigmas) for scheme in SCHEMES}
+    weights = {
+        scheme: script.loss_weights(arguments(script, "--weighting_scheme", scheme), sigmas) for scheme in SCHEMES
+    }
     assert weights["sigma_sqrt"].tolist() == pytest.approx([100, 100, 100, 4, 1], rel=1e-5)
     expected = [2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)) for sigma in sigmas.tolist()]
     assert weights["cosmap"].tolist() == pytest.approx(expected, rel=1e-5)
@@ -292,22 +294,22 @@ def test_the_weights_have_their_formulas(t2i):
         assert weights[scheme].tolist() == [1.0] * 5
 
 
-def test_the_weight_multiplies_the_loss_of_its_own_sample(t2i):
+def test_the_weight_multiplies_the_loss_of_its_own_sample(script):
     """Sample by sample."""
     clean, noise, prompt = problem()
-    sigmas, args = torch.tensor([0.5, 1.0, 0.05]), arguments(t2i, "--weighting_scheme", "sigma_sqrt")
-    losses = t2i.flow_matching_losses(args, Knows(noise - clean + 1), prompt, clean, noise, sigmas, 2, 5)
+    sigmas, args = torch.tensor([0.5, 1.0, 0.05]), arguments(script, "--weighting_scheme", "sigma_sqrt")
+    losses = script.flow_matching_losses(args, Knows(noise - clean + 1), clean, noise, sigmas, prompt, 2, 5)
     assert losses.tolist() == pytest.approx([4, 1, 100], rel=1e-5)
 
 
-def test_a_micro_batch_is_the_loss_of_its_parts(t2i, tiny, tmp_path):
+def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     """`batch_losses` shifts sigma by the tokens of the target, encodes, normalises, and asks for the right prompt."""
-    run = start_run(t2i, tiny, tmp_path)
-    space, vae = t2i.open_latent_space(run), t2i.load_vae(run)
+    run = start_run(script, tiny, tmp_path)
+    space, vae = script.open_latent_space(run), script.load_vae(run)
     pixels, noise, embeds = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 8, 32), torch.randn(2, 64, 96)
     asked = []
     prompts = SimpleNamespace(batch=lambda captions, dtype: asked.append((captions, dtype)) or embeds)
-    clean = t2i.tokens_from_moments(space, t2i.encode_pixels(vae, pixels))
+    clean = script.tokens_from_moments(space, script.encode_pixels(vae, pixels))
     parts = SimpleNamespace(
         space=space,
         prompts=prompts,
@@ -316,11 +318,12 @@ def test_a_micro_batch_is_the_loss_of_its_parts(t2i, tiny, tmp_path):
         rest_vae=lambda args: None,
     )
     batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels}
-    losses, sigmas = t2i.batch_losses(run, parts, {**batch, "caption": ["a", "b"]})
+    batch |= {"references": [[], []]} if script.TASK == "image-to-image" else {}
+    losses, sigmas = script.batch_losses(run, parts, {**batch, "caption": ["a", "b"]})
     factor = math.exp(0.5 + 0.65 * (8 - 256) / 3840)
     assert sigmas == pytest.approx([factor * s / (1 + (factor - 1) * s) for s in (0.8, 0.1)], rel=1e-5)
     assert losses.tolist() == pytest.approx([4, 4], rel=1e-5)
     assert asked == [(["a", "b"], torch.float32)]
-    cached = {**batch, "caption": ["a", "b"], "moments": t2i.encode_pixels(vae, batch["pixels"])}
+    cached = {**batch, "caption": ["a", "b"], "moments": script.encode_pixels(vae, batch["pixels"])}
     del cached["pixels"]
-    assert t2i.batch_losses(run, parts, cached)[0].equal(losses)
+    assert script.batch_losses(run, parts, cached)[0].equal(losses)

@@ -32,7 +32,7 @@ def files_below(folder) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def pushed(t2i, tiny, tmp_path_factory):
+def pushed(script, tiny, reference_flags, validation_reference, tmp_path_factory):
     """(hub, output folder, everything printed) of one run with pictures, checkpoints, cache, tracker and push."""
     import contextlib
     import io
@@ -45,12 +45,22 @@ def pushed(t2i, tiny, tmp_path_factory):
     words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--output_dir", folder]
     words += ["--instance_prompt", "a photo of sks toy", "--resolution", 64, "--max_train_steps", 2, "--seed", 0]
     words += ["--rank", 4, "--lora_alpha", 2, "--max_sequence_length", 64, "--dataloader_num_workers", 0]
-    words += [*DRAWS, "--cache_latents", "--checkpointing_steps", 1, "--report_to", "tensorboard", "--push_to_hub"]
+    words += [
+        *reference_flags,
+        *validation_reference,
+        *DRAWS,
+        "--cache_latents",
+        "--checkpointing_steps",
+        1,
+        "--report_to",
+        "tensorboard",
+        "--push_to_hub",
+    ]
     printed = io.StringIO()
     with Hub() as hub, monkeypatch.context() as patch:
         point_to(patch, hub, folder.parent / "hub_cache", TOKEN)
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            t2i.main(t2i.parse_args([str(word) for word in words]))
+            script.main(script.parse_args([str(word) for word in words]))
         yield hub, folder, printed.getvalue()
 
 
@@ -83,12 +93,12 @@ def test_what_is_uploaded_is_what_lies_in_the_folder(pushed):
 
 
 @pytest.mark.e2e
-def test_the_uploaded_settings_have_no_folders_of_this_machine_and_no_token(pushed, t2i):
+def test_the_uploaded_settings_have_no_folders_of_this_machine_and_no_token(pushed, script):
     hub, folder, _ = pushed
     text = hub.files["config.args"].decode()
     assert TOKEN not in text and "hub_token" not in text
     assert str(folder.parent) not in text and "secret-folder" not in text
-    words = t2i.shlex.split(text)
+    words = script.shlex.split(text)
     assert words[words.index("--output_dir") + 1] == "toy-lora"
     assert words[words.index("--pretrained_model_name_or_path") + 1] == "tiny_flux2"
     assert [word for word in words if word.startswith("/")] == []
@@ -161,25 +171,25 @@ def test_a_second_run_does_not_upload_the_pictures_of_an_earlier_one(train, hub)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_repository_that_cannot_be_made_stops_before_anything_is_loaded(t2i, train, hub, monkeypatch, tmp_path):
+def test_a_repository_that_cannot_be_made_stops_before_anything_is_loaded(script, train, hub, monkeypatch, tmp_path):
     loaded = []
     for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(t2i, name, lambda *_, name=name: loaded.append(name))
+        monkeypatch.setattr(script, name, lambda *_, name=name: loaded.append(name))
     hub.fault = "create"
-    with pytest.raises(t2i.UserError) as error:
+    with pytest.raises(script.UserError) as error:
         train("--push_to_hub", "--hub_model_id", "club/sks-toy")
     assert "--push_to_hub" in str(error.value) and "club/sks-toy" in str(error.value) and "403" in str(error.value)
     assert TOKEN not in str(error.value)
     assert loaded == [] and not (tmp_path / "out" / WEIGHTS).exists()
 
 
-def test_that_error_ends_a_program_with_exit_code_2(t2i):
-    assert (t2i.UserError, 2) in t2i.ExitCodes.codes
+def test_that_error_ends_a_program_with_exit_code_2(script):
+    assert (script.UserError, 2) in script.ExitCodes.codes
 
 
-def test_a_repository_is_made_only_after_the_data_is_checked(t2i, train, hub, tmp_path):
+def test_a_repository_is_made_only_after_the_data_is_checked(script, train, hub, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(t2i.UserError, match="no picture"):
+    with pytest.raises(script.UserError, match="no picture"):
         train("--push_to_hub", "--instance_data_dir", tmp_path / "empty")
     assert hub.created == []
 
@@ -223,6 +233,12 @@ def test_the_line_for_an_upload_by_hand_takes_the_result_and_leaves_out_the_rest
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def model_args(script, token: str | None = None) -> object:
+    """What `find_model` reads of the command line, for the model that the loopback Hub has."""
+    flags = {"revision": None, "variant": None, "cache_dir": None, "hub_token": token}
+    return script.Args(pretrained_model_name_or_path="lab/tiny-flux2", **flags)
+
+
 @pytest.mark.e2e
 def test_a_hub_id_trains_to_the_same_losses_as_the_folder_it_was_uploaded_from(train, hub, tiny):
     hub.models["lab/tiny-flux2"] = tiny
@@ -237,19 +253,17 @@ def test_a_hub_id_trains_to_the_same_losses_as_the_folder_it_was_uploaded_from(t
     assert head["base_model"] == "lab/tiny-flux2" and head["base_model_relation"] == "adapter"
 
 
-def test_finding_a_model_downloads_no_weights(t2i, hub, tiny):
+def test_finding_a_model_downloads_no_weights(script, hub, tiny):
     hub.models["lab/tiny-flux2"] = tiny
-    t2i.find_model(t2i.Args(pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None, cache_dir=None,
-                            hub_token=None))  # fmt: skip
+    script.find_model(model_args(script))
     assert "model_index.json" in hub.downloads and "transformer/config.json" in hub.downloads
     assert [name for name in hub.downloads if name.endswith(".safetensors")] == []
 
 
-def test_a_part_is_downloaded_when_it_is_needed_and_only_it(t2i, hub, tiny, capsys):
-    t2i.set_up_logging()
+def test_a_part_is_downloaded_when_it_is_needed_and_only_it(script, hub, tiny, capsys):
+    script.set_up_logging()
     hub.models["lab/tiny-flux2"] = tiny
-    model = t2i.find_model(t2i.Args(pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None,
-                                    cache_dir=None, hub_token=None))  # fmt: skip
+    model = script.find_model(model_args(script))
     hub.requests.clear()
     folder = model.part("vae")
     weights = [name for name in hub.downloads if name.endswith(".safetensors")]
@@ -258,51 +272,48 @@ def test_a_part_is_downloaded_when_it_is_needed_and_only_it(t2i, hub, tiny, caps
     assert "lab/tiny-flux2/vae" in capsys.readouterr().err
 
 
-def test_a_download_that_does_not_fit_the_disk_is_refused_before_it_starts(t2i, hub, tiny, monkeypatch):
+def test_a_download_that_does_not_fit_the_disk_is_refused_before_it_starts(script, hub, tiny, monkeypatch):
     hub.models["lab/tiny-flux2"] = tiny
-    model = t2i.find_model(t2i.Args(pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None,
-                                    cache_dir=None, hub_token=None))  # fmt: skip
+    model = script.find_model(model_args(script))
     usage = shutil.disk_usage(tiny)
-    monkeypatch.setattr(t2i.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(t2i.UserError, match="--cache_dir"):
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(script.UserError, match="--cache_dir"):
         model.part("transformer")
     assert [name for name in hub.downloads if name.endswith(".safetensors")] == []
 
 
-def test_a_cached_model_needs_no_network_when_offline(t2i, hub, tiny, monkeypatch):
+def test_a_cached_model_needs_no_network_when_offline(script, hub, tiny, monkeypatch):
     hub.models["lab/tiny-flux2"] = tiny
-    args = t2i.Args(pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None, cache_dir=None,
-                    hub_token=None)  # fmt: skip
-    t2i.find_model(args).part("transformer")
+    args = model_args(script)
+    script.find_model(args).part("transformer")
     hub.requests.clear()
-    monkeypatch.setattr(t2i.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert (t2i.find_model(args).part("transformer") / "config.json").is_file()
+    monkeypatch.setattr(script.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert (script.find_model(args).part("transformer") / "config.json").is_file()
     assert hub.requests == []
 
 
-def test_a_gated_model_says_where_to_accept_the_licence(t2i, train, hub, tiny):
+def test_a_gated_model_says_where_to_accept_the_licence(script, train, hub, tiny):
     hub.gated.add("lab/tiny-flux2")
-    with pytest.raises(t2i.UserError) as error:
+    with pytest.raises(script.UserError) as error:
         train("--pretrained_model_name_or_path", "lab/tiny-flux2")
     assert "gated" in str(error.value) and "https://huggingface.co/lab/tiny-flux2" in str(error.value)
     assert "hf auth login" in str(error.value)
 
 
-def test_a_model_that_is_not_on_the_hub_is_an_error_that_names_the_flag(t2i, train, hub):
-    with pytest.raises(t2i.UserError) as error:
+def test_a_model_that_is_not_on_the_hub_is_an_error_that_names_the_flag(script, train, hub):
+    with pytest.raises(script.UserError) as error:
         train("--pretrained_model_name_or_path", "lab/no-such")
     assert "--pretrained_model_name_or_path lab/no-such" in str(error.value)
 
 
-def test_the_hub_token_is_used_for_the_model_too(t2i, hub, tiny, monkeypatch):
+def test_the_hub_token_is_used_for_the_model_too(script, hub, tiny, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     hub.models["lab/tiny-flux2"] = tiny
-    t2i.find_model(t2i.Args(pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None, cache_dir=None,
-                            hub_token=TOKEN)).part("scheduler")  # fmt: skip
+    script.find_model(model_args(script, TOKEN)).part("scheduler")
     assert {request.token for request in hub.requests if "lab/tiny-flux2" in request.path} == {TOKEN}
 
 
-def test_an_empty_path_does_not_stop_the_upload(t2i, tiny, tmp_path):
+def test_an_empty_path_does_not_stop_the_upload(script, tiny, tmp_path):
     """The copy of the settings that leaves the machine is made after training: it must not fail then."""
-    run = start_run(t2i, tiny, tmp_path, "--cache_dir", "")
-    assert "--cache_dir ''" in t2i.write_config(run, basenames=True).splitlines()
+    run = start_run(script, tiny, tmp_path, "--cache_dir", "")
+    assert "--cache_dir ''" in script.write_config(run, basenames=True).splitlines()

@@ -23,13 +23,13 @@ pytestmark = [pytest.mark.launch, pytest.mark.e2e, pytest.mark.slow]
 TOKEN = "hf_canary_token_of_the_tests"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
-# The two text-to-image commands of the FLUX.2 guide as people paste them, without --do_fp8_training, which has a test
-# of its own; $LATER holds the flags that make them quick.
+# The two text-to-image commands of the FLUX.2 guide as people paste them; $LATER holds the flags that make them quick.
 DOG_COMMAND = """
 accelerate launch train_dreambooth_lora_flux2.py \\
   --pretrained_model_name_or_path=$MODEL_NAME  \\
   --instance_data_dir=$INSTANCE_DIR \\
   --output_dir=$OUTPUT_DIR \\
+  --do_fp8_training \\
   --gradient_checkpointing \\
   --remote_text_encoder \\
   --cache_latents \\
@@ -55,6 +55,7 @@ accelerate launch train_dreambooth_lora_flux2.py \\
   --pretrained_model_name_or_path=$MODEL_NAME  \\
   --instance_data_dir=$INSTANCE_DIR \\
   --output_dir=$OUTPUT_DIR \\
+  --do_fp8_training \\
   --gradient_checkpointing \\
   --remote_text_encoder \\
   --cache_latents \\
@@ -108,6 +109,12 @@ def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a safetensors file."""
     header = path.read_bytes()
     return sorted(set(json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])) - {"__metadata__"})
+
+
+@pytest.fixture(scope="module")
+def program(script) -> str:
+    """The file name of each of the two scripts."""
+    return Path(script.__file__).name
 
 
 @pytest.fixture(scope="module")
@@ -250,40 +257,28 @@ def test_warm_up_without_effect_is_said_so_where_the_guide_has_it(guide_dog, gui
     assert "--lr_warmup_steps" not in guide_prodigy[0].stdout
 
 
-@pytest.mark.parametrize("command", [DOG_COMMAND, PRODIGY_COMMAND], ids=["dog", "prodigy"])
-def test_a_command_of_the_guide_with_fp8_is_refused_in_one_sentence(command, tmp_path):
-    shutil.copy(ROOT / TEXT_TO_IMAGE, tmp_path)
-    (tmp_path / "dog").mkdir()
-    names = {"MODEL_NAME": str(ROOT / "tiny_flux2"), "INSTANCE_DIR": "dog", "OUTPUT_DIR": "out", "HF_TOKEN": TOKEN}
-    plain = command.replace("accelerate launch", "python")  # accelerate makes every exit code 1
-    process = launch("bash", "-c", plain, cwd=tmp_path, home=tmp_path, LATER="--do_fp8_training", **names)
-    assert process.returncode == 2, process.stdout
-    assert "1 problem on the command line" in process.stdout
-    refusal = next(line for line in process.stdout.splitlines() if "--do_fp8_training" in line)
-    assert "not in this version yet; leave" in refusal
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.compile
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory, dog):
+def compiled(tmp_path_factory, program, dog, reference_flags):
     """(process, output folder) of a launch whose accelerate config has a dynamo backend."""
     tmp = tmp_path_factory.mktemp("compiled")
     text = (ROOT / "configs" / "accelerate" / "cpu.yaml").read_text()
     (tmp / "eager.yaml").write_text(f"{text}\ndynamo_config:\n  dynamo_backend: EAGER\n")
-    words = ["accelerate", "launch", "--config_file", tmp / "eager.yaml", TEXT_TO_IMAGE]
+    words = ["accelerate", "launch", "--config_file", tmp / "eager.yaml", program]
+    words += flags(tmp / "out", dog, *reference_flags)
     says_what_it_compiles = {"HF_HUB_OFFLINE": "1", "TORCH_LOGS": "dynamo"}
-    return launch(*words, *flags(tmp / "out", dog), home=tmp / "home", **says_what_it_compiles), tmp / "out"
+    return launch(*words, home=tmp / "home", **says_what_it_compiles), tmp / "out"
 
 
-def test_a_compiled_run_has_the_losses_of_a_plain_one(compiled, train, dog):
+def test_a_compiled_run_has_the_losses_of_a_plain_one(compiled, train, dog, reference_flags):
     process, folder = compiled
     assert process.returncode == 0, process.stdout
     assert "torchdynamo start tracing" in process.stdout
-    plain = losses_of(train("--instance_data_dir", dog))
+    plain = losses_of(train("--instance_data_dir", dog, *reference_flags))
     assert losses_of(folder) == pytest.approx(plain, rel=1e-4) and len(plain) == 3
 
 
@@ -309,10 +304,11 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, dog):
+def stopped(tmp_path_factory, program, dog, reference_flags):
     """(exit code, output, folder) of a long run by plain python that got a SIGTERM after some steps."""
     tmp = tmp_path_factory.mktemp("stopped")
-    words = ["python", TEXT_TO_IMAGE, *flags(tmp / "a run", dog, "--max_train_steps", 10**6, "--hub_token", TOKEN)]
+    endless = (*reference_flags, "--max_train_steps", 10**6, "--hub_token", TOKEN)
+    words = ["python", program, *flags(tmp / "a run", dog, *endless)]
     changes = environment(tmp / "home", HF_HUB_OFFLINE="1")
     with subprocess.Popen(
         words, cwd=ROOT, env=changes, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -328,11 +324,11 @@ def stopped(tmp_path_factory, dog):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
-def test_a_sigterm_saves_a_checkpoint_of_the_last_step_and_exits_with_143(stopped, t2i):
+def test_a_sigterm_saves_a_checkpoint_of_the_last_step_and_exits_with_143(stopped, script):
     code, output, folder = stopped
     assert code == 143, output
     steps = len(losses_of(folder))
-    assert t2i.verify_checkpoint(folder / f"checkpoint-{steps}") is None
+    assert script.verify_checkpoint(folder / f"checkpoint-{steps}") is None
     assert not (folder / WEIGHTS).exists()  # the run is not finished
     assert "Traceback" not in output
 
@@ -350,29 +346,25 @@ def test_the_printed_line_goes_on_with_the_run_and_does_not_tell_the_token(stopp
     assert len(losses_of(folder)) == done + 2 and (folder / WEIGHTS).is_file()
 
 
-def test_a_data_error_of_a_program_is_one_message_and_exit_code_2(tmp_path):
+def test_a_data_error_of_a_program_is_one_message_and_exit_code_2(program, tmp_path):
     (tmp_path / "empty").mkdir()
-    process = launch("python", TEXT_TO_IMAGE, *flags(tmp_path / "out", tmp_path / "empty"), home=tmp_path)
+    process = launch("python", program, *flags(tmp_path / "out", tmp_path / "empty"), home=tmp_path)
     assert process.returncode == 2, process.stdout
     assert "error: --instance_data_dir" in process.stdout and "no picture" in process.stdout
     assert "Traceback" not in process.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-def test_a_sigterm_to_the_whole_process_group_saves_a_checkpoint_and_exits_with_143(tmp_path, photos):
+def test_a_sigterm_to_the_whole_process_group_saves_a_checkpoint_and_exits_with_143(
+    program, tmp_path, photos, reference_flags
+):
     """As Slurm, systemd and `timeout` send it: the loader's workers get it too and must not end the run."""
     out = tmp_path / "out"
-    words = [
-        "--pretrained_model_name_or_path",
-        "tiny_flux2",
-        "--instance_data_dir",
-        photos,
-        "--instance_prompt",
-        "a toy",
-    ]
+    words = ["--pretrained_model_name_or_path", "tiny_flux2", "--instance_data_dir", photos, *reference_flags]
+    words += ["--instance_prompt", "a toy"]
     words += ["--resolution", "64", "--rank", "4", "--max_sequence_length", "64", "--max_train_steps", "100000"]
     words += ["--output_dir", out, "--report_to", "none", "--dataloader_num_workers", "2"]
-    command = [sys.executable, TEXT_TO_IMAGE, *map(str, words)]
+    command = [sys.executable, program, *map(str, words)]
     run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline:

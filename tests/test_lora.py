@@ -61,14 +61,14 @@ MODULATION = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.li
 # ---- names ----
 
 
-def test_the_script_lists_the_linear_modules_from_the_config_alone(t2i, linears):
+def test_the_script_lists_the_linear_modules_from_the_config_alone(script, linears):
     """203 of them, with no memory used."""
-    assert list(t2i.linear_modules(DEV)) == linears and len(linears) == 203
+    assert list(script.linear_modules(DEV)) == linears and len(linears) == 203
 
 
-def test_the_default_is_every_attention_projection_and_the_fused_ones(t2i, dev, linears):
+def test_the_default_is_every_attention_projection_and_the_fused_ones(script, dev, linears):
     """8 per double block, 2 per single block: to_out of a double block is a list of modules and not meant."""
-    chosen = t2i.resolve_lora_layers(linears, None)
+    chosen = script.resolve_lora_layers(linears, None)
     assert set(chosen) == members(linears, IMAGE_ATTENTION, TEXT_ATTENTION, FUSED)
     assert len(chosen) == 8 * len(dev.transformer_blocks) + 2 * len(dev.single_transformer_blocks) == 160
     assert chosen == [name for name in linears if name in set(chosen)]  # in the order of the model, each once
@@ -82,22 +82,22 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_the_published_lists_choose_what_they_mean_in_flux2(t2i, linears, preset):
+def test_the_published_lists_choose_what_they_mean_in_flux2(script, linears, preset):
     """Every block of each kind; the shared modulation layers once."""
-    chosen = t2i.resolve_lora_layers(linears, PUBLISHED[preset])
+    chosen = script.resolve_lora_layers(linears, PUBLISHED[preset])
     assert set(chosen) == members(linears, *EXPECTED[preset]) and len(chosen) == len(set(chosen))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("spelling", [str, str.upper, "  {} ".format])
-def test_a_preset_is_its_published_list(t2i, linears, name, spelling):
+def test_a_preset_is_its_published_list(script, linears, name, spelling):
     """By name, whatever the case."""
-    assert t2i.resolve_lora_layers(linears, spelling(name)) == t2i.resolve_lora_layers(linears, PUBLISHED[name])
+    assert script.resolve_lora_layers(linears, spelling(name)) == script.resolve_lora_layers(linears, PUBLISHED[name])
 
 
-def test_lora_blocks_is_another_name_of_lora_layers(t2i):
+def test_lora_blocks_is_another_name_of_lora_layers(script):
     """The README's third list is passed with it."""
-    args = t2i.build_parser().parse_args(["--lora_blocks", PUBLISHED["ai-toolkit"]])
+    args = script.build_parser().parse_args(["--lora_blocks", PUBLISHED["ai-toolkit"]])
     assert args.lora_layers == PUBLISHED["ai-toolkit"]
 
 
@@ -110,9 +110,9 @@ def test_lora_blocks_is_another_name_of_lora_layers(t2i):
         ("transformer_blocks.1.attn.to_q,transformer_blocks.1.attn.to_q", ["transformer_blocks.1.attn.to_q"]),
     ],
 )
-def test_a_block_prefix_chooses_one_block(t2i, linears, asked, expected):
+def test_a_block_prefix_chooses_one_block(script, linears, asked, expected):
     """`transformer_blocks.3` must not choose `single_transformer_blocks.3` too, nor 1 choose 11."""
-    assert t2i.resolve_lora_layers(linears, asked) == expected
+    assert script.resolve_lora_layers(linears, asked) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,25 +134,25 @@ def test_a_block_prefix_chooses_one_block(t2i, linears, asked, expected):
         ("single_transformer_blocks.5.proj_out", [r"single_transformer_blocks\.5\.attn\.to_out"]),
     ],
 )
-def test_a_flux1_name_is_translated_and_the_log_says_so(t2i, linears, flux1, flux2):
+def test_a_flux1_name_is_translated_and_the_log_says_so(script, linears, flux1, flux2):
     """Lists in circulation were written for FLUX.1."""
     with log_lines() as lines:
-        assert set(t2i.resolve_lora_layers(linears, flux1)) == members(linears, *flux2)
+        assert set(script.resolve_lora_layers(linears, flux1)) == members(linears, *flux2)
     assert any(flux1 in line and "FLUX.2" in line for line in lines)
 
 
-def test_final_proj_out_is_the_last_layer_and_only_that(t2i, linears):
+def test_final_proj_out_is_the_last_layer_and_only_that(script, linears):
     """`proj_out` alone means the single blocks, as in FLUX.1's lists."""
-    assert t2i.resolve_lora_layers(linears, "final:proj_out") == ["proj_out"]
+    assert script.resolve_lora_layers(linears, "final:proj_out") == ["proj_out"]
     with log_lines() as lines:
-        both = t2i.resolve_lora_layers(linears, "proj_out, final:proj_out")
+        both = script.resolve_lora_layers(linears, "proj_out, final:proj_out")
     assert set(both) == members(linears, rf"{SINGLE}\.attn\.to_out", "proj_out") and len(lines) == 1
 
 
-def test_blanks_and_empty_entries_do_not_matter(t2i, linears):
+def test_blanks_and_empty_entries_do_not_matter(script, linears):
     """As in the README's third list."""
-    plain = t2i.resolve_lora_layers(linears, "attn.to_q,attn.to_k")
-    assert t2i.resolve_lora_layers(linears, " attn.to_q ,\n attn.to_k,, ") == plain
+    plain = script.resolve_lora_layers(linears, "attn.to_q,attn.to_k")
+    assert script.resolve_lora_layers(linears, " attn.to_q ,\n attn.to_k,, ") == plain
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_blanks_and_empty_entries_do_not_matter(t2i, linears):
         ("final:proj_in", "proj_out"),
     ],
 )
-def test_a_name_that_matches_nothing_is_an_error_with_the_nearest_names(t2i, linears, asked, near):
+def test_a_name_that_matches_nothing_is_an_error_with_the_nearest_names(script, linears, asked, near):
     """Never a LoRA on less than was asked for."""
     with pytest.raises(
-        t2i.UserError, match=f"'{re.escape(asked.split(',')[-1])}' is no Linear module; nearest: .*{near}"
+        script.UserError, match=f"'{re.escape(asked.split(',')[-1])}' is no Linear module; nearest: .*{near}"
     ):
-        t2i.resolve_lora_layers(linears, asked)
+        script.resolve_lora_layers(linears, asked)
 
 
 NO_LINEAR_MODULES = ["attn", "transformer_blocks.0", "attn.norm_q", "attn.to_out.1", "to_qkv_mlp", "linear_", "q_proj"]
@@ -179,17 +179,17 @@ NO_LINEAR_MODULES += ["final:attn.to_q", "transformer_blocks.3.attn.to_out"]
 
 
 @pytest.mark.parametrize("name", NO_LINEAR_MODULES)
-def test_only_whole_names_of_linear_modules_match(t2i, linears, name):
+def test_only_whole_names_of_linear_modules_match(script, linears, name):
     """Neither a container nor a norm nor a part of a name: PEFT would raise on the first and match the last."""
-    with pytest.raises(t2i.UserError, match="is no Linear module"):
-        t2i.resolve_lora_layers(linears, name)
+    with pytest.raises(script.UserError, match="is no Linear module"):
+        script.resolve_lora_layers(linears, name)
 
 
 @pytest.mark.parametrize("asked", [",", " , "])
-def test_a_list_without_a_name_is_an_error(t2i, linears, asked):
+def test_a_list_without_a_name_is_an_error(script, linears, asked):
     """Not a run that trains nothing."""
-    with pytest.raises(t2i.UserError, match="--lora_layers"):
-        t2i.resolve_lora_layers(linears, asked)
+    with pytest.raises(script.UserError, match="--lora_layers"):
+        script.resolve_lora_layers(linears, asked)
 
 
 # ---- the adapter ----
@@ -221,12 +221,12 @@ def randomise(parameters: dict[str, torch.nn.Parameter], std: float = 0.2) -> No
 
 
 @pytest.mark.parametrize("precision, base", [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_exactly_the_adapter_is_trained_and_in_fp32(t2i, tiny, tmp_path, precision, base):
+def test_exactly_the_adapter_is_trained_and_in_fp32(script, tiny, tmp_path, precision, base):
     """Two matrices per module, whatever the dtype of the frozen base."""
-    run = start_run(t2i, tiny, tmp_path, "--mixed_precision", precision)
-    transformer = t2i.load_transformer(run)
-    targets = t2i.resolve_lora_layers(list(t2i.linear_modules(run.model.config("transformer"))), None)
-    parameters = t2i.add_lora(run, transformer)
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", precision)
+    transformer = script.load_transformer(run)
+    targets = script.resolve_lora_layers(list(script.linear_modules(run.model.config("transformer"))), None)
+    parameters = script.add_lora(run, transformer)
     trainable = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.lora_{part}.default.weight" for name in targets for part in "AB"}
     assert set(parameters) == {f"{name}.lora_{part}.weight" for name in targets for part in "AB"}
@@ -240,24 +240,24 @@ def test_exactly_the_adapter_is_trained_and_in_fp32(t2i, tiny, tmp_path, precisi
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_training_starts_from_the_base_models_output_exactly(t2i, tiny, tmp_path, precision):
+def test_training_starts_from_the_base_models_output_exactly(script, tiny, tmp_path, precision):
     """lora_B is 0; one that is not changes the output."""
-    run = start_run(t2i, tiny, tmp_path, "--mixed_precision", precision, "--lora_layers", EVERYTHING)
-    transformer = t2i.load_transformer(run)
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", precision, "--lora_layers", EVERYTHING)
+    transformer = script.load_transformer(run)
     with torch.no_grad():
         base = transformer(**inputs(run.dtype))[0]
-        parameters = t2i.add_lora(run, transformer)
+        parameters = script.add_lora(run, transformer)
         assert transformer(**inputs(run.dtype))[0].equal(base)
         randomise(parameters)
         assert not transformer(**inputs(run.dtype))[0].allclose(base, atol=0.01)
 
 
-def test_the_start_of_a_matrix_depends_on_the_seed_and_its_name_only(t2i, tiny, tmp_path):
+def test_the_start_of_a_matrix_depends_on_the_seed_and_its_name_only(script, tiny, tmp_path):
     """Not on the other modules, nor on the global generator; lora_A is N(0, 1/rank)."""
 
     def start(*flags: str) -> dict[str, torch.Tensor]:
-        run = start_run(t2i, tiny, tmp_path, *flags)
-        return {name: p.detach() for name, p in t2i.add_lora(run, t2i.load_transformer(run)).items()}
+        run = start_run(script, tiny, tmp_path, *flags)
+        return {name: p.detach() for name, p in script.add_lora(run, script.load_transformer(run)).items()}
 
     torch.manual_seed(1)
     whole = start()
@@ -273,9 +273,9 @@ def test_the_start_of_a_matrix_depends_on_the_seed_and_its_name_only(t2i, tiny, 
     assert len(set(starts)) == len(starts)
 
 
-def test_a_lora_matrix_answers_in_the_dtype_of_its_input_and_learns_in_fp32(t2i):
+def test_a_lora_matrix_answers_in_the_dtype_of_its_input_and_learns_in_fp32(script):
     """The weight is cast, not the input."""
-    layer, hidden = t2i.LoraLinear(8, 4, bias=False), torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    layer, hidden = script.LoraLinear(8, 4, bias=False), torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
     output = layer(hidden)
     assert output.dtype == torch.bfloat16
     output.sum().backward()
@@ -298,11 +298,11 @@ class RecordFp32(TorchDispatchMode):
         return output
 
 
-def test_under_bf16_no_fp32_copy_of_an_activation_is_made(t2i, tiny, tmp_path):
+def test_under_bf16_no_fp32_copy_of_an_activation_is_made(script, tiny, tmp_path):
     """In a wrapped layer, forwards and backwards: what is fp32 is the adapter's weights and their gradients."""
-    run = start_run(t2i, tiny, tmp_path, "--mixed_precision", "bf16", "--lora_alpha", "8", "--lora_dropout", "0.1")
-    transformer = t2i.load_transformer(run)
-    parameters = t2i.add_lora(run, transformer)
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", "bf16", "--lora_alpha", "8", "--lora_dropout", "0.1")
+    transformer = script.load_transformer(run)
+    parameters = script.add_lora(run, transformer)
     randomise(parameters)
     layer = transformer.get_submodule("single_transformer_blocks.0.attn.to_qkv_mlp_proj").train()
     hidden = torch.randn(2, 50, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
@@ -319,11 +319,13 @@ def test_under_bf16_no_fp32_copy_of_an_activation_is_made(t2i, tiny, tmp_path):
 # ---- checkpointing ----
 
 
-def set_up(t2i, model: Path, folder: Path, *flags: str) -> tuple:
+def set_up(script, model: Path, folder: Path, *flags: str) -> tuple:
     """(transformer, parameters) as the training loop gets them."""
-    run = start_run(t2i, model, folder, "--max_train_steps", "1", *flags)
-    parts = t2i.TrainingParts(t2i.open_latent_space(run), None, None, None, [], [(64, 64)])
-    state = t2i.set_up_training(run, parts)
+    run = start_run(script, model, folder, "--max_train_steps", "1", *flags)
+    parts = script.TrainingParts(
+        script.open_latent_space(run), None, None, None, [script.Stream("instance", [])], [(64, 64)]
+    )
+    state = script.set_up_training(run, parts)
     return parts.transformer.train(), state.parameters
 
 
@@ -339,11 +341,13 @@ def gradients(transformer: torch.nn.Module, parameters: dict) -> tuple[dict[str,
 
 
 @pytest.mark.parametrize("flags, recomputed", [(["1"], 6), (["0.5"], 3), (["0.1"], 1), ([], 6)])
-def test_checkpointing_recomputes_the_share_of_blocks_and_keeps_the_gradients(t2i, tiny, tmp_path, flags, recomputed):
+def test_checkpointing_recomputes_the_share_of_blocks_and_keeps_the_gradients(
+    script, tiny, tmp_path, flags, recomputed
+):
     """2 double and 4 single blocks, double ones first; with the shared modulation layers trainable too."""
     layers = ("--lora_layers", EVERYTHING)
-    plain, none = gradients(*set_up(t2i, tiny, tmp_path, *layers))
-    actual, names = gradients(*set_up(t2i, tiny, tmp_path, *layers, "--gradient_checkpointing", *flags))
+    plain, none = gradients(*set_up(script, tiny, tmp_path, *layers))
+    actual, names = gradients(*set_up(script, tiny, tmp_path, *layers, "--gradient_checkpointing", *flags))
     order = [f"transformer_blocks.{i}" for i in range(2)] + [f"single_transformer_blocks.{i}" for i in range(4)]
     assert not none and sorted(names) == sorted(order[:recomputed])
     for name, gradient in plain.items():
@@ -351,11 +355,11 @@ def test_checkpointing_recomputes_the_share_of_blocks_and_keeps_the_gradients(t2
         assert (actual[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max().clamp(min=1), name
 
 
-def test_checkpointing_repeats_the_same_dropout(t2i, tiny, tmp_path):
+def test_checkpointing_repeats_the_same_dropout(script, tiny, tmp_path):
     """Otherwise the gradient would belong to another forward pass."""
     collected = []
     for flags in ([], ["--gradient_checkpointing"]):
-        transformer, parameters = set_up(t2i, tiny, tmp_path, "--lora_dropout", "0.5", *flags)
+        transformer, parameters = set_up(script, tiny, tmp_path, "--lora_dropout", "0.5", *flags)
         torch.manual_seed(3)
         collected.append(gradients(transformer, parameters)[0])
     for name, gradient in collected[0].items():
@@ -371,13 +375,13 @@ def models(tiny, tiny_klein) -> dict:
     return {"dev": (tiny, Flux2Pipeline), "klein": (tiny_klein, Flux2KleinPipeline)}
 
 
-def trained(t2i, model: Path, folder: Path, *flags: str) -> tuple:
+def trained(script, model: Path, folder: Path, *flags: str) -> tuple:
     """(run, transformer, parameters) with a random LoRA whose file lies in `folder`."""
-    run = start_run(t2i, model, folder / "run", "--upcast_before_saving", *flags)
-    transformer = t2i.load_transformer(run).eval()
-    parameters = t2i.add_lora(run, transformer)
+    run = start_run(script, model, folder / "run", "--upcast_before_saving", *flags)
+    transformer = script.load_transformer(run).eval()
+    parameters = script.add_lora(run, transformer)
     randomise(parameters)
-    t2i.save_lora(run, parameters, folder)
+    script.save_lora(run, parameters, folder)
     return run, transformer, parameters
 
 
@@ -403,82 +407,82 @@ def adapter_config(file: Path) -> dict:
 
 @pytest.mark.parametrize("alpha", ["4", "8", "1.5"])
 @pytest.mark.parametrize("family", ["dev", "klein"])
-def test_the_saved_file_gives_the_training_models_output_in_a_fresh_pipeline(t2i, models, tmp_path, family, alpha):
+def test_the_saved_file_gives_the_training_models_output_in_a_fresh_pipeline(script, models, tmp_path, family, alpha):
     """Maximum difference 0 for an fp32 export, alpha equal to the rank or not: diffusers reads it from the header."""
     model, pipeline = models[family]
-    run, transformer, _ = trained(t2i, model, tmp_path, "--lora_alpha", alpha)
+    run, transformer, _ = trained(script, model, tmp_path, "--lora_alpha", alpha)
     batch = inputs(guidance=family == "dev")
     with torch.no_grad():
         expected = transformer(**batch)[0]
-        actual = fresh(model, pipeline, tmp_path / t2i.LORA_FILE)(**batch)[0]
+        actual = fresh(model, pipeline, tmp_path / script.LORA_FILE)(**batch)[0]
         transformer.disable_adapters()
         assert not transformer(**batch)[0].allclose(expected, atol=0.01)
     assert (actual - expected).abs().max() == 0
 
 
-def test_every_published_list_reloads_in_diffusers(t2i, tiny, tmp_path):
+def test_every_published_list_reloads_in_diffusers(script, tiny, tmp_path):
     """Modulation layers and the last layer included."""
-    _, transformer, _ = trained(t2i, tiny, tmp_path, "--lora_layers", EVERYTHING, "--lora_alpha", "2")
+    _, transformer, _ = trained(script, tiny, tmp_path, "--lora_layers", EVERYTHING, "--lora_alpha", "2")
     with torch.no_grad():
-        actual = fresh(tiny, Flux2Pipeline, tmp_path / t2i.LORA_FILE)(**inputs())[0]
+        actual = fresh(tiny, Flux2Pipeline, tmp_path / script.LORA_FILE)(**inputs())[0]
         assert (actual - transformer(**inputs())[0]).abs().max() == 0
 
 
-def test_the_header_carries_rank_alpha_and_modules_as_given(t2i, tiny, tmp_path):
+def test_the_header_carries_rank_alpha_and_modules_as_given(script, tiny, tmp_path):
     """What diffusers builds the adapter from; nothing of this machine is in it."""
     _, _, parameters = trained(
-        t2i, tiny, tmp_path, "--lora_alpha", "1.5", "--lora_layers", "attn.to_q,attn.to_qkv_mlp_proj"
+        script, tiny, tmp_path, "--lora_alpha", "1.5", "--lora_layers", "attn.to_q,attn.to_qkv_mlp_proj"
     )
-    config = adapter_config(tmp_path / t2i.LORA_FILE)
+    config = adapter_config(tmp_path / script.LORA_FILE)
     assert (config["r"], config["lora_alpha"]) == (4, 1.5)
     assert set(config["target_modules"]) == {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters}
-    metadata = header(tmp_path / t2i.LORA_FILE)
+    metadata = header(tmp_path / script.LORA_FILE)
     assert metadata["format"] == "pt" and "Flux.2-dev" in metadata["modelspec.architecture"]
     assert str(tiny.parent) not in json.dumps(metadata) and str(tmp_path) not in json.dumps(metadata)
 
 
-def test_the_names_in_the_file_are_those_of_diffusers(t2i, tiny, tmp_path):
+def test_the_names_in_the_file_are_those_of_diffusers(script, tiny, tmp_path):
     """`transformer.`, the module, `.lora_A.weight` or `.lora_B.weight`; no alpha tensors."""
-    _, _, parameters = trained(t2i, tiny, tmp_path)
-    stored = load_file(tmp_path / t2i.LORA_FILE)
+    _, _, parameters = trained(script, tiny, tmp_path)
+    stored = load_file(tmp_path / script.LORA_FILE)
     assert set(stored) == {f"transformer.{name}" for name in parameters}
     for name, parameter in parameters.items():
         assert stored[f"transformer.{name}"].equal(parameter.data)
 
 
-def test_the_export_is_in_the_compute_dtype_unless_it_is_upcast(t2i, tiny, tmp_path):
+def test_the_export_is_in_the_compute_dtype_unless_it_is_upcast(script, tiny, tmp_path):
     """--upcast_before_saving means fp32 also in a bf16 run."""
     for flags, dtype in (([], torch.bfloat16), (["--upcast_before_saving"], torch.float32)):
-        run = start_run(t2i, tiny, tmp_path / "run", "--mixed_precision", "bf16", "--lora_alpha", "3", *flags)
-        parameters = t2i.add_lora(run, t2i.load_transformer(run))
-        t2i.save_lora(run, parameters, tmp_path)
-        for name in (t2i.LORA_FILE, t2i.COMFYUI_FILE):
+        run = start_run(script, tiny, tmp_path / "run", "--mixed_precision", "bf16", "--lora_alpha", "3", *flags)
+        parameters = script.add_lora(run, script.load_transformer(run))
+        script.save_lora(run, parameters, tmp_path)
+        for name in (script.LORA_FILE, script.COMFYUI_FILE):
             assert {tensor.dtype for tensor in load_file(tmp_path / name).values()} == {dtype}
         assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
 
 
-def test_there_is_no_comfyui_twin_when_alpha_is_the_rank(t2i, tiny, tmp_path):
+def test_there_is_no_comfyui_twin_when_alpha_is_the_rank(script, tiny, tmp_path):
     """The file itself is right there: given or not."""
     for number, flags in enumerate(([], ["--lora_alpha", "4"], ["--lora_alpha", "4.0"])):
         folder = tmp_path / str(number)
         folder.mkdir()
-        trained(t2i, tiny, folder, *flags)
-        assert not (folder / t2i.COMFYUI_FILE).exists()
+        trained(script, tiny, folder, *flags)
+        assert not (folder / script.COMFYUI_FILE).exists()
 
 
-def test_the_comfyui_twin_has_alpha_over_rank_in_its_up_matrices(t2i, tiny, tmp_path):
+def test_the_comfyui_twin_has_alpha_over_rank_in_its_up_matrices(script, tiny, tmp_path):
     """ComfyUI ignores the header: there the tensors alone must give the training model's output."""
-    _, transformer, parameters = trained(t2i, tiny, tmp_path, "--lora_alpha", "6")
-    twin = load_file(tmp_path / t2i.COMFYUI_FILE)
+    _, transformer, parameters = trained(script, tiny, tmp_path, "--lora_alpha", "6")
+    twin = load_file(tmp_path / script.COMFYUI_FILE)
     for name, parameter in parameters.items():
         factor = 1.5 if ".lora_B." in name else 1.0
         assert twin[f"transformer.{name}"].equal(parameter.data * factor), name
-    assert adapter_config(tmp_path / t2i.COMFYUI_FILE)["lora_alpha"] == 4
+    assert adapter_config(tmp_path / script.COMFYUI_FILE)["lora_alpha"] == 4
     without_header = tmp_path / "without_header.safetensors"
     save_file(twin, without_header)
     with torch.no_grad():
         expected = transformer(**inputs())[0]
-        for file in (tmp_path / t2i.COMFYUI_FILE, without_header):
+        for file in (tmp_path / script.COMFYUI_FILE, without_header):
             assert (
                 fresh(tiny, Flux2Pipeline, file)(**inputs())[0] - expected
             ).abs().max() < 1e-5 * expected.abs().max()
@@ -487,23 +491,23 @@ def test_the_comfyui_twin_has_alpha_over_rank_in_its_up_matrices(t2i, tiny, tmp_
 # ---- starting from a file ----
 
 
-def test_a_lora_can_be_started_from(t2i, tiny, tmp_path):
+def test_a_lora_can_be_started_from(script, tiny, tmp_path):
     """--init_lora_from: the training model begins with the file's output, exactly."""
-    _, before, _ = trained(t2i, tiny, tmp_path, "--lora_alpha", "8")
-    flags = ("--lora_alpha", "8", "--seed", "5", "--init_lora_from", str(tmp_path / t2i.LORA_FILE))
-    after, parameters = set_up(t2i, tiny, tmp_path / "second", *flags)
+    _, before, _ = trained(script, tiny, tmp_path, "--lora_alpha", "8")
+    flags = ("--lora_alpha", "8", "--seed", "5", "--init_lora_from", str(tmp_path / script.LORA_FILE))
+    after, parameters = set_up(script, tiny, tmp_path / "second", *flags)
     with torch.no_grad():
         assert after.eval()(**inputs())[0].equal(before(**inputs())[0])
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in parameters.values())
 
 
-def test_a_bf16_lora_can_be_started_from_too(t2i, tiny, tmp_path):
+def test_a_bf16_lora_can_be_started_from_too(script, tiny, tmp_path):
     """The usual export; the adapter stays fp32."""
-    run = start_run(t2i, tiny, tmp_path, "--mixed_precision", "bf16")
-    parameters = t2i.add_lora(run, t2i.load_transformer(run))
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", "bf16")
+    parameters = script.add_lora(run, script.load_transformer(run))
     randomise(parameters)
-    t2i.save_lora(run, parameters, tmp_path)
-    _, loaded = set_up(t2i, tiny, tmp_path / "second", "--init_lora_from", str(tmp_path / t2i.LORA_FILE))
+    script.save_lora(run, parameters, tmp_path)
+    _, loaded = set_up(script, tiny, tmp_path / "second", "--init_lora_from", str(tmp_path / script.LORA_FILE))
     for name, parameter in loaded.items():
         assert parameter.dtype == torch.float32 and parameter.equal(parameters[name].data.bfloat16().float())
 
@@ -516,49 +520,49 @@ def test_a_bf16_lora_can_be_started_from_too(t2i, tiny, tmp_path):
         (["--lora_layers", EVERYTHING], "other modules"),
     ],
 )
-def test_a_lora_of_another_shape_is_refused_with_the_reason(t2i, tiny, tmp_path, flags, reason):
+def test_a_lora_of_another_shape_is_refused_with_the_reason(script, tiny, tmp_path, flags, reason):
     """And with the file; the adapter keeps its values."""
-    trained(t2i, tiny, tmp_path)
-    run = start_run(t2i, tiny, tmp_path / "second", *flags)
-    parameters = t2i.add_lora(run, t2i.load_transformer(run))
+    trained(script, tiny, tmp_path)
+    run = start_run(script, tiny, tmp_path / "second", *flags)
+    parameters = script.add_lora(run, script.load_transformer(run))
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with pytest.raises(t2i.UserError, match=reason) as error:
-        t2i.load_lora(parameters, tmp_path / t2i.LORA_FILE, t2i.lora_alpha(run.args))
-    assert t2i.LORA_FILE in str(error.value) and "give --rank" in str(error.value)
+    with pytest.raises(script.UserError, match=reason) as error:
+        script.load_lora(parameters, tmp_path / script.LORA_FILE, script.lora_alpha(run.args))
+    assert script.LORA_FILE in str(error.value) and "give --rank" in str(error.value)
     assert all(parameter.equal(before[name]) for name, parameter in parameters.items())
 
 
-def test_a_lora_of_another_alpha_is_refused_because_it_would_act_at_another_strength(t2i, tiny, tmp_path):
+def test_a_lora_of_another_alpha_is_refused_because_it_would_act_at_another_strength(script, tiny, tmp_path):
     """The tensors fit, but alpha / rank would not."""
-    trained(t2i, tiny, tmp_path)
-    run = start_run(t2i, tiny, tmp_path / "second")
-    parameters = t2i.add_lora(run, t2i.load_transformer(run))
+    trained(script, tiny, tmp_path)
+    run = start_run(script, tiny, tmp_path / "second")
+    parameters = script.add_lora(run, script.load_transformer(run))
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with pytest.raises(t2i.UserError, match="--lora_alpha"):
-        t2i.load_lora(parameters, tmp_path / t2i.LORA_FILE, 2 * t2i.lora_alpha(run.args))
+    with pytest.raises(script.UserError, match="--lora_alpha"):
+        script.load_lora(parameters, tmp_path / script.LORA_FILE, 2 * script.lora_alpha(run.args))
     assert all(parameter.equal(before[name]) for name, parameter in parameters.items())
 
 
-def test_a_file_that_is_no_lora_is_refused_with_its_name(t2i, tiny, tmp_path):
+def test_a_file_that_is_no_lora_is_refused_with_its_name(script, tiny, tmp_path):
     """Renamed, or half downloaded."""
     file = tmp_path / "broken.safetensors"
     file.write_bytes(b"<html>404</html>")
-    run = start_run(t2i, tiny, tmp_path)
-    parameters = t2i.add_lora(run, t2i.load_transformer(run))
-    with pytest.raises(t2i.UserError, match=r"broken\.safetensors"):
-        t2i.load_lora(parameters, file, 4)
+    run = start_run(script, tiny, tmp_path)
+    parameters = script.add_lora(run, script.load_transformer(run))
+    with pytest.raises(script.UserError, match=r"broken\.safetensors"):
+        script.load_lora(parameters, file, 4)
 
 
 @pytest.mark.parametrize("flags", [["--rank", "8"], ["--lora_alpha", "2"], ["--lora_layers", "attn.to_q"]])
 def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_anything_is_loaded(
-    t2i, tiny, photos, tmp_path, monkeypatch, flags
+    script, tiny, photos, tmp_path, monkeypatch, flags
 ):
     """The check needs the header of the file and the config of the model, no weights."""
-    trained(t2i, tiny, tmp_path)
+    trained(script, tiny, tmp_path)
     for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(t2i, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(script, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
     words += ["--resolution", "64", "--rank", "4", "--output_dir", tmp_path / "out", "--report_to", "none"]
-    words += ["--init_lora_from", tmp_path / t2i.LORA_FILE, *flags]
-    with pytest.raises(t2i.UserError, match=r"pytorch_lora_weights\.safetensors"):
-        t2i.main(t2i.parse_args([str(word) for word in words]))
+    words += ["--init_lora_from", tmp_path / script.LORA_FILE, *flags]
+    with pytest.raises(script.UserError, match=r"pytorch_lora_weights\.safetensors"):
+        script.main(script.parse_args([str(word) for word in words]))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import draw_photo
 from PIL import Image
-from runs import assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
+from runs import LORA, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
 
-pytestmark = pytest.mark.e2e
+# Class pictures are the text-to-image script's alone.
+pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indirect=True)]
 
 COUNT = 4
 
@@ -35,7 +36,7 @@ def quick(train, cache):
 
 
 @pytest.fixture(scope="module")
-def ready(t2i, tiny, photos, cache, tmp_path_factory):
+def ready(script, tiny, photos, cache, tmp_path_factory):
     """Four class pictures that a run has generated. Read-only: copy them to change them."""
     from runs import command_line
 
@@ -43,7 +44,7 @@ def ready(t2i, tiny, photos, cache, tmp_path_factory):
     flags = ("--seed", "0", "--max_train_steps", "1", "--latents_cache_dir", cache, "--with_prior_preservation")
     flags += ("--class_data_dir", folder / "class", "--class_prompt", "a photo of a toy", "--num_class_images", COUNT)
     flags += ("--sample_batch_size", "3", "--num_inference_steps", "2")
-    t2i.main(t2i.parse_args(command_line(tiny, photos, folder / "out", *flags)))
+    script.main(script.parse_args(command_line(tiny, photos, folder / "out", *flags)))
     return folder / "class"
 
 
@@ -69,13 +70,13 @@ def test_class_pictures_are_generated_the_same_way_every_time(quick, ready, tmp_
     assert {Image.open(ready / name).size for name in names} == {(64, 64)}
 
 
-def test_only_missing_class_pictures_are_generated_again(t2i, quick, class_dir, ready, monkeypatch):
+def test_only_missing_class_pictures_are_generated_again(script, quick, class_dir, ready, monkeypatch):
     """Two deleted pictures come back as they were; the others are not touched, and a full folder loads no pipeline."""
     gone = ["class-00001.png", "class-00003.png"]
     for name in gone:
         (class_dir / name).unlink()
     kept = {path: path.stat().st_mtime_ns for path in class_dir.iterdir()}
-    calls = spy(monkeypatch, t2i, "generate")
+    calls = spy(monkeypatch, script, "generate")
     quick(class_dir=class_dir)
     assert [seed for call in calls for seed in call.args[4]] == [("class picture", 1), ("class picture", 3)]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -83,40 +84,40 @@ def test_only_missing_class_pictures_are_generated_again(t2i, quick, class_dir, 
         before, after = (np.asarray(Image.open(folder / name)).astype(int) for folder in (ready, class_dir))
         assert np.abs(before - after).max() <= 1  # another batch size may round differently
     calls.clear()
-    loads = spy(monkeypatch, t2i, "load_transformer")
+    loads = spy(monkeypatch, script, "load_transformer")
     quick(class_dir=class_dir, output="full")
     assert calls == [] and len(loads) == 1
 
 
-def test_generation_that_was_cut_short_goes_on_where_it_stopped(t2i, quick, ready, tmp_path, monkeypatch):
+def test_generation_that_was_cut_short_goes_on_where_it_stopped(script, quick, ready, tmp_path, monkeypatch):
     """Whole pictures only are left behind, and the next start draws the rest."""
     folder, done = tmp_path / "class", []
 
-    def fail_late(*args, original=t2i.generate):
+    def fail_late(*args, original=script.generate):
         done.append(args[4])
         if len(done) == 2:
             raise KeyboardInterrupt
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(t2i, "generate", fail_late)
+        patch.setattr(script, "generate", fail_late)
         with pytest.raises(KeyboardInterrupt):
             quick(class_dir=folder)
     assert files_of(folder) == {f"class-{number:05d}.png" for number in range(3)}
-    calls = spy(monkeypatch, t2i, "generate")
+    calls = spy(monkeypatch, script, "generate")
     quick(class_dir=folder, output="second")
     assert [seed for call in calls for seed in call.args[4]] == [("class picture", 3)]
     for number in range(3):
         assert sha256(folder / f"class-{number:05d}.png") == sha256(ready / f"class-{number:05d}.png")
 
 
-def test_own_class_pictures_are_used_and_only_the_rest_is_generated(t2i, quick, tmp_path, monkeypatch):
+def test_own_class_pictures_are_used_and_only_the_rest_is_generated(script, quick, tmp_path, monkeypatch):
     """Three photographs of the user's and one generated picture make four, each seen once in four steps."""
     folder = tmp_path / "class"
     for number in range(3):
         draw_photo(folder / f"mine-{number}.jpg", (80, 80), seed=50 + number)
     before = {path.name: sha256(path) for path in folder.iterdir()}
-    generated, calls = spy(monkeypatch, t2i, "generate"), spy(monkeypatch, t2i, "batch_losses")
+    generated, calls = spy(monkeypatch, script, "generate"), spy(monkeypatch, script, "batch_losses")
     quick("--max_train_steps", "4", class_dir=folder)
     assert sum(len(call.args[4]) for call in generated) == 1
     assert {name: sha256(folder / name) for name in before} == before
@@ -125,9 +126,9 @@ def test_own_class_pictures_are_used_and_only_the_rest_is_generated(t2i, quick, 
     assert seen == ["class-00000.png", "mine-0.jpg", "mine-1.jpg", "mine-2.jpg"]
 
 
-def test_a_round_uses_every_class_picture_once_with_the_class_prompt(t2i, quick, class_dir, monkeypatch):
+def test_a_round_uses_every_class_picture_once_with_the_class_prompt(script, quick, class_dir, monkeypatch):
     """Four class pictures in batches of two: two steps, beside instance batches on their own stream."""
-    calls = spy(monkeypatch, t2i, "batch_losses")
+    calls = spy(monkeypatch, script, "batch_losses")
     quick("--train_batch_size", "2", class_dir=class_dir)
     instance, classes = instance_and_class(calls)
     assert sorted(name for batch, _ in classes for name in batch["name"]) == sorted(p.name for p in class_dir.iterdir())
@@ -137,9 +138,9 @@ def test_a_round_uses_every_class_picture_once_with_the_class_prompt(t2i, quick,
         assert not torch.equal(ours["noise"], theirs["noise"])
 
 
-def test_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(t2i, quick, class_dir, monkeypatch):
+def test_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(script, quick, class_dir, monkeypatch):
     """What is logged and what is differentiated equals the two-mean formula, also over accumulated batches."""
-    calls = spy(monkeypatch, t2i, "batch_losses")
+    calls = spy(monkeypatch, script, "batch_losses")
     flags = ("--cache_latents", "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
     folder = quick(*flags, "--prior_loss_weight", "2.5", class_dir=class_dir)
     instance, classes = instance_and_class(calls)
@@ -151,16 +152,16 @@ def test_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(t2i, quick, 
         assert line["loss"] == pytest.approx((ours.mean() + 2.5 * theirs.mean()).item(), rel=1e-6)
 
 
-def test_loss_and_gradient_are_linear_in_the_prior_weight(t2i, quick, class_dir, monkeypatch):
+def test_loss_and_gradient_are_linear_in_the_prior_weight(script, quick, class_dir, monkeypatch):
     """Weight 0 trains exactly as without prior preservation; weight w adds w times the class part."""
     gradients = {}
 
-    def keep(state, original=t2i.apply_update):
+    def keep(state, original=script.apply_update):
         flat = torch.cat([p.grad.flatten() for name, p in state.parameters.items() if "lora_B" in name])
         gradients.setdefault(current, flat.clone())
         return original(state)
 
-    monkeypatch.setattr(t2i, "apply_update", keep)
+    monkeypatch.setattr(script, "apply_update", keep)
     runs = {}
     for weight in (0.0, 1.0, 3.0):
         current = weight
@@ -177,6 +178,24 @@ def test_loss_and_gradient_are_linear_in_the_prior_weight(t2i, quick, class_dir,
     assert gradients[1.0].sub(gradients[0.0]).norm() > 0.1 * gradients[0.0].norm()
 
 
+def test_a_resumed_run_with_prior_preservation_equals_an_uninterrupted_one(quick, class_dir, tmp_path):
+    """The stream of class pictures goes on where it was."""
+    flags = ("--cache_latents", "--max_train_steps", "4", "--checkpointing_steps", "2")
+    whole = quick(*flags, class_dir=class_dir, output="whole")
+    resumed = shutil.copytree(whole, tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoint-4")
+    (resumed / LORA).unlink()
+    quick(*flags, "--resume_from_checkpoint", "latest", class_dir=class_dir, output="resumed")
+    assert_same_run(whole, resumed)
+
+
+def test_another_weight_of_the_class_is_refused_by_name_on_resuming(script, quick, class_dir):
+    """What bends the rest of the run is part of the run's fingerprint."""
+    quick("--checkpointing_steps", "1", class_dir=class_dir)
+    with pytest.raises(script.UserError, match="prior_loss_weight"):
+        quick("--prior_loss_weight", "0.5", "--resume_from_checkpoint", "checkpoint-1", class_dir=class_dir)
+
+
 def test_cached_class_pictures_train_like_uncached_ones(quick, class_dir):
     """--cache_latents covers the class pictures as well."""
     flags = ("--center_crop", "--adam_epsilon", "1e-3")
@@ -184,32 +203,32 @@ def test_cached_class_pictures_train_like_uncached_ones(quick, class_dir):
     assert_close_runs(plain, quick(*flags, "--cache_latents", class_dir=class_dir, output="cached"))
 
 
-def test_class_pictures_can_be_generated_in_another_precision_than_training(t2i, quick, tmp_path, monkeypatch):
+def test_class_pictures_can_be_generated_in_another_precision_than_training(script, quick, tmp_path, monkeypatch):
     """--prior_generation_precision bf16 draws with a bf16 base and trains on the fp32 one."""
-    loads = spy(monkeypatch, t2i, "load_transformer")
+    loads = spy(monkeypatch, script, "load_transformer")
     folder = quick("--prior_generation_precision", "bf16", class_dir=tmp_path / "class")
     assert [call.result.dtype for call in loads] == [torch.bfloat16, torch.float32]
     assert len(files_of(tmp_path / "class")) == COUNT
     assert {tensor.dtype for tensor in lora(folder).values()} == {torch.float32}
 
 
-def test_the_bare_base_model_draws_the_class_pictures(t2i, quick, ready, tmp_path, monkeypatch):
+def test_the_bare_base_model_draws_the_class_pictures(script, quick, ready, tmp_path, monkeypatch):
     """Pictures drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
     modes = []
 
-    def look(run, parts, *rest, original=t2i.generate):
+    def look(run, parts, *rest, original=script.generate):
         modes.append((parts.transformer.training, any("lora" in name for name, _ in parts.transformer.named_modules())))
         return original(run, parts, *rest)
 
     first = quick("--learning_rate", "1e-1", output="first")
-    monkeypatch.setattr(t2i, "generate", look)
+    monkeypatch.setattr(script, "generate", look)
     quick("--init_lora_from", first / "pytorch_lora_weights.safetensors", class_dir=tmp_path / "class", output="second")
     assert modes == [(False, False)] * 2
     assert sha256(tmp_path / "class" / "class-00000.png") == sha256(ready / "class-00000.png")
 
 
-def test_the_loss_by_sigma_is_that_of_the_samples_without_the_weight_of_their_class(t2i):
+def test_the_loss_by_sigma_is_that_of_the_samples_without_the_weight_of_their_class(script):
     """A class sample of weight 0.5 counts in full, one of weight 0 was not trained on and counts not at all."""
-    found = t2i.loss_by_sigma([2.0, 1.0, 0.0], [0.31, 0.35, 0.39], [1.0, 0.5, 0.0])
+    found = script.loss_by_sigma([2.0, 1.0, 0.0], [0.31, 0.35, 0.39], [1.0, 0.5, 0.0])
     assert found == {"loss_sigma_0.3": 2.0}
-    assert t2i.loss_by_sigma([0.0], [0.99], [0.0]) == {}
+    assert script.loss_by_sigma([0.0], [0.99], [0.0]) == {}

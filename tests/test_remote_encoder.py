@@ -45,14 +45,14 @@ def waits(monkeypatch) -> list[float]:
 
 
 @pytest.fixture
-def run_with(t2i, tiny, photos, tmp_path):
+def run_with(script, tiny, photos, tmp_path):
     """What `encode_prompts` and its helpers need, made by the script's own start from a command line."""
 
     def make(encoder: RemoteEncoder, *flags: str):
         words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
         words += ["--output_dir", tmp_path / "out", "--report_to", "none", "--resolution", "64"]
         words += ["--remote_text_encoder", "--remote_text_encoder_url", encoder.predict_url]
-        return t2i.start_accelerator(t2i.parse_args([str(word) for word in [*words, *flags]]))
+        return script.start_accelerator(script.parse_args([str(word) for word in [*words, *flags]]))
 
     return make
 
@@ -62,47 +62,47 @@ def run_with(t2i, tiny, photos, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_embedding_is_the_servers_tensor_bit_for_bit(t2i, run_with, encoder):
+def test_the_embedding_is_the_servers_tensor_bit_for_bit(script, run_with, encoder):
     run = run_with(encoder)
-    prompts = t2i.encode_prompts(run, ["a red toy"])
+    prompts = script.encode_prompts(run, ["a red toy"])
     assert torch.equal(prompts.get("a red toy"), encoder.embedding("a red toy")[0])
 
 
-def test_each_different_prompt_is_asked_once(t2i, run_with, encoder):
-    t2i.encode_prompts(run_with(encoder), ["a red toy", "a blue toy", "a red toy", "", "a red toy"])
+def test_each_different_prompt_is_asked_once(script, run_with, encoder):
+    script.encode_prompts(run_with(encoder), ["a red toy", "a blue toy", "a red toy", "", "a red toy"])
     assert encoder.prompts == ["a red toy", "a blue toy", ""]
 
 
-def test_a_second_start_asks_nothing(t2i, run_with, encoder):
-    t2i.encode_prompts(run_with(encoder), ["a red toy", "a blue toy"])
+def test_a_second_start_asks_nothing(script, run_with, encoder):
+    script.encode_prompts(run_with(encoder), ["a red toy", "a blue toy"])
     encoder.requests.clear()
-    t2i.encode_prompts(run_with(encoder), ["a blue toy", "a red toy"])
+    script.encode_prompts(run_with(encoder), ["a blue toy", "a red toy"])
     assert encoder.requests == []
 
 
-def test_an_interrupted_start_asks_only_for_what_is_missing(t2i, run_with, encoder):
-    t2i.encode_prompts(run_with(encoder), ["a red toy"])
+def test_an_interrupted_start_asks_only_for_what_is_missing(script, run_with, encoder):
+    script.encode_prompts(run_with(encoder), ["a red toy"])
     encoder.requests.clear()
-    t2i.encode_prompts(run_with(encoder), ["a red toy", "a blue toy"])
+    script.encode_prompts(run_with(encoder), ["a red toy", "a blue toy"])
     assert encoder.prompts == ["a blue toy"]
 
 
-def test_another_server_is_asked_anew(t2i, run_with, encoder):
-    t2i.encode_prompts(run_with(encoder), ["a red toy"])
+def test_another_server_is_asked_anew(script, run_with, encoder):
+    script.encode_prompts(run_with(encoder), ["a red toy"])
     with RemoteEncoder() as other:
-        t2i.encode_prompts(run_with(other), ["a red toy"])
+        script.encode_prompts(run_with(other), ["a red toy"])
         assert other.prompts == ["a red toy"]
 
 
-def test_the_compute_dtype_is_that_of_the_run(t2i, run_with, encoder):
-    prompts = t2i.encode_prompts(run_with(encoder, "--mixed_precision", "bf16"), ["a red toy"])
+def test_the_compute_dtype_is_that_of_the_run(script, run_with, encoder):
+    prompts = script.encode_prompts(run_with(encoder, "--mixed_precision", "bf16"), ["a red toy"])
     assert torch.equal(prompts.get("a red toy"), encoder.embedding("a red toy")[0].to(torch.bfloat16))
 
 
 @pytest.mark.e2e
-def test_a_run_needs_no_text_encoder_on_this_machine(t2i, train, encoder, tiny, tmp_path, monkeypatch):
+def test_a_run_needs_no_text_encoder_on_this_machine(script, train, encoder, tiny, tmp_path, monkeypatch):
     model = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder"))
-    monkeypatch.setattr(t2i, "load_text_encoder", lambda _: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(script, "load_text_encoder", lambda _: pytest.fail("the text encoder was loaded"))
     folder = train("--pretrained_model_name_or_path", model, "--remote_text_encoder", "--max_sequence_length", 512,
                    "--remote_text_encoder_url", encoder.predict_url, "--validation_prompt", "a toy on grass",
                    "--num_validation_images", 1, "--num_inference_steps", 1)  # fmt: skip
@@ -117,10 +117,10 @@ def test_a_run_needs_no_text_encoder_on_this_machine(t2i, train, encoder, tiny, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refusal(t2i, run, prompt: str = "a red toy") -> str:
+def refusal(script, run, prompt: str = "a red toy") -> str:
     """The message of the UserError that asking for a prompt ends with; nothing may be left in the cache."""
-    with pytest.raises(t2i.UserError) as error:
-        t2i.encode_prompts(run, [prompt])
+    with pytest.raises(script.UserError) as error:
+        script.encode_prompts(run, [prompt])
     assert list((run.cache_dir / "prompts").glob("*")) == []
     return str(error.value)
 
@@ -141,59 +141,59 @@ FAULTS = {  # fault, what the message must name
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_server_that_fails_is_a_user_error_with_the_local_alternative(t2i, run_with, encoder, waits, fault):
+def test_a_server_that_fails_is_a_user_error_with_the_local_alternative(script, run_with, encoder, waits, fault):
     encoder.fault, encoder.redirect_to = fault, "http://127.0.0.1:9/predict"
-    message = refusal(t2i, run_with(encoder))
+    message = refusal(script, run_with(encoder))
     assert [part for part in [encoder.predict_url, LOCAL_ALTERNATIVE, *FAULTS[fault]] if part not in message] == []
 
 
-def test_a_paused_server_is_asked_again_a_few_times_with_growing_waits(t2i, run_with, encoder, waits):
+def test_a_paused_server_is_asked_again_a_few_times_with_growing_waits(script, run_with, encoder, waits):
     encoder.fault = "503"
-    refusal(t2i, run_with(encoder))
+    refusal(script, run_with(encoder))
     assert 3 <= len(encoder.requests) <= 8
     assert waits == sorted(waits) and 1 <= sum(waits) < 60
 
 
-def test_a_server_that_recovers_is_good_enough(t2i, run_with, encoder, waits):
+def test_a_server_that_recovers_is_good_enough(script, run_with, encoder, waits):
     encoder.fault, encoder.times = "503", 2
-    prompts = t2i.encode_prompts(run_with(encoder), ["a red toy"])
+    prompts = script.encode_prompts(run_with(encoder), ["a red toy"])
     assert torch.equal(prompts.get("a red toy"), encoder.embedding("a red toy")[0])
 
 
-def test_the_wait_that_a_busy_server_asks_for_is_kept(t2i, run_with, encoder, waits):
+def test_the_wait_that_a_busy_server_asks_for_is_kept(script, run_with, encoder, waits):
     encoder.fault, encoder.times = "429", 1
-    t2i.encode_prompts(run_with(encoder), ["a red toy"])
+    script.encode_prompts(run_with(encoder), ["a red toy"])
     assert len(waits) == 1 and 3 <= waits[0] <= 5
 
 
-def test_a_server_that_hangs_is_given_up_after_a_timeout(t2i, run_with, encoder, waits, monkeypatch):
-    asked, backoff = [], t2i.http_backoff
+def test_a_server_that_hangs_is_given_up_after_a_timeout(script, run_with, encoder, waits, monkeypatch):
+    asked, backoff = [], script.http_backoff
 
     def impatient(*args: object, timeout: float, **options: object) -> object:
         asked.append(timeout)
         return backoff(*args, timeout=0.2, **options)
 
-    monkeypatch.setattr(t2i, "http_backoff", impatient)
+    monkeypatch.setattr(script, "http_backoff", impatient)
     encoder.fault = "hang"
-    message = refusal(t2i, run_with(encoder))
+    message = refusal(script, run_with(encoder))
     assert LOCAL_ALTERNATIVE in message and encoder.predict_url in message
     assert 0 < asked[0] <= 120
 
 
-def test_a_connection_that_breaks_off_is_a_user_error_with_the_local_alternative(t2i, run_with, encoder, waits):
+def test_a_connection_that_breaks_off_is_a_user_error_with_the_local_alternative(script, run_with, encoder, waits):
     encoder.fault = "cut"
-    assert LOCAL_ALTERNATIVE in refusal(t2i, run_with(encoder))
+    assert LOCAL_ALTERNATIVE in refusal(script, run_with(encoder))
 
 
-def test_a_server_that_is_not_there_is_a_user_error_with_the_local_alternative(t2i, run_with, encoder, waits):
+def test_a_server_that_is_not_there_is_a_user_error_with_the_local_alternative(script, run_with, encoder, waits):
     with RemoteEncoder() as gone:
         run = run_with(gone)
-    assert LOCAL_ALTERNATIVE in refusal(t2i, run)
+    assert LOCAL_ALTERNATIVE in refusal(script, run)
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(t2i, run_with, encoder, tmp_path):
+def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(script, run_with, encoder, tmp_path):
     encoder.fault, encoder.bomb_folder = "bomb", tmp_path / "exploded"
-    assert LOCAL_ALTERNATIVE in refusal(t2i, run_with(encoder))
+    assert LOCAL_ALTERNATIVE in refusal(script, run_with(encoder))
     assert not encoder.bomb_folder.exists()
 
 
@@ -207,17 +207,17 @@ def test_the_pickle_of_the_test_above_would_run_in_a_careless_loader(encoder, tm
 
 
 def test_a_failing_server_is_noticed_before_any_model_is_loaded(
-    t2i, encoder, waits, tiny, photos, tmp_path, monkeypatch
+    script, encoder, waits, tiny, photos, tmp_path, monkeypatch
 ):
     loaded = []
     for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(t2i, name, lambda *_, name=name: loaded.append(name))
+        monkeypatch.setattr(script, name, lambda *_, name=name: loaded.append(name))
     encoder.fault = "503"
     words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy",
              "--output_dir", tmp_path / "out", "--report_to", "none", "--resolution", "64", "--remote_text_encoder",
              "--remote_text_encoder_url", encoder.predict_url]  # fmt: skip
-    with pytest.raises(t2i.UserError, match="503"):
-        t2i.main(t2i.parse_args([str(word) for word in words]))
+    with pytest.raises(script.UserError, match="503"):
+        script.main(script.parse_args([str(word) for word in words]))
     assert loaded == []
 
 
@@ -227,29 +227,29 @@ def test_a_failing_server_is_noticed_before_any_model_is_loaded(
 
 
 @pytest.mark.parametrize("source", ["flag", "environment"])
-def test_the_token_goes_to_a_loopback_server(t2i, run_with, encoder, monkeypatch, source):
+def test_the_token_goes_to_a_loopback_server(script, run_with, encoder, monkeypatch, source):
     if source == "environment":
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-    t2i.encode_prompts(run_with(encoder, *(["--hub_token", TOKEN] if source == "flag" else [])), ["a red toy"])
+    script.encode_prompts(run_with(encoder, *(["--hub_token", TOKEN] if source == "flag" else [])), ["a red toy"])
     assert [request.token for request in encoder.requests] == [TOKEN]
 
 
-def test_no_token_is_needed_for_a_loopback_server(t2i, run_with, encoder):
-    t2i.encode_prompts(run_with(encoder), ["a red toy"])
+def test_no_token_is_needed_for_a_loopback_server(script, run_with, encoder):
+    script.encode_prompts(run_with(encoder), ["a red toy"])
     assert [request.token for request in encoder.requests] == [None]
 
 
-def test_a_redirect_is_not_followed_so_its_target_sees_neither_token_nor_prompt(t2i, run_with, encoder):
+def test_a_redirect_is_not_followed_so_its_target_sees_neither_token_nor_prompt(script, run_with, encoder):
     with Loopback() as target:
         encoder.fault, encoder.redirect_to = "redirect", f"{target.url}/predict"
-        refusal(t2i, run_with(encoder, "--hub_token", TOKEN))
+        refusal(script, run_with(encoder, "--hub_token", TOKEN))
         assert target.requests == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux answers at 127.0.0.2 without being told to")
-def test_a_foreign_host_gets_the_prompt_without_the_token(t2i, run_with, encoder):
+def test_a_foreign_host_gets_the_prompt_without_the_token(script, run_with, encoder):
     with RemoteEncoder(host="127.0.0.2") as foreign:  # for the script a host like any other
-        t2i.encode_prompts(run_with(foreign, "--hub_token", TOKEN), ["a red toy"])
+        script.encode_prompts(run_with(foreign, "--hub_token", TOKEN), ["a red toy"])
         assert [request.token for request in foreign.requests] == [None]
 
 
@@ -270,12 +270,12 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("url", HOSTS)
-def test_only_the_hubs_https_hosts_and_this_machine_see_the_token(t2i, url):
-    args = t2i.Args(remote_text_encoder_url=url, hub_token=TOKEN)
-    assert t2i.remote_token(args) == (TOKEN if HOSTS[url] else None)
+def test_only_the_hubs_https_hosts_and_this_machine_see_the_token(script, url):
+    args = script.Args(remote_text_encoder_url=url, hub_token=TOKEN)
+    assert script.remote_token(args) == (TOKEN if HOSTS[url] else None)
 
 
-def test_an_error_does_not_tell_the_token(t2i, run_with, encoder, capsys):
+def test_an_error_does_not_tell_the_token(script, run_with, encoder, capsys):
     encoder.fault = "404"
-    assert TOKEN not in refusal(t2i, run_with(encoder, "--hub_token", TOKEN))
+    assert TOKEN not in refusal(script, run_with(encoder, "--hub_token", TOKEN))
     assert TOKEN not in "".join(capsys.readouterr())

@@ -26,25 +26,25 @@ def drawn(micro_batches) -> list[int]:
     return [index for batch in micro_batches for index, _ in batch]
 
 
-def make(t2i, targets=MIXED, batch=1, seed=0, stream="instance", **options):
+def make(script, targets=MIXED, batch=1, seed=0, stream="instance", **options):
     """A stream over samples of these sizes."""
-    return t2i.SampleStream(targets, batch, seed, stream, **options)
+    return script.SampleStream(targets, batch, seed, stream, **options)
 
 
 # ---- generators ----
 
 
-def test_the_generator_of_a_purpose_never_changes(t2i):
+def test_the_generator_of_a_purpose_never_changes(script):
     """A golden number: runs of earlier versions must stay repeatable."""
-    assert t2i.make_generator(0, "instance", "noise", 7).initial_seed() == 5960012207602224127
-    drawn = torch.rand(1, generator=t2i.make_generator(0, "instance", "noise", 7)).item()
+    assert script.make_generator(0, "instance", "noise", 7).initial_seed() == 5960012207602224127
+    drawn = torch.rand(1, generator=script.make_generator(0, "instance", "noise", 7)).item()
     assert drawn == pytest.approx(0.0092603, abs=1e-7)
 
 
-def test_another_seed_purpose_or_position_is_another_generator(t2i):
+def test_another_seed_purpose_or_position_is_another_generator(script):
     """Also when the parts read the same written one after the other."""
     keys = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 11), (0, "a1", 1), (0, "a"), (0, "a", "1", 1)]
-    seeds = {t2i.make_generator(*key).initial_seed() for key in keys}
+    seeds = {script.make_generator(*key).initial_seed() for key in keys}
     assert len(seeds) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -53,15 +53,15 @@ def test_another_seed_purpose_or_position_is_another_generator(t2i):
 
 
 @pytest.mark.parametrize("first", [1, 5, 6, 23])
-def test_a_stream_that_starts_at_step_k_equals_one_that_was_read_up_to_k(t2i, first):
+def test_a_stream_that_starts_at_step_k_equals_one_that_was_read_up_to_k(script, first):
     """Resume needs nothing but the step number."""
-    whole = batches(make(t2i, batch=2), 60)
-    assert batches(make(t2i, batch=2, first=first), 60 - first) == whole[first:]
+    whole = batches(make(script, batch=2), 60)
+    assert batches(make(script, batch=2, first=first), 60 - first) == whole[first:]
 
 
-def test_a_micro_batch_does_not_depend_on_what_was_asked_before(t2i):
+def test_a_micro_batch_does_not_depend_on_what_was_asked_before(script):
     """Read backwards, and by a second stream of another seed in between."""
-    stream, other = make(t2i, batch=2), make(t2i, batch=2, seed=1)
+    stream, other = make(script, batch=2), make(script, batch=2, seed=1)
     forwards = [stream.micro_batch(step) for step in range(30)]
     backwards = []
     for step in reversed(range(30)):
@@ -70,47 +70,47 @@ def test_a_micro_batch_does_not_depend_on_what_was_asked_before(t2i):
     assert backwards[::-1] == forwards
 
 
-def test_another_seed_and_another_stream_draw_another_order(t2i):
+def test_another_seed_and_another_stream_draw_another_order(script):
     """Class pictures must not follow the order of the instance pictures."""
-    orders = [drawn(batches(make(t2i, **key), 36)) for key in ({}, {"seed": 1}, {"stream": "class"})]
+    orders = [drawn(batches(make(script, **key), 36)) for key in ({}, {"seed": 1}, {"stream": "class"})]
     assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
 
 
-def test_every_round_has_an_order_of_its_own(t2i):
+def test_every_round_has_an_order_of_its_own(script):
     """Permutations are drawn anew."""
-    order = drawn(batches(make(t2i, targets=[SQUARE] * 10), 40))
+    order = drawn(batches(make(script, targets=[SQUARE] * 10), 40))
     rounds = [tuple(order[i : i + 10]) for i in range(0, 40, 10)]
     assert len(set(rounds)) == 4
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 9])
 @pytest.mark.parametrize("rounds", [1, 4])
-def test_after_k_rounds_every_sample_was_seen_k_times_per_drawn_batch_size(t2i, batch, rounds):
+def test_after_k_rounds_every_sample_was_seen_k_times_per_drawn_batch_size(script, batch, rounds):
     """One size: after k x n / batch micro-batches each of the n samples came k times."""
-    stream = make(t2i, targets=[SQUARE] * 9, batch=batch)
+    stream = make(script, targets=[SQUARE] * 9, batch=batch)
     seen = Counter(drawn(batches(stream, rounds * 9)))  # batch rounds of nine samples, `rounds` times
     assert seen == dict.fromkeys(range(9), rounds * batch)
 
 
-def test_within_a_round_no_sample_comes_twice(t2i):
+def test_within_a_round_no_sample_comes_twice(script):
     """Each stretch of n draws of a bucket is a permutation, also across the borders of batches."""
-    order = drawn(batches(make(t2i, targets=[SQUARE] * 7, batch=3), 21))
+    order = drawn(batches(make(script, targets=[SQUARE] * 7, batch=3), 21))
     for start in range(0, 63, 7):
         assert sorted(order[start : start + 7]) == list(range(7))
 
 
-def test_nothing_is_dropped_when_a_batch_is_larger_than_its_bucket(t2i):
+def test_nothing_is_dropped_when_a_batch_is_larger_than_its_bucket(script):
     """The batch goes on into the next rounds: it is always full, and the counts differ by at most one."""
-    micro_batches = batches(make(t2i, targets=[SQUARE] * 3, batch=8), 5)
+    micro_batches = batches(make(script, targets=[SQUARE] * 3, batch=8), 5)
     assert all(len(batch) == 8 for batch in micro_batches)
     counts = Counter(drawn(micro_batches))
     assert set(counts) == {0, 1, 2} and max(counts.values()) - min(counts.values()) <= 1
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_buckets_come_in_proportion_to_their_size(t2i, batch):
+def test_buckets_come_in_proportion_to_their_size(script, batch):
     """In every cycle exactly, so that a sample of a small bucket is seen as often as one of a large one."""
-    stream = make(t2i, batch=batch)
+    stream = make(script, batch=batch)
     for cycle in range(5):
         micro_batches = [stream.micro_batch(6 * cycle + step) for step in range(6)]
         assert Counter(MIXED[b[0][0]] for b in micro_batches) == {WIDE: 1, SQUARE: 3, TALL: 2}
@@ -118,41 +118,41 @@ def test_buckets_come_in_proportion_to_their_size(t2i, batch):
     assert seen == dict.fromkeys(range(18), 3 * batch)
 
 
-def test_the_buckets_of_a_cycle_are_mixed(t2i):
+def test_the_buckets_of_a_cycle_are_mixed(script):
     """Not all of one size and then all of the next: neighbours differ more often than in blocks."""
     targets = [SQUARE] * 30 + [WIDE] * 30
-    stream = make(t2i, targets=targets[:])
+    stream = make(script, targets=targets[:])
     stream.shares = (30, 30)  # a long cycle
     sizes = [targets[stream.micro_batch(step)[0][0]] for step in range(60)]
     assert sum(a != b for a, b in itertools.pairwise(sizes)) > 40
 
 
 @pytest.mark.parametrize("batch, processes", [(1, 1), (4, 1), (3, 2)])
-def test_a_batch_holds_one_geometry(t2i, batch, processes):
+def test_a_batch_holds_one_geometry(script, batch, processes):
     """Over all processes: they share the position ids of the first sample."""
-    streams = [make(t2i, batch=batch, rank=rank, processes=processes) for rank in range(processes)]
+    streams = [make(script, batch=batch, rank=rank, processes=processes) for rank in range(processes)]
     for parts in itertools.islice(zip(*streams, strict=True), 50):
         assert len({MIXED[index] for part in parts for index, _ in part}) == 1
 
 
 @pytest.mark.parametrize("batch, processes", [(2, 2), (1, 4)])
-def test_batch_and_processes_are_exchangeable(t2i, batch, processes):
+def test_batch_and_processes_are_exchangeable(script, batch, processes):
     """4 x 1, 2 x 2 and 1 x 4 draw the same samples at the same positions, in the order of the ranks."""
-    streams = [make(t2i, batch=batch, rank=rank, processes=processes) for rank in range(processes)]
+    streams = [make(script, batch=batch, rank=rank, processes=processes) for rank in range(processes)]
     joined = [[pair for part in parts for pair in part] for parts in itertools.islice(zip(*streams, strict=True), 40)]
-    assert joined == batches(make(t2i, batch=4), 40)
+    assert joined == batches(make(script, batch=4), 40)
 
 
-def test_positions_count_the_drawn_samples(t2i):
+def test_positions_count_the_drawn_samples(script):
     """0, 1, 2, ...: none comes twice, which is what keys noise and sigma."""
-    positions = [position for batch in batches(make(t2i, batch=3), 20) for _, position in batch]
+    positions = [position for batch in batches(make(script, batch=3), 20) for _, position in batch]
     assert positions == list(range(60))
 
 
-def test_accumulation_with_one_bucket_draws_the_same_samples(t2i):
+def test_accumulation_with_one_bucket_draws_the_same_samples(script):
     """Four micro-batches of one equal one of four."""
-    ones = batches(make(t2i, targets=[SQUARE] * 5), 40)
-    fours = batches(make(t2i, targets=[SQUARE] * 5, batch=4), 10)
+    ones = batches(make(script, targets=[SQUARE] * 5), 40)
+    fours = batches(make(script, targets=[SQUARE] * 5, batch=4), 10)
     assert [pair for batch in ones for pair in batch] == [pair for batch in fours for pair in batch]
 
 
@@ -160,30 +160,34 @@ def test_accumulation_with_one_bucket_draws_the_same_samples(t2i):
 
 
 @pytest.fixture(scope="module")
-def samples(t2i, photos, tmp_path_factory) -> list:
-    """The five photographs as checked samples, at 64 x 64."""
-    args = t2i.build_parser().parse_args(["--instance_data_dir", str(photos)])
-    found = [(source, f"caption of {source.name}") for source, _ in t2i.list_folder(args)]
-    good = t2i.inspect_pictures(args, found, tmp_path_factory.mktemp("index"))
-    return [t2i.Sample(*picture, target=SQUARE) for picture in good]
+def samples(script, tiny, photos, reference_flags, tmp_path_factory) -> list:
+    """The five photographs, with references where the script has them, as checked samples at 64 x 64."""
+    data = ("--instance_data_dir", photos, *reference_flags)
+    run = start_run(script, tiny, tmp_path_factory.mktemp("samples"), *data)
+    rows = [replace(row, caption=f"caption of {row.picture.name}") for row in script.list_rows(run.args)]
+    return script.make_samples(run, rows, [SQUARE])
 
 
 @pytest.fixture(scope="module")
-def open_set(t2i, tiny, samples, tmp_path_factory):
+def open_set(script, tiny, samples, tmp_path_factory):
     """`open_set(*flags)` is a TrainingSet of its own over the five photographs."""
 
     def build(*flags: str, stream: str = "instance", its_samples: list | None = None):
-        run = start_run(t2i, tiny, tmp_path_factory.mktemp("run"), *flags)
-        return t2i.TrainingSet(run, t2i.open_latent_space(run), its_samples or samples, stream)
+        run = start_run(script, tiny, tmp_path_factory.mktemp("run"), *flags)
+        return script.TrainingSet(run, script.open_latent_space(run), its_samples or samples, stream)
 
     return build
 
 
-def same(one: dict, other: dict) -> bool:
-    """Whether two items agree bit for bit."""
-    return one.keys() == other.keys() and all(
-        value.equal(other[key]) if torch.is_tensor(value) else value == other[key] for key, value in one.items()
-    )
+def same(one: object, other: object) -> bool:
+    """Whether two items, or two values in them, agree bit for bit."""
+    if torch.is_tensor(one):
+        return one.equal(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def test_a_visit_has_everything_that_the_step_needs(open_set, samples):
@@ -199,9 +203,15 @@ def test_a_visit_has_everything_that_the_step_needs(open_set, samples):
 FLAGS = ("--random_flip", "--caption_dropout", "0.5", "--vae_encode_mode", "sample")
 
 
-def test_a_visit_is_the_same_in_every_instance(open_set):
+@pytest.fixture(scope="module")
+def random_flags(reference_dropout) -> tuple[str, ...]:
+    """Everything that a visit can draw."""
+    return (*FLAGS, *reference_dropout)
+
+
+def test_a_visit_is_the_same_in_every_instance(open_set, random_flags):
     """Whatever was drawn before, and whatever the global generator says."""
-    first, second = open_set(*FLAGS), open_set(*FLAGS)
+    first, second = open_set(*random_flags), open_set(*random_flags)
     for position in range(20):
         first[1, 100 + position]
     torch.manual_seed(1)
@@ -212,14 +222,14 @@ def test_a_visit_is_the_same_in_every_instance(open_set):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_workers_change_nothing(t2i, open_set):
+def test_workers_change_nothing(script, open_set, random_flags):
     """Batches of 0 and of 2 worker processes are equal bit for bit, and in order."""
     collected = []
     for workers in (0, 2):
         loader = torch.utils.data.DataLoader(
-            open_set(*FLAGS),
-            batch_sampler=make(t2i, targets=[SQUARE] * 5, batch=2),
-            collate_fn=t2i.collate,
+            open_set(*random_flags),
+            batch_sampler=make(script, targets=[SQUARE] * 5, batch=2),
+            collate_fn=script.collate,
             num_workers=workers,
         )
         iterator = iter(loader)
@@ -229,12 +239,12 @@ def test_workers_change_nothing(t2i, open_set):
     assert [batch["position"] for batch in collected[0]] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
-def test_a_set_can_be_sent_to_a_spawned_worker(t2i, open_set):
+def test_a_set_can_be_sent_to_a_spawned_worker(script, open_set, random_flags):
     """Windows and macOS pickle it; the copy makes the same visits."""
-    data = open_set(*FLAGS)
+    data = open_set(*random_flags)
     copy = pickle.loads(pickle.dumps(data))
     assert same(copy[3, 17], data[3, 17])
-    pickle.loads(pickle.dumps((make(t2i), t2i.collate)))
+    pickle.loads(pickle.dumps((make(script), script.collate)))
 
 
 def test_another_position_draws_everything_anew(open_set):
@@ -303,22 +313,25 @@ def test_a_visit_of_a_bucket_has_the_size_of_the_bucket(open_set, samples):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_cached_visit_reads_the_latents_of_its_flip(t2i, open_set, samples, flip):
+def test_a_cached_visit_reads_the_latents_of_its_flip(script, open_set, samples, flip):
     """No picture is opened: the source does not even exist."""
     data = open_set("--cache_latents", "--random_flip")
-    gone = replace(samples[0], source=t2i.Source("gone", path=Path("gone.jpg")))
+    gone = replace(samples[0], source=script.Source("gone", path=Path("gone.jpg")))
     data.samples = [gone]
     for number, which in enumerate((False, True)):
-        file = data.space.path(gone, which)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"moments": torch.full((2, 8, 8, 8), float(number))}, file)
+        for picture in (gone, *getattr(gone, "references", ())):
+            file = data.space.path(picture, which)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"moments": torch.full((2, 8, 8, 8), float(number))}, file)
     position = next(p for p in range(100) if (data.draw("flip", p) < 0.5) is flip)
     item = data[0, position]
-    assert "pixels" not in item and item["moments"].unique().tolist() == [float(flip)]
+    assert "pixels" not in item
+    for moments in (item["moments"], *item.get("references", ())):
+        assert moments.unique().tolist() == [float(flip)]
 
 
-def test_collate_stacks_tensors_and_lists_the_rest(t2i):
+def test_collate_stacks_tensors_and_lists_the_rest(script):
     """And does not mind where it is called: workers import it by name."""
-    batch = t2i.collate([{"noise": torch.ones(2, 3), "name": "a"}, {"noise": torch.zeros(2, 3), "name": "b"}])
+    batch = script.collate([{"noise": torch.ones(2, 3), "name": "a"}, {"noise": torch.zeros(2, 3), "name": "b"}])
     assert batch["noise"].shape == (2, 2, 3) and batch["name"] == ["a", "b"]
-    assert t2i.collate.__qualname__ == "collate"
+    assert script.collate.__qualname__ == "collate"

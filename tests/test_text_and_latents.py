@@ -37,52 +37,54 @@ def pipelines(models) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def runs(t2i, models, tmp_path_factory) -> dict[str, object]:
+def runs(script, models, tmp_path_factory) -> dict[str, object]:
     """A run of each family."""
-    return {name: start_run(t2i, folder, tmp_path_factory.mktemp(name)) for name, folder in models.items()}
+    return {name: start_run(script, folder, tmp_path_factory.mktemp(name)) for name, folder in models.items()}
 
 
 @pytest.fixture(scope="module")
-def vae(t2i, runs) -> object:
+def vae(script, runs) -> object:
     """Our VAE of the [dev] model."""
-    return t2i.load_vae(runs["dev"])
+    return script.load_vae(runs["dev"])
 
 
 # ---- prompts ----
 
 
 @pytest.fixture(scope="module")
-def encoders(t2i, runs) -> dict[str, tuple]:
+def encoders(script, runs) -> dict[str, tuple]:
     """(tokenizer, cut encoder) of each family."""
-    return {name: (t2i.load_tokenizer(run), t2i.load_text_encoder(run)) for name, run in runs.items()}
+    return {name: (script.load_tokenizer(run), script.load_text_encoder(run)) for name, run in runs.items()}
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_embedding_is_exactly_the_pipelines(t2i, runs, pipelines, encoders, family, prompt):
+def test_a_prompt_embedding_is_exactly_the_pipelines(script, runs, pipelines, encoders, family, prompt):
     """With the encoder cut to the layers that are read: the difference is 0, not small."""
     expected = pipelines[family].encode_prompt(prompt, max_sequence_length=64)[0][0]
-    actual = t2i.encode_prompt(runs[family], *encoders[family], prompt)
+    actual = script.encode_prompt(runs[family], *encoders[family], prompt)
     assert actual.shape == expected.shape == (64, 96)
     assert (actual - expected).abs().max() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bf16_a_prompt_embedding_is_exactly_the_pipelines(t2i, models, tmp_path, family):
+def test_in_bf16_a_prompt_embedding_is_exactly_the_pipelines(script, models, tmp_path, family):
     """In the dtype of a GPU run."""
-    run = start_run(t2i, models[family], tmp_path, "--mixed_precision", "bf16")
+    run = start_run(script, models[family], tmp_path, "--mixed_precision", "bf16")
     pipeline = FAMILIES[family].from_pretrained(models[family], torch_dtype=torch.bfloat16, transformer=None, vae=None)
     expected = pipeline.encode_prompt("a photo of sks toy", max_sequence_length=64)[0][0]
-    actual = t2i.encode_prompt(run, t2i.load_tokenizer(run), t2i.load_text_encoder(run), "a photo of sks toy")
+    actual = script.encode_prompt(run, script.load_tokenizer(run), script.load_text_encoder(run), "a photo of sks toy")
     assert actual.dtype == expected.dtype == torch.bfloat16 and actual.equal(expected)
 
 
 @pytest.mark.parametrize("length", [64, 100, 512])
-def test_the_tokens_are_padded_to_the_length_that_is_asked_for(t2i, runs, pipelines, encoders, length):
+def test_the_tokens_are_padded_to_the_length_that_is_asked_for(script, runs, pipelines, encoders, length):
     """Up to 512, and equal to the pipeline's there too."""
-    run = replace(runs["dev"], args=t2i.argparse.Namespace(**{**vars(runs["dev"].args), "max_sequence_length": length}))
+    run = replace(
+        runs["dev"], args=script.argparse.Namespace(**{**vars(runs["dev"].args), "max_sequence_length": length})
+    )
     expected = pipelines["dev"].encode_prompt("a cat", max_sequence_length=length)[0][0]
-    assert t2i.encode_prompt(run, *encoders["dev"], "a cat").equal(expected) and len(expected) == length
+    assert script.encode_prompt(run, *encoders["dev"], "a cat").equal(expected) and len(expected) == length
 
 
 @pytest.mark.parametrize("family, kept", [("dev", 31), ("klein", 28)])
@@ -93,97 +95,98 @@ def test_the_encoder_keeps_one_layer_more_than_the_last_hidden_state(encoders, f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_layer_less_would_change_the_last_third_of_the_embedding(t2i, runs, encoders, family):
+def test_one_layer_less_would_change_the_last_third_of_the_embedding(script, runs, encoders, family):
     """transformers puts the final norm on the last hidden state: the reason for the layer more."""
     run = runs[family]
     tokenizer, encoder = encoders[family]
-    too_short = t2i.load_text_encoder(replace(run, text_layers=tuple(layer - 1 for layer in run.text_layers)))
-    right, wrong = (t2i.encode_prompt(run, tokenizer, model, "a cat") for model in (encoder, too_short))
+    too_short = script.load_text_encoder(replace(run, text_layers=tuple(layer - 1 for layer in run.text_layers)))
+    right, wrong = (script.encode_prompt(run, tokenizer, model, "a cat") for model in (encoder, too_short))
     assert right[:, :64].equal(wrong[:, :64])
     assert (right[:, 64:] - wrong[:, 64:]).abs().max() > 0.01
 
 
-def test_the_last_layer_of_the_encoder_can_be_chosen_too(t2i, tiny, pipelines, tmp_path):
+def test_the_last_layer_of_the_encoder_can_be_chosen_too(script, tiny, pipelines, tmp_path):
     """--text_encoder_out_layers with the normed state: nothing is cut, as in the pipeline."""
-    run = start_run(t2i, tiny, tmp_path, "--text_encoder_out_layers", "1", "16", "32")
+    run = start_run(script, tiny, tmp_path, "--text_encoder_out_layers", "1", "16", "32")
     expected = pipelines["dev"].encode_prompt("a cat", max_sequence_length=64, text_encoder_out_layers=(1, 16, 32))[0]
-    actual = t2i.encode_prompt(run, t2i.load_tokenizer(run), t2i.load_text_encoder(run), "a cat")
+    actual = script.encode_prompt(run, script.load_tokenizer(run), script.load_text_encoder(run), "a cat")
     assert actual.equal(expected[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_counted_uncut_with_the_template(t2i, runs, encoders, family):
+def test_tokens_are_counted_uncut_with_the_template(script, runs, encoders, family):
     """Without a limit the ids are those where padding would begin; with one there are exactly as many."""
     tokenizer, row = encoders[family][0], runs[family].family
-    uncut = t2i.tokenize(row, tokenizer, PROMPTS["short"], None)["input_ids"]
-    assert t2i.tokenize(row, tokenizer, PROMPTS["short"], 512)["attention_mask"].sum() == uncut.shape[1]
-    assert t2i.tokenize(row, tokenizer, PROMPTS["cut at the limit"], None)["input_ids"].shape[1] > 64
-    assert t2i.tokenize(row, tokenizer, PROMPTS["cut at the limit"], 64)["input_ids"].shape == (1, 64)
+    uncut = script.tokenize(row, tokenizer, PROMPTS["short"], None)["input_ids"]
+    assert script.tokenize(row, tokenizer, PROMPTS["short"], 512)["attention_mask"].sum() == uncut.shape[1]
+    assert script.tokenize(row, tokenizer, PROMPTS["cut at the limit"], None)["input_ids"].shape[1] > 64
+    assert script.tokenize(row, tokenizer, PROMPTS["cut at the limit"], 64)["input_ids"].shape == (1, 64)
 
 
-def test_captions_that_are_cut_are_named(t2i, tiny, photos, tmp_path):
+def test_captions_that_are_cut_are_named(script, tiny, photos, tmp_path):
     """At the data check, with the length of the longest."""
     data = shutil.copytree(photos, tmp_path / "data")
     (data / "03.txt").write_text(PROMPTS["cut at the limit"])
     with log_lines() as lines:
-        t2i.check_data(start_run(t2i, tiny, tmp_path, "--instance_data_dir", data))
+        script.check_data(start_run(script, tiny, tmp_path, "--instance_data_dir", data))
     assert any("1 captions are cut at 64 tokens: 03.jpg" in line for line in lines)
 
 
 # ---- tokens and coordinates ----
 
 
-def test_patchify_and_pack_are_the_pipelines(t2i):
+def test_patchify_and_pack_are_the_pipelines(script):
     """And so are their inverses, in `decode_tokens` below."""
     latents = torch.randn(2, 8, 6, 10)
     patched = Flux2Pipeline._patchify_latents(latents)
-    assert t2i.patchify(latents).equal(patched)
-    assert t2i.pack(patched).equal(Flux2Pipeline._pack_latents(patched))
+    assert script.patchify(latents).equal(patched)
+    assert script.pack(patched).equal(Flux2Pipeline._pack_latents(patched))
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (4, 4), (3, 7), (84, 196)])
-def test_position_ids_are_the_pipelines(t2i, rows, columns):
+def test_position_ids_are_the_pipelines(script, rows, columns):
     """(0, row, column, 0) of every token, row by row, as integers."""
     expected = Flux2Pipeline._prepare_latent_ids(torch.zeros(1, 8, rows, columns))
-    actual = t2i.position_ids(rows, columns)
+    actual = script.position_ids(rows, columns)
     assert actual.equal(expected) and actual.dtype == expected.dtype
 
 
 @pytest.mark.parametrize("length", [1, 64, 512])
-def test_text_ids_are_the_pipelines(t2i, length):
+def test_text_ids_are_the_pipelines(script, length):
     """(0, 0, 0, l), pads included."""
     expected = Flux2Pipeline._prepare_text_ids(torch.zeros(1, length, 8))
-    assert t2i.text_ids(length).equal(expected) and t2i.text_ids(length).dtype == expected.dtype
+    assert script.text_ids(length).equal(expected) and script.text_ids(length).dtype == expected.dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_normalised_tokens_are_exactly_the_pipelines(t2i, runs, pipelines, family, size):
+def test_normalised_tokens_are_exactly_the_pipelines(script, runs, pipelines, family, size):
     """From the mode of the VAE's distribution, as references are encoded at inference."""
     pipeline = pipelines[family]
     pixels = torch.rand(2, 3, *size) * 2 - 1
+    pixels = pixels.contiguous(memory_format=torch.channels_last)  # as the pipeline's image processor hands them over
     with torch.no_grad():
         expected = pipeline._pack_latents(pipeline._encode_vae_image(pixels, None))
-    space = t2i.open_latent_space(runs[family])
-    actual = t2i.tokens_from_moments(space, t2i.encode_pixels(pipeline.vae, pixels))
+    space = script.open_latent_space(runs[family])
+    actual = script.tokens_from_moments(space, script.encode_pixels(pipeline.vae, pixels))
     assert actual.shape == (2, size[0] * size[1] // 256, 32) == (2, size[0] * size[1] // 256, space.channels)
     assert (actual - expected).abs().max() == 0
 
 
-def test_sampled_latents_are_mean_plus_deviation_times_noise(t2i, runs, vae):
+def test_sampled_latents_are_mean_plus_deviation_times_noise(script, runs, vae):
     """--vae_encode_mode sample, as diffusers draws it."""
     posterior = vae.encode(torch.rand(1, 3, 64, 64)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
-    space = t2i.open_latent_space(runs["dev"])
+    space = script.open_latent_space(runs["dev"])
     moments = torch.stack([posterior.mean, posterior.logvar], 1)
     plain = replace(space, mean_C=torch.zeros(32), std_C=torch.ones(32))
-    expected = t2i.pack(t2i.patchify(posterior.sample(torch.Generator().manual_seed(5))))
-    assert torch.allclose(t2i.tokens_from_moments(plain, moments, noise), expected, atol=1e-6)
-    assert not torch.allclose(t2i.tokens_from_moments(plain, moments), expected, atol=1e-3)
+    expected = script.pack(script.patchify(posterior.sample(torch.Generator().manual_seed(5))))
+    assert torch.allclose(script.tokens_from_moments(plain, moments, noise), expected, atol=1e-6)
+    assert not torch.allclose(script.tokens_from_moments(plain, moments), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 96)])
-def test_decoded_tokens_are_the_pipelines_picture(t2i, runs, pipelines, size):
+def test_decoded_tokens_are_the_pipelines_picture(script, runs, pipelines, size):
     """At most one level of 255 apart; a transposed picture would be far away."""
     pipeline = pipelines["dev"]
     pipeline.set_progress_bar_config(disable=True)
@@ -193,7 +196,7 @@ def test_decoded_tokens_are_the_pipelines_picture(t2i, runs, pipelines, size):
     call |= {"latents": noise, "num_inference_steps": 1, "height": size[0], "width": size[1]}
     expected = pipeline(**call).images
     tokens = pipeline(**call, output_type="latent").images
-    actual = t2i.decode_tokens(t2i.open_latent_space(runs["dev"]), pipeline.vae, tokens, rows, columns)
+    actual = script.decode_tokens(script.open_latent_space(runs["dev"]), pipeline.vae, tokens, rows, columns)
     assert [picture.size for picture in actual] == [(size[1], size[0])] * 2
     for one, other in zip(actual, expected, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
@@ -201,14 +204,14 @@ def test_decoded_tokens_are_the_pipelines_picture(t2i, runs, pipelines, size):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_validation_picture_is_what_the_users_pipeline_draws(t2i, runs, pipelines, family):
+def test_a_validation_picture_is_what_the_users_pipeline_draws(script, runs, pipelines, family):
     """Same prompt, seed, size, steps and guidance: embedded for [dev], against the empty prompt for [klein]."""
-    run = replace(runs[family], args=t2i.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
-    prompts = t2i.encode_prompts(run, ["a cat", ""])
-    parts = t2i.TrainingParts(
-        t2i.open_latent_space(run), prompts, pipelines[family].transformer, pipelines[family].vae, [], [(64, 64)]
+    run = replace(runs[family], args=script.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
+    prompts = script.encode_prompts(run, ["a cat", ""])
+    parts = script.TrainingParts(
+        script.open_latent_space(run), prompts, pipelines[family].transformer, pipelines[family].vae, [], [(64, 64)]
     )
-    actual = t2i.generate(run, parts, t2i.make_pipeline(run, parts), "a cat", [("validation", 0, 0)], (48, 80))
+    actual = script.generate(run, parts, script.make_pipeline(run, parts), "a cat", [("validation", 0, 0)], (48, 80))
     pipelines[family].set_progress_bar_config(disable=True)
     expected = pipelines[family](
         prompt="a cat",
@@ -216,7 +219,7 @@ def test_a_validation_picture_is_what_the_users_pipeline_draws(t2i, runs, pipeli
         width=80,
         num_inference_steps=2,
         guidance_scale=run.args.validation_guidance_scale,
-        generator=t2i.make_generator(run.seed, "validation", 0, 0),
+        generator=script.make_generator(run.seed, "validation", 0, 0),
         max_sequence_length=64,
     ).images
     assert actual[0].size == (80, 48) and np.asarray(expected[0]).std() > 1
@@ -226,46 +229,46 @@ def test_a_validation_picture_is_what_the_users_pipeline_draws(t2i, runs, pipeli
 # ---- the VAE's statistics ----
 
 
-def test_the_latent_space_is_opened_without_loading_the_vae(t2i, runs, vae, monkeypatch):
+def test_the_latent_space_is_opened_without_loading_the_vae(script, runs, vae, monkeypatch):
     """Its statistics are read from the weight file, and are those of the loaded VAE."""
 
     def refuse(*_, **__):
         raise AssertionError("the VAE was loaded")
 
-    monkeypatch.setattr(t2i.AutoencoderKLFlux2, "from_pretrained", refuse)
-    space = t2i.open_latent_space(runs["dev"])
+    monkeypatch.setattr(script.AutoencoderKLFlux2, "from_pretrained", refuse)
+    space = script.open_latent_space(runs["dev"])
     assert space.mean_C.equal(vae.bn.running_mean)
     assert space.std_C.equal(torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps))
     assert space.channels == 32
 
 
-def test_the_vae_computes_in_fp32_in_a_bf16_run_too(t2i, tiny, tmp_path):
+def test_the_vae_computes_in_fp32_in_a_bf16_run_too(script, tiny, tmp_path):
     """bf16 statistics would be wrong by up to 0.4 %."""
-    loaded = t2i.load_vae(start_run(t2i, tiny, tmp_path, "--mixed_precision", "bf16"))
+    loaded = script.load_vae(start_run(script, tiny, tmp_path, "--mixed_precision", "bf16"))
     assert {tensor.dtype for tensor in loaded.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
 
 
-def test_another_variant_beside_the_weights_is_not_read(t2i, tiny, tmp_path):
+def test_another_variant_beside_the_weights_is_not_read(script, tiny, tmp_path):
     """Neither for the statistics: diffusers would not load it either."""
     model = shutil.copytree(tiny, tmp_path / "model")
     weights = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     shifted = {**weights, "bn.running_mean": weights["bn.running_mean"] + 1}
     save_file(shifted, model / "vae" / "diffusion_pytorch_model.fp16.safetensors")
-    plain = t2i.open_latent_space(start_run(t2i, model, tmp_path / "a"))
+    plain = script.open_latent_space(start_run(script, model, tmp_path / "a"))
     assert plain.mean_C.equal(weights["bn.running_mean"].float())
-    variant = t2i.open_latent_space(start_run(t2i, model, tmp_path / "b", "--variant", "fp16"))
+    variant = script.open_latent_space(start_run(script, model, tmp_path / "b", "--variant", "fp16"))
     assert variant.mean_C.equal(shifted["bn.running_mean"].float())
 
 
-def test_a_vae_without_statistics_is_an_error_that_says_so(t2i, tiny, tmp_path):
+def test_a_vae_without_statistics_is_an_error_that_says_so(script, tiny, tmp_path):
     """A FLUX.1 autoencoder, for instance."""
     model = shutil.copytree(tiny, tmp_path / "model")
     file = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("bn.")}
     save_file(weights, file)
-    with pytest.raises(t2i.UserError, match=r"no bn\.running_mean.*FLUX\.2 autoencoder"):
-        t2i.open_latent_space(start_run(t2i, model, tmp_path))
+    with pytest.raises(script.UserError, match=r"no bn\.running_mean.*FLUX\.2 autoencoder"):
+        script.open_latent_space(start_run(script, model, tmp_path))
 
 
 # ---- cached prompts ----
@@ -276,14 +279,14 @@ def touch(path: Path) -> None:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
 
 
-def test_the_name_of_an_embedding_changes_with_everything_that_it_depends_on(t2i, tiny, tiny_klein, tmp_path):
+def test_the_name_of_an_embedding_changes_with_everything_that_it_depends_on(script, tiny, tiny_klein, tmp_path):
     """Prompt, layers, length, dtype, model, encoder weights, tokenizer and template."""
     model = shutil.copytree(tiny, tmp_path / "model")
     names = {}
 
     def remember(reason: str, *flags: str, prompt: str = "a cat", folder: Path = model) -> None:
-        run = start_run(t2i, folder, tmp_path / "run", *flags)
-        names[reason] = t2i.PromptCache(run).path(prompt).name
+        run = start_run(script, folder, tmp_path / "run", *flags)
+        names[reason] = script.PromptCache(run).path(prompt).name
 
     remember("as it is")
     remember("prompt", prompt="a cat ")
@@ -306,31 +309,33 @@ def test_the_name_of_an_embedding_changes_with_everything_that_it_depends_on(t2i
     assert not twins, f"the same name in spite of another {twins}"
 
 
-def test_the_name_of_an_embedding_does_not_change_with_anything_else(t2i, tiny, tmp_path):
+def test_the_name_of_an_embedding_does_not_change_with_anything_else(script, tiny, tmp_path):
     """Training flags, the VAE and the transformer: a second run encodes nothing."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = t2i.PromptCache(start_run(t2i, model, tmp_path / "a")).path("a cat").name
+    first = script.PromptCache(start_run(script, model, tmp_path / "a")).path("a cat").name
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--resolution", "128", "--learning_rate", "1", "--caption_dropout", "0.1")
-    assert t2i.PromptCache(start_run(t2i, model, tmp_path / "b", *flags)).path("a cat").name == first
+    assert script.PromptCache(start_run(script, model, tmp_path / "b", *flags)).path("a cat").name == first
     assert "cat" not in first
 
 
-def test_each_different_prompt_is_encoded_once_and_the_second_start_loads_no_encoder(t2i, tiny, tmp_path, monkeypatch):
+def test_each_different_prompt_is_encoded_once_and_the_second_start_loads_no_encoder(
+    script, tiny, tmp_path, monkeypatch
+):
     """And what comes back from the cache is what the encoder gave."""
-    run = start_run(t2i, tiny, tmp_path)
-    encoded, encode = [], t2i.encode_prompt
+    run = start_run(script, tiny, tmp_path)
+    encoded, encode = [], script.encode_prompt
 
     def remembering(run, tokenizer, encoder, prompt):
         encoded.append((prompt, encode(run, tokenizer, encoder, prompt)))
         return encoded[-1][1]
 
-    monkeypatch.setattr(t2i, "encode_prompt", remembering)
-    cache = t2i.encode_prompts(run, ["a cat", "", "a cat", "a dog"])
+    monkeypatch.setattr(script, "encode_prompt", remembering)
+    cache = script.encode_prompts(run, ["a cat", "", "a cat", "a dog"])
     assert [prompt for prompt, _ in encoded] == ["a cat", "", "a dog"]
-    monkeypatch.setattr(t2i, "load_text_encoder", None)
-    again = t2i.encode_prompts(start_run(t2i, tiny, tmp_path), ["a dog", "a cat"])
+    monkeypatch.setattr(script, "load_text_encoder", None)
+    again = script.encode_prompts(start_run(script, tiny, tmp_path), ["a dog", "a cat"])
     assert len(encoded) == 3
     for prompt, embedding in encoded:
         assert cache.get(prompt).equal(embedding) and again.get(prompt).equal(embedding)
@@ -338,106 +343,106 @@ def test_each_different_prompt_is_encoded_once_and_the_second_start_loads_no_enc
     assert batch.shape == (2, 64, 96) and batch[0].equal(encoded[2][1])
 
 
-def test_the_empty_prompt_is_encoded_where_it_is_needed(t2i, runs, tiny, tmp_path):
+def test_the_empty_prompt_is_encoded_where_it_is_needed(script, runs, tiny, tmp_path):
     """For caption dropout, and as [klein]'s negative prompt; not otherwise."""
-    assert "" not in t2i.all_prompts(runs["dev"], [])
-    assert "" in t2i.all_prompts(start_run(t2i, tiny, tmp_path, "--caption_dropout", "0.1"), [])
-    assert "" in t2i.all_prompts(runs["klein"], [])
+    assert "" not in script.all_prompts(runs["dev"], [])
+    assert "" in script.all_prompts(start_run(script, tiny, tmp_path, "--caption_dropout", "0.1"), [])
+    assert "" in script.all_prompts(runs["klein"], [])
 
 
 # ---- cached latents ----
 
 
 @pytest.fixture
-def sample(t2i, photos) -> object:
+def sample(script, photos) -> object:
     """The second photograph, lying on its side, as a checked sample of 64 x 64."""
     path = photos / "01.jpg"
-    source = t2i.Source(path.name, path=path)
-    return t2i.Sample(source, "a cat", hashlib.sha256(path.read_bytes()).hexdigest(), (128, 96), (64, 64))
+    source = script.Source(path.name, path=path)
+    return script.Sample(source, hashlib.sha256(path.read_bytes()).hexdigest(), (128, 96), (64, 64), "a cat")
 
 
-def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(t2i, tiny, tmp_path, sample, monkeypatch):
+def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script, tiny, tmp_path, sample, monkeypatch):
     """Content, target, flip, VAE, decode policy."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    run = start_run(t2i, model, tmp_path / "run")
-    space = t2i.open_latent_space(run)
+    run = start_run(script, model, tmp_path / "run")
+    space = script.open_latent_space(run)
     paths = [space.path(sample, False), space.path(sample, True)]
     paths += [space.path(replace(sample, sha256="0"), False), space.path(replace(sample, target=(64, 80)), False)]
     paths += [space.path(replace(sample, target=(80, 64)), False)]
-    monkeypatch.setattr(t2i, "DECODE_POLICY", t2i.DECODE_POLICY + 1)
+    monkeypatch.setattr(script, "DECODE_POLICY", script.DECODE_POLICY + 1)
     paths.append(space.path(sample, False))
     monkeypatch.undo()
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
-    paths.append(t2i.open_latent_space(run).path(sample, False))
+    paths.append(script.open_latent_space(run).path(sample, False))
     assert len(set(paths)) == len(paths)
 
 
-def test_the_name_of_a_latent_does_not_change_with_anything_else(t2i, tiny, tmp_path, sample):
+def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, tmp_path, sample):
     """Its file name, caption and size in pixels, the training flags, the encoder and the transformer."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = t2i.open_latent_space(start_run(t2i, model, tmp_path / "a")).path(sample, False).name
+    first = script.open_latent_space(start_run(script, model, tmp_path / "a")).path(sample, False).name
     touch(model / "text_encoder" / "model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--mixed_precision", "bf16", "--vae_encode_mode", "sample")
-    space = t2i.open_latent_space(start_run(t2i, model, tmp_path / "b", *flags))
-    other = replace(sample, source=t2i.Source("other.jpg"), caption="a dog", size=(1, 1))
+    space = script.open_latent_space(start_run(script, model, tmp_path / "b", *flags))
+    other = replace(sample, source=script.Source("other.jpg"), caption="a dog", size=(1, 1))
     assert space.path(other, False).name == first
 
 
-def test_cached_latents_equal_uncached_ones(t2i, tiny, tmp_path, sample, vae, monkeypatch):
+def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, sample, vae, monkeypatch):
     """The file holds what a visit with the centre crop would encode, bit for bit, and its mirror image beside it."""
     flags = ("--cache_latents", "--random_flip", "--instance_data_dir", sample.source.path.parent)
-    run = start_run(t2i, tiny, tmp_path, *flags)
-    space = t2i.open_latent_space(run)
-    monkeypatch.setattr(t2i, "load_vae", lambda _: vae)
-    t2i.cache_latents(run, space, [sample])
+    run = start_run(script, tiny, tmp_path, *flags)
+    space = script.open_latent_space(run)
+    monkeypatch.setattr(script, "load_vae", lambda _: vae)
+    script.cache_latents(run, space, [sample])
     for flip in (False, True):
-        pixels = t2i.picture_to_pixels(t2i.decode_picture(sample.source.read()), sample.target, None, flip)
+        pixels = script.picture_to_pixels(script.decode_picture(sample.source.read()), sample.target, None, flip)
         cached = load_file(space.path(sample, flip))["moments"]
         assert cached.dtype == torch.float32 and cached.shape == (2, 8, 8, 8)
-        assert cached.equal(t2i.encode_pixels(vae, pixels[None])[0])
+        assert cached.equal(script.encode_pixels(vae, pixels[None])[0])
     assert len(list(space.folder.iterdir())) == 2
 
 
-def test_the_second_start_encodes_no_picture_and_loads_no_vae(t2i, tiny, tmp_path, sample, vae, monkeypatch):
+def test_the_second_start_encodes_no_picture_and_loads_no_vae(script, tiny, tmp_path, sample, vae, monkeypatch):
     """Two samples with the same picture are one latent."""
-    run = start_run(t2i, tiny, tmp_path, "--cache_latents")
-    space, encoded, encode = t2i.open_latent_space(run), [], t2i.encode_pixels
+    run = start_run(script, tiny, tmp_path, "--cache_latents")
+    space, encoded, encode = script.open_latent_space(run), [], script.encode_pixels
 
     def counting(vae, pixels):
         encoded.append(1)
         return encode(vae, pixels)
 
-    monkeypatch.setattr(t2i, "encode_pixels", counting)
-    monkeypatch.setattr(t2i, "load_vae", lambda _: vae)
-    t2i.cache_latents(run, space, [sample, replace(sample, caption="a dog")])
+    monkeypatch.setattr(script, "encode_pixels", counting)
+    monkeypatch.setattr(script, "load_vae", lambda _: vae)
+    script.cache_latents(run, space, [sample, replace(sample, caption="a dog")])
     assert len(encoded) == 1
-    monkeypatch.setattr(t2i, "load_vae", None)
-    assert t2i.cache_latents(run, space, [sample]) is None
+    monkeypatch.setattr(script, "load_vae", None)
+    assert script.cache_latents(run, space, [sample]) is None
     assert len(encoded) == 1
 
 
-def test_a_full_disk_is_an_error_before_anything_is_encoded(t2i, tiny, tmp_path, sample, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_encoded(script, tiny, tmp_path, sample, monkeypatch):
     """With what is needed, what is free and the flag that helps."""
-    run = start_run(t2i, tiny, tmp_path, "--cache_latents")
+    run = start_run(script, tiny, tmp_path, "--cache_latents")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(t2i.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(t2i.UserError, match="latent cache needs .* are free; see --latents_cache_dir"):
-        t2i.cache_latents(run, t2i.open_latent_space(run), [sample])
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(script.UserError, match="latent cache needs .* are free; see --latents_cache_dir"):
+        script.cache_latents(run, script.open_latent_space(run), [sample])
 
 
-def test_the_size_of_the_latent_cache_is_estimated_rightly(t2i, tiny, tmp_path, sample, vae, monkeypatch):
+def test_the_size_of_the_latent_cache_is_estimated_rightly(script, tiny, tmp_path, sample, vae, monkeypatch):
     """Within the few bytes of a header per file: too small an estimate would fill the disk."""
-    run = start_run(t2i, tiny, tmp_path, "--cache_latents", "--random_flip")
-    space, needs = t2i.open_latent_space(run), []
-    monkeypatch.setattr(t2i, "check_space", lambda folder, need, *_: needs.append(need))
-    monkeypatch.setattr(t2i, "load_vae", lambda _: vae)
-    t2i.cache_latents(run, space, [replace(sample, target=(160, 96))])
+    run = start_run(script, tiny, tmp_path, "--cache_latents", "--random_flip")
+    space, needs = script.open_latent_space(run), []
+    monkeypatch.setattr(script, "check_space", lambda folder, need, *_: needs.append(need))
+    monkeypatch.setattr(script, "load_vae", lambda _: vae)
+    script.cache_latents(run, space, [replace(sample, target=(160, 96))])
     written = sum(path.stat().st_size for path in space.folder.iterdir())
     assert needs and needs[0] <= written <= needs[0] + 2 * 200
 
 
-def test_an_interrupted_write_leaves_no_half_file_under_the_real_name(t2i, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_half_file_under_the_real_name(script, tmp_path, monkeypatch):
     """The cache is shared and believed: a file is there whole or not at all."""
 
     def half(path, data):
@@ -446,9 +451,9 @@ def test_an_interrupted_write_leaves_no_half_file_under_the_real_name(t2i, tmp_p
         raise OSError("disk full")
 
     (tmp_path / "cache").mkdir()
-    t2i.write_atomically(tmp_path / "cache" / "a", b"old content")
+    script.write_atomically(tmp_path / "cache" / "a", b"old content")
     monkeypatch.setattr(Path, "write_bytes", half)
     for name in ("a", "b"):
         with pytest.raises(OSError, match="disk full"):
-            t2i.write_atomically(tmp_path / "cache" / name, b"new content")
+            script.write_atomically(tmp_path / "cache" / name, b"new content")
     assert (tmp_path / "cache" / "a").read_bytes() == b"old content" and not (tmp_path / "cache" / "b").exists()

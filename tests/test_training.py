@@ -1,6 +1,6 @@
 """Whole training runs on the tiny model, in this process: files, numbers, determinism, data, optimizers, guards.
 
-`python tests/test_training.py --update` rewrites the stored trajectory after a change that is meant to move it.
+`python tests/test_training.py --update` rewrites the stored trajectories after a change that is meant to move it.
 """
 
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, draw_photo
+from conftest import ROOT, SCRIPTS, draw_photo, draw_references, load_script, of_edits
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from runs import (
     LORA,
@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.e2e
 
-GOLDEN = Path(__file__).parent / "golden" / "t2i.json"
+GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT_FILES = {"manifest.json", LORA, "state.json", "training_state.safetensors"}
 BUCKETS = "64,96;96,64;64,64"
 # Adam divides by the gradient's size, so rounding in a gradient of 1e-7 would move a weight by the learning rate.
@@ -94,9 +94,9 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, alpha):
     assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp")]
 
 
-def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(t2i, quick, monkeypatch):
+def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(script, quick, monkeypatch):
     """Floats in the file equal the floats in the run; two micro-batches make one line."""
-    calls = spy(monkeypatch, t2i, "watch")  # it gets the values that were written
+    calls = spy(monkeypatch, script, "watch")  # it gets the values that were written
     folder = quick("--gradient_accumulation_steps", "2", "--max_train_steps", "4")
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -115,14 +115,14 @@ def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_only_the_fp32_adapter_is_trained_and_the_base_stays_bit_identical(t2i, quick, tiny, monkeypatch, precision):
+def test_only_the_fp32_adapter_is_trained_and_the_base_stays_bit_identical(script, quick, tiny, monkeypatch, precision):
     """Every base tensor equals the checkpoint's file after training; adapter, gradients and moments are fp32."""
-    calls, steps = spy(monkeypatch, t2i, "train"), spy(monkeypatch, t2i, "apply_update")
+    calls, steps = spy(monkeypatch, script, "train"), spy(monkeypatch, script, "apply_update")
     gradients = []
     monkeypatch.setattr(
-        t2i,
+        script,
         "apply_update",
-        lambda state, original=t2i.apply_update: (
+        lambda state, original=script.apply_update: (
             gradients.append({parameter.grad.dtype for parameter in state.parameters.values()}) or original(state)
         ),
     )
@@ -147,9 +147,9 @@ def test_only_the_fp32_adapter_is_trained_and_the_base_stays_bit_identical(t2i, 
     assert {tensor.dtype for tensor in lora(folder).values()} == {run.dtype}
 
 
-def test_upcast_before_saving_writes_the_lora_as_it_was_trained(t2i, quick, monkeypatch):
+def test_upcast_before_saving_writes_the_lora_as_it_was_trained(script, quick, monkeypatch):
     """Under bf16 the fp32 export equals the parameters bit for bit."""
-    calls = spy(monkeypatch, t2i, "train")
+    calls = spy(monkeypatch, script, "train")
     stored = lora(quick("--mixed_precision", "bf16", "--upcast_before_saving"))
     for name, parameter in calls[0].args[2].parameters.items():
         assert torch.equal(stored[f"transformer.{name}"], parameter.detach()), name
@@ -158,9 +158,9 @@ def test_upcast_before_saving_writes_the_lora_as_it_was_trained(t2i, quick, monk
 # --------------------------------------------------------------------------------------------------------- determinism
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(quick):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(quick, reference_dropout):
     """The LoRA is a function of the command line and the data."""
-    flags = ("--random_flip", "--lora_dropout", "0.1", "--caption_dropout", "0.3")
+    flags = ("--random_flip", "--lora_dropout", "0.1", "--caption_dropout", "0.3", *reference_dropout)
     first, second = quick(*flags, output="a"), quick(*flags, output="b")
     assert_same_run(first, second)
     assert sha256(first / LORA) == sha256(second / LORA)
@@ -169,39 +169,43 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(quick)
     assert column(other, "loss") != column(first, "loss")
 
 
-def test_four_accumulated_batches_of_one_equal_one_batch_of_four(quick):
-    """With one bucket the samples, the loss and the update of a step do not depend on how it is cut up."""
-    one = quick(*CALM, "--train_batch_size", "4", output="batch")
-    four = quick(*CALM, "--gradient_accumulation_steps", "4", output="accumulation")
-    two = quick(*CALM, "--train_batch_size", "2", "--gradient_accumulation_steps", "2", output="both")
+def test_four_accumulated_batches_of_one_equal_one_batch_of_four(quick, one_group, reference_dropout):
+    """With one geometry the samples, the loss and the update of a step do not depend on how it is cut up."""
+    calm = (*CALM, *one_group, *reference_dropout)
+    one = quick(*calm, "--train_batch_size", "4", output="batch")
+    four = quick(*calm, "--gradient_accumulation_steps", "4", output="accumulation")
+    two = quick(*calm, "--train_batch_size", "2", "--gradient_accumulation_steps", "2", output="both")
     assert_close_runs(one, four)
     assert_close_runs(one, two)
 
 
-def test_two_loader_workers_give_the_same_bits_as_none(quick):
+def test_two_loader_workers_give_the_same_bits_as_none(quick, reference_dropout):
     """Everything random is keyed by the position in the stream, not by the process that draws it."""
-    flags = ("--aspect_ratio_buckets", BUCKETS, "--random_flip", "--caption_dropout", "0.5")
+    flags = ("--aspect_ratio_buckets", BUCKETS, "--random_flip", "--caption_dropout", "0.5", *reference_dropout)
     assert_same_run(quick(*flags, output="a"), quick(*flags, "--dataloader_num_workers", "2", output="b"))
 
 
 @pytest.mark.parametrize("mode", ["mode", "sample"])
-def test_cached_latents_train_like_uncached_ones(quick, mode):
+def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode):
     """With the centre crop, mirrored or not, the cache changes where latents come from and nothing else."""
     flags = ("--center_crop", "--random_flip", "--vae_encode_mode", mode, "--aspect_ratio_buckets", BUCKETS)
-    flags += ("--train_batch_size", "2", "--max_train_steps", "5", *CALM)
+    flags += ("--train_batch_size", "2", "--max_train_steps", "5", *CALM, *reference_dropout)
     assert_close_runs(quick(*flags, output="a"), quick(*flags, "--cache_latents", output="b"))
 
 
-def test_random_flip_with_the_cache_uses_both_orientations(t2i, quick, monkeypatch):
+def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkeypatch):
     """The cache holds the mirrored twin of every picture, and visits read either."""
-    calls = spy(monkeypatch, t2i.LatentSpace, "path")
+    calls = spy(monkeypatch, script.LatentSpace, "path")
     flags = ("--cache_latents", "--max_train_steps", "6", *STANDSTILL)
     plain = quick(*flags, output="a")
     assert {call.args[2] for call in calls} == {False}
     calls.clear()
     flipped = quick(*flags, "--random_flip", output="b")
-    visits = [call.args[2] for call in calls[10:]]  # the first ten calls list the files of five pictures
-    assert len(calls) == 16 and set(visits) == {False, True}
+    asked = [call.args[2] for call in calls if isinstance(call.args[1], script.Sample)]
+    visits = asked[10:]  # the first ten list the files of five pictures
+    assert len(asked) == 16 and set(visits) == {False, True}
+    others = [call.args[2] for call in calls if not isinstance(call.args[1], script.Sample)]
+    assert others[10:] == list(of_edits(script, *visits))  # a reference is mirrored when its picture is
     same = [a == b for a, b in zip(column(plain, "loss"), column(flipped, "loss"), strict=True)]
     assert same == [not flip for flip in visits]
 
@@ -215,23 +219,23 @@ def test_sampling_the_vae_differs_from_its_mean_and_repeats(quick):
     assert column(mean, "loss") != column(first, "loss")
 
 
-def test_two_runs_in_one_process_agree_and_leave_handlers_as_they_were(t2i, tiny, photos, tmp_path):
+def test_two_runs_in_one_process_agree_and_leave_handlers_as_they_were(script, tiny, photos, reference_flags, tmp_path):
     """The notebook route: main(parse_args([...])) twice, without a trace in signals or logging."""
     log = logging.getLogger("flux2_lora")
     signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     root_handlers = list(logging.getLogger().handlers)
     after = []
     for name in ("a", "b"):
-        flags = command_line(tiny, photos, tmp_path / name, "--seed", "3", "--max_train_steps", "2")
-        t2i.main(t2i.parse_args(flags))
-        after.append([handler for handler in log.handlers if isinstance(handler, t2i.LogHandler)])
+        flags = command_line(tiny, photos, tmp_path / name, *reference_flags, "--seed", "3", "--max_train_steps", "2")
+        script.main(script.parse_args(flags))
+        after.append([handler for handler in log.handlers if type(handler).__name__ == "LogHandler"])
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == signals
     assert logging.getLogger().handlers == root_handlers
     assert after[0] == after[1] and len(after[0]) == 1
 
 
-def test_signal_handlers_are_put_back_after_a_failure(t2i, quick, monkeypatch):
+def test_signal_handlers_are_put_back_after_a_failure(script, quick, monkeypatch):
     """Also an exception in the middle of training leaves Ctrl-C as it was."""
     signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -239,7 +243,7 @@ def test_signal_handlers_are_put_back_after_a_failure(t2i, quick, monkeypatch):
         assert signal.getsignal(signal.SIGINT) != signals[0]
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(t2i, "train_step", fail)
+    monkeypatch.setattr(script, "train_step", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         quick()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == signals
@@ -252,31 +256,32 @@ def test_signal_handlers_are_put_back_after_a_failure(t2i, quick, monkeypatch):
         ("--cache_latents", "--gradient_checkpointing", "0.5", "--text_encoder_out_layers", "5", "10", "15"),
     ],
 )
-def test_the_saved_command_line_reproduces_the_lora_byte_for_byte(t2i, quick, tmp_path, flags):
+def test_the_saved_command_line_reproduces_the_lora_byte_for_byte(script, quick, reference_dropout, tmp_path, flags):
     """`@config.args` with another output folder is the same run."""
+    flags += reference_dropout
     first = quick(*flags, "--validation_prompt", "it's # one", 'a "second"', "--num_validation_images", "0")
     words = [f"@{first / 'config.args'}", "--output_dir", str(tmp_path / "again")]
-    args = t2i.parse_args(words)
+    args = script.parse_args(words)
     assert args.validation_prompt == ["it's # one", 'a "second"']
-    t2i.main(args)
+    script.main(args)
     assert_same_run(first, tmp_path / "again")
 
 
-def test_the_saved_command_line_keeps_prompts_that_begin_with_a_dash(t2i, quick):
+def test_the_saved_command_line_keeps_prompts_that_begin_with_a_dash(script, quick):
     """No prompt is lost on the way into config.args."""
     prompts = ["a toy", "- a list item", "-5 degrees"]
     folder = quick("--validation_prompt", *prompts, "--num_validation_images", "0", "--max_train_steps", "1")
-    args = t2i.parse_args([f"@{folder / 'config.args'}", "--output_dir", str(folder / "elsewhere")])
+    args = script.parse_args([f"@{folder / 'config.args'}", "--output_dir", str(folder / "elsewhere")])
     assert args.validation_prompt == prompts
 
 
-def test_a_run_without_a_seed_writes_the_one_it_drew(t2i, tiny, photos, tmp_path, cache):
+def test_a_run_without_a_seed_writes_the_one_it_drew(script, tiny, photos, reference_flags, tmp_path, cache):
     """Two runs differ, and the saved command line of one of them reproduces it."""
     for name in ("a", "b"):
-        flags = ("--latents_cache_dir", cache, "--max_train_steps", "2")
-        t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / name, *flags)))
+        flags = (*reference_flags, "--latents_cache_dir", cache, "--max_train_steps", "2")
+        script.main(script.parse_args(command_line(tiny, photos, tmp_path / name, *flags)))
     assert column(tmp_path / "a", "loss") != column(tmp_path / "b", "loss")
-    t2i.main(t2i.parse_args([f"@{tmp_path / 'a' / 'config.args'}", "--output_dir", str(tmp_path / "again")]))
+    script.main(script.parse_args([f"@{tmp_path / 'a' / 'config.args'}", "--output_dir", str(tmp_path / "again")]))
     assert_same_run(tmp_path / "a", tmp_path / "again")
 
 
@@ -291,9 +296,9 @@ def test_no_file_of_the_output_holds_the_hub_token(train):
 
 
 @pytest.mark.parametrize("extra", [(), ("--cache_latents",)])
-def test_buckets_hold_every_picture_at_its_nearest_shape_and_no_batch_mixes_shapes(t2i, quick, monkeypatch, extra):
+def test_buckets_hold_every_picture_at_its_nearest_shape_and_no_batch_mixes_shapes(script, quick, monkeypatch, extra):
     """Five pictures, EXIF orientation applied: two tall, one square, two wide; a round visits each once."""
-    calls = spy(monkeypatch, t2i, "batch_losses")
+    calls = spy(monkeypatch, script, "batch_losses")
     quick("--aspect_ratio_buckets", BUCKETS, "--max_train_steps", "5", *extra)
     seen = {
         name: target for call in calls for name, target in zip(*map(call.args[2].get, ("name", "target")), strict=True)
@@ -308,22 +313,28 @@ def test_buckets_hold_every_picture_at_its_nearest_shape_and_no_batch_mixes_shap
         assert "moments" in batch or batch["pixels"].shape[2:] == tuple(batch["target"][0])
 
 
-def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(t2i, quick, monkeypatch):
+def geometries(batch: dict) -> list[tuple]:
+    """(height, width) of each sample's target, with the shapes of its references."""
+    views = batch.get("references", [[]] * len(batch["target"]))
+    return [(target, *(view.shape for view in given)) for target, given in zip(batch["target"], views, strict=True)]
+
+
+def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(script, quick, monkeypatch):
     """Batches of two reach into the next round instead of dropping the odd picture."""
-    calls = spy(monkeypatch, t2i, "batch_losses")
+    calls = spy(monkeypatch, script, "batch_losses")
     quick("--use_aspect_ratio_buckets", "--train_batch_size", "2", "--max_train_steps", "5")
     batches = [call.args[2] for call in calls]
-    assert all(len(set(batch["target"])) == 1 for batch in batches)
+    assert all(len({*geometries(batch)}) == 1 for batch in batches)
     assert len({target for batch in batches for target in batch["target"]}) > 1
     assert all(height % 16 == 0 and width % 16 == 0 for batch in batches for height, width in batch["target"])
     visits = sorted(name for batch in batches for name in batch["name"])
     assert visits == sorted([f"0{number}.jpg" for number in range(5)] * 2)
 
 
-def test_captions_come_from_files_and_the_prompt_fills_in(t2i, quick, captioned, monkeypatch):
+def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, captioned, reference_flags, monkeypatch):
     """NAME.txt and NAME.caption are used, [trigger] is replaced, other pictures get --instance_prompt."""
-    calls, embedded = spy(monkeypatch, t2i, "batch_losses"), spy(monkeypatch, t2i.PromptCache, "batch")
-    quick("--instance_data_dir", captioned, "--max_train_steps", "5")
+    calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.PromptCache, "batch")
+    quick("--instance_data_dir", captioned, *reference_flags, "--max_train_steps", "5")
     batches = [call.args[2] for call in calls]
     captions = {
         name: caption for batch in batches for name, caption in zip(*map(batch.get, ("name", "caption")), strict=True)
@@ -339,9 +350,9 @@ def test_captions_come_from_files_and_the_prompt_fills_in(t2i, quick, captioned,
     assert [call.args[1] for call in embedded] == [batch["caption"] for batch in batches]
 
 
-def test_full_caption_dropout_trains_on_the_empty_prompt_only(t2i, quick, monkeypatch):
+def test_full_caption_dropout_trains_on_the_empty_prompt_only(script, quick, monkeypatch):
     """What reaches the transformer is the embedding of "" at every step."""
-    embedded = spy(monkeypatch, t2i.PromptCache, "batch")
+    embedded = spy(monkeypatch, script.PromptCache, "batch")
     dropped = quick("--caption_dropout", "1.0", output="a")
     assert [call.args[1] for call in embedded] == [[""]] * 3
     kept = quick(output="b")
@@ -349,28 +360,29 @@ def test_full_caption_dropout_trains_on_the_empty_prompt_only(t2i, quick, monkey
 
 
 def test_a_second_start_encodes_and_decodes_nothing_and_loads_only_the_transformer(
-    t2i, train, photos, tmp_path, monkeypatch
+    script, train, photos, reference_flags, tmp_path, monkeypatch
 ):
     """With the same cache neither encoder nor VAE is loaded; of changed files only the changed ones are encoded."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    flags = ("--instance_data_dir", folder, "--latents_cache_dir", tmp_path / "cache", "--cache_latents")
+    flags = ("--instance_data_dir", folder, *reference_flags)
+    flags += ("--latents_cache_dir", tmp_path / "cache", "--cache_latents")
     flags += ("--random_flip", "--aspect_ratio_buckets", BUCKETS, "--caption_dropout", "0.5")
     first = train(*flags, output="first")
     with monkeypatch.context() as patch:
-        forbid(patch, t2i, "load_text_encoder", "load_vae", "encode_pixels", "encode_prompt", "decode_picture")
+        forbid(patch, script, "load_text_encoder", "load_vae", "encode_pixels", "encode_prompt", "decode_picture")
         second = train(*flags, output="second")
     assert_same_run(first, second)
     draw_photo(folder / "02.jpg", (128, 128), seed=99)
-    decoded, encoded = spy(monkeypatch, t2i, "decode_picture"), spy(monkeypatch, t2i, "encode_pixels")
-    forbid(monkeypatch, t2i, "load_text_encoder")
+    decoded, encoded = spy(monkeypatch, script, "decode_picture"), spy(monkeypatch, script, "encode_pixels")
+    forbid(monkeypatch, script, "load_text_encoder")
     train(*flags, output="third")
     assert len(decoded) == 3 and len(encoded) == 2  # the new picture: checked, encoded, and its mirror image
 
 
-def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(t2i, train, monkeypatch, capsys):
+def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(script, train, monkeypatch, capsys):
     """Everything up to loading: buckets, tokens, modules and steps are said, the index is the only file."""
-    forbid(monkeypatch, t2i, "load_text_encoder", "load_vae", "load_transformer", "save_checkpoint")
+    forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "save_checkpoint")
     flags = ("--dry_run", "--aspect_ratio_buckets", BUCKETS, "--cache_latents", "--validation_prompt", "a toy")
     folder = train(*flags)
     assert files_of(folder) == {"cache/index.json"}
@@ -378,13 +390,15 @@ def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(t2i, train, mo
     assert all(text in said for text in ("64 x 96", "96 x 64", "tokens", "3 steps", "24 modules"))
 
 
-def test_epochs_count_pictures_times_repeats_and_validation_follows_them(t2i, tiny, photos, tmp_path, cache):
+def test_epochs_count_pictures_times_repeats_and_validation_follows_them(
+    script, tiny, photos, reference_flags, tmp_path, cache
+):
     """5 pictures x 2 repeats x 3 epochs at 4 samples per step are 8 steps; an epoch ends at the step reaching it."""
-    flags = ("--seed", "0", "--latents_cache_dir", cache, "--repeats", "2", "--num_train_epochs", "3")
+    flags = (*reference_flags, "--seed", "0", "--latents_cache_dir", cache, "--repeats", "2", "--num_train_epochs", "3")
     flags += ("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--skip_final_inference")
     flags += ("--validation_prompt", "a toy", "--validation_epochs", "1", *DRAW_LITTLE)
     folder = tmp_path / "out"
-    t2i.main(t2i.parse_args(command_line(tiny, photos, folder, *flags)))
+    script.main(script.parse_args(command_line(tiny, photos, folder, *flags)))
     lines = metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 5, 8]  # 12, 20 and 32 samples
@@ -400,9 +414,9 @@ def test_epochs_count_pictures_times_repeats_and_validation_follows_them(t2i, ti
     ("scheme", "shift"),
     [("none", "none"), ("logit_normal", "linear"), ("mode", "empirical"), ("cosmap", "2.5"), ("sigma_sqrt", "linear")],
 )
-def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(t2i, quick, monkeypatch, scheme, shift):
+def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(script, quick, monkeypatch, scheme, shift):
     """sigma = shift(1 - u), and the loss is the plain one times the scheme's weight."""
-    batches, losses = spy(monkeypatch, t2i, "batch_losses"), spy(monkeypatch, t2i, "flow_matching_losses")
+    batches, losses = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script, "flow_matching_losses")
     flags = ("--weighting_scheme", scheme, "--timestep_shift", shift, "--train_batch_size", "4")
     folder = quick("--cache_latents", *flags, "--max_train_steps", "1")
     factor = {
@@ -414,14 +428,14 @@ def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(t2i, qui
     u = batches[0].args[2]["u"].double()
     sigmas = factor * (1 - u) / (1 + (factor - 1) * (1 - u))
     assert batches[0].result[1] == pytest.approx(sigmas.tolist(), abs=1e-6)
-    args, transformer, prompts, clean, noise, given, rows, columns = losses[0].args
-    assert (rows, columns) == (4, 4) and given.dtype == torch.float32
+    args, transformer, clean, noise, given, prompts, *grid = losses[0].args
+    assert grid[:2] == [4, 4] and given.dtype == torch.float32 and len(losses) == 1
     mixed = (1 - given.view(-1, 1, 1)) * clean + given.view(-1, 1, 1) * noise
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()  # back to the weights of the first step
     with torch.no_grad():
-        velocity = t2i.predict_velocity(args, transformer, mixed, given, prompts, rows, columns)
+        velocity = script.predict_velocity(args, transformer, mixed, given, prompts, *grid)
     plain = (velocity - (noise - clean)).square().mean(dim=(1, 2)).double()
     weight = {"cosmap": 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)), "sigma_sqrt": (1 / sigmas**2).clamp(max=100)}
     expected = plain * weight.get(scheme, torch.ones(4).double())
@@ -429,19 +443,19 @@ def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(t2i, qui
     assert column(folder, "loss")[0] == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-def test_other_hidden_states_of_the_encoder_give_another_run_and_wrong_ones_are_refused(t2i, quick, monkeypatch):
+def test_other_hidden_states_of_the_encoder_give_another_run_and_wrong_ones_are_refused(script, quick, monkeypatch):
     """--text_encoder_out_layers changes the embedding; a list that cannot fit is an error before anything is loaded."""
     other = quick("--text_encoder_out_layers", "5", "10", "15", output="a")
     assert column(other, "loss") != column(quick(output="b"), "loss")
-    forbid(monkeypatch, t2i, "load_text_encoder", "check_data")
+    forbid(monkeypatch, script, "load_text_encoder", "check_data")
     for wrong in (("5", "10"), ("5", "10", "33")):
-        with pytest.raises(t2i.UserError, match="--text_encoder_out_layers"):
+        with pytest.raises(script.UserError, match="--text_encoder_out_layers"):
             quick("--text_encoder_out_layers", *wrong, output="c")
 
 
-def test_klein_trains_and_validates_with_its_own_encoder_and_pipeline(t2i, train, tiny_klein, monkeypatch):
+def test_klein_trains_and_validates_with_its_own_encoder_and_pipeline(script, train, tiny_klein, monkeypatch):
     """Qwen3 layers 9, 18, 27, no guidance embedding, the empty prompt for its guidance, Flux2KleinPipeline."""
-    encoded, calls = spy(monkeypatch, t2i, "encode_prompt"), spy(monkeypatch, t2i, "train")
+    encoded, calls = spy(monkeypatch, script, "encode_prompt"), spy(monkeypatch, script, "train")
     folder = train(
         "--pretrained_model_name_or_path",
         tiny_klein,
@@ -460,16 +474,16 @@ def test_klein_trains_and_validates_with_its_own_encoder_and_pipeline(t2i, train
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
 
 
-def test_prodigy_trains_at_rate_one_and_its_estimate_grows(t2i, quick, monkeypatch):
+def test_prodigy_trains_at_rate_one_and_its_estimate_grows(script, quick, monkeypatch):
     """The default learning rate with Prodigy is 1.0, and the estimate of the step size rises from zero."""
     estimates = []
 
-    def watch(state, original=t2i.apply_update):
+    def watch(state, original=script.apply_update):
         values = original(state)
         estimates.append(state.optimizer.param_groups[0]["d_hat"])
         return values
 
-    monkeypatch.setattr(t2i, "apply_update", watch)
+    monkeypatch.setattr(script, "apply_update", watch)
     folder = quick("--optimizer", "prodigy", "--cache_latents", "--max_train_steps", "6")
     assert column(folder, "lr") == [1.0] * 6
     assert estimates == sorted(estimates) and len(set(estimates)) == 6
@@ -477,9 +491,9 @@ def test_prodigy_trains_at_rate_one_and_its_estimate_grows(t2i, quick, monkeypat
     assert norms[0] > 0 and norms == sorted(norms)
 
 
-def test_eight_bit_adam_keeps_eight_bit_moments_and_learns_like_adam(t2i, quick, monkeypatch):
+def test_eight_bit_adam_keeps_eight_bit_moments_and_learns_like_adam(script, quick, monkeypatch):
     """At rank 32 the moments are uint8, and the LoRA points where full AdamW's does."""
-    calls = spy(monkeypatch, t2i, "train")
+    calls = spy(monkeypatch, script, "train")
     flags = ("--rank", "32", "--cache_latents", "--max_train_steps", "4")
     small, full = quick("--use_8bit_adam", *flags, output="a"), quick(*flags, output="b")
     state = calls[0].args[2]
@@ -514,15 +528,15 @@ def test_lora_dropout_repeats_and_has_an_effect(quick):
 
 
 @pytest.mark.parametrize("limit", ["0.5", "1000"])
-def test_the_gradient_is_clipped_to_its_limit_and_logged_before(t2i, quick, monkeypatch, limit):
+def test_the_gradient_is_clipped_to_its_limit_and_logged_before(script, quick, monkeypatch, limit):
     """The optimizer sees at most --max_grad_norm; a gradient below it is left alone."""
     seen = []
 
-    def measure(state, original=t2i.apply_update):
+    def measure(state, original=script.apply_update):
         seen.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in state.parameters.values())))
         return original(state)
 
-    monkeypatch.setattr(t2i, "apply_update", measure)
+    monkeypatch.setattr(script, "apply_update", measure)
     folder = quick("--cache_latents", "--max_grad_norm", limit)
     expected = [min(norm, float(limit)) for norm in column(folder, "grad_norm")]
     assert seen == pytest.approx(expected, rel=1e-4)
@@ -573,23 +587,23 @@ def test_the_schedule_counts_optimizer_steps_and_is_what_the_lr_column_says(quic
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_batch_that_is_not_finite_is_named_and_never_reaches_the_weights(t2i, quick, monkeypatch, capsys, number):
+def test_a_batch_that_is_not_finite_is_named_and_never_reaches_the_weights(script, quick, monkeypatch, capsys, number):
     """The poisoned step leaves weights and moments as they were; the next one trains again."""
     snapshots, batches = [], []
 
-    def poison(run, parts, batch, original=t2i.batch_losses):
+    def poison(run, parts, batch, original=script.batch_losses):
         losses, sigmas = original(run, parts, batch)
         batches.append(batch["name"])
         return (losses * number if len(batches) == 2 else losses), sigmas
 
-    def watch(run, parts, state, stream, original=t2i.train_step):
+    def watch(run, parts, state, stream, original=script.train_step):
         values = original(run, parts, state, stream)
         moments = [slot["exp_avg"] for slot in state.optimizer.state.values()]
         snapshots.append([tensor.detach().clone() for tensor in [*state.parameters.values(), *moments]])
         return values
 
-    monkeypatch.setattr(t2i, "batch_losses", poison)
-    monkeypatch.setattr(t2i, "train_step", watch)
+    monkeypatch.setattr(script, "batch_losses", poison)
+    monkeypatch.setattr(script, "train_step", watch)
     folder = quick()
     one, two, three = snapshots
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -600,7 +614,7 @@ def test_a_batch_that_is_not_finite_is_named_and_never_reaches_the_weights(t2i, 
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3] and not math.isfinite(metrics(folder)[1]["loss"])
 
 
-def test_a_gradient_that_is_not_finite_is_caught_although_the_loss_is_finite(t2i, quick, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_caught_although_the_loss_is_finite(script, quick, monkeypatch):
     """The guard looks at the gradient as well."""
     norms = []
 
@@ -613,34 +627,34 @@ def test_a_gradient_that_is_not_finite_is_caught_although_the_loss_is_finite(t2i
     assert all(tensor.abs().max() == 0 for name, tensor in lora(folder).items() if "lora_B" in name)
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(t2i, quick, monkeypatch):
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(script, quick, monkeypatch):
     """Nine and a good one go on; ten raise NotFinite, and no final LoRA is written."""
     count = 0
 
-    def poison(run, parts, batch, original=t2i.batch_losses):
+    def poison(run, parts, batch, original=script.batch_losses):
         nonlocal count
         count += 1
         losses, sigmas = original(run, parts, batch)
         return (losses if count == 10 else losses * math.nan), sigmas
 
-    monkeypatch.setattr(t2i, "batch_losses", poison)
-    with pytest.raises(t2i.NotFinite, match="step 20: ten steps in a row"):
+    monkeypatch.setattr(script, "batch_losses", poison)
+    with pytest.raises(script.NotFinite, match="step 20: ten steps in a row"):
         quick("--cache_latents", "--max_train_steps", "25", "--checkpointing_steps", "10", output="out")
     assert count == 20
 
 
-def test_a_run_stopped_for_numbers_keeps_its_last_checkpoint_and_writes_no_result(t2i, quick, monkeypatch, tmp_path):
+def test_a_run_stopped_for_numbers_keeps_its_last_checkpoint_and_writes_no_result(script, quick, monkeypatch, tmp_path):
     """NotFinite leaves the good checkpoint and no LoRA that looks finished."""
 
-    def poison(run, parts, batch, original=t2i.batch_losses):
+    def poison(run, parts, batch, original=script.batch_losses):
         losses, sigmas = original(run, parts, batch)
         return (losses * math.nan if batch["position"][0] >= 2 else losses), sigmas
 
-    monkeypatch.setattr(t2i, "batch_losses", poison)
-    with pytest.raises(t2i.NotFinite):
+    monkeypatch.setattr(script, "batch_losses", poison)
+    with pytest.raises(script.NotFinite):
         quick("--cache_latents", "--max_train_steps", "25", "--checkpointing_steps", "2")
     folder = tmp_path / "out"
-    assert t2i.verify_checkpoint(folder / "checkpoint-2") is None
+    assert script.verify_checkpoint(folder / "checkpoint-2") is None
     assert not (folder / LORA).exists()
     stored = load_file(folder / "checkpoint-2" / LORA)
     assert all(tensor.isfinite().all() for tensor in stored.values())
@@ -649,24 +663,25 @@ def test_a_run_stopped_for_numbers_keeps_its_last_checkpoint_and_writes_no_resul
 # ----------------------------------------------------------------------------------------------------------- trajectory
 
 
-def golden_flags() -> list[str]:
+def golden_flags(script) -> list[str]:
     """The fixed command line of the stored trajectory, beside model, data and output."""
     flags = "--seed 7 --max_train_steps 10 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2"
     flags += f" --aspect_ratio_buckets {BUCKETS} --random_flip --caption_dropout 0.3 --lora_dropout 0.1"
     flags += " --train_batch_size 2 --gradient_accumulation_steps 2 --weighting_scheme logit_normal"
-    return flags.split()
+    return [*flags.split(), *of_edits(script, "--cond_dropout", "0.3")]
 
 
-def golden_run(t2i, folder: Path) -> dict:
+def golden_run(script, folder: Path) -> dict:
     """Runs the fixed command line on drawn PNGs; returns what is stored."""
     for number, size in enumerate([(96, 128), (128, 96), (128, 128), (200, 120), (90, 160)]):
-        draw_photo(folder / "photos" / f"{number}.png", size, seed=number)
-    output = folder / "out"
-    t2i.main(t2i.parse_args(command_line(ROOT / "tiny_flux2", folder / "photos", output, *golden_flags())))
+        draw_photo(folder / "photos" / f"{number:02d}.png", size, seed=number)
+    given, output = of_edits(script, "--cond_data_dir", draw_references(folder / "references")), folder / "out"
+    words = command_line(ROOT / "tiny_flux2", folder / "photos", output, *given, *golden_flags(script))
+    script.main(script.parse_args(words))
     weights = sorted((ROOT / "tiny_flux2").glob("*/*.safetensors"))
     return {
         "command": "python tests/test_training.py --update",
-        "flags": golden_flags(),
+        "flags": golden_flags(script),
         "model": {path.parent.name: sha256(path) for path in weights},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "loss": column(output, "loss"),
@@ -674,9 +689,10 @@ def golden_run(t2i, folder: Path) -> dict:
     }
 
 
-def test_ten_steps_follow_the_stored_trajectory(t2i, tmp_path):
+@pytest.mark.parametrize(("script", "name"), [(name, name) for name in SCRIPTS], indirect=["script"], ids=SCRIPTS)
+def test_ten_steps_follow_the_stored_trajectory(script, name, tmp_path):
     """Losses and gradient norms of a fixed run agree with the file to 1e-4."""
-    stored, now = json.loads(GOLDEN.read_text()), golden_run(t2i, tmp_path)
+    stored, now = json.loads((GOLDEN / f"{name}.json").read_text()), golden_run(script, tmp_path)
     assert now["model"] == stored["model"], f"the embedded model changed: {stored['command']}"
     assert now["flags"] == stored["flags"], f"the command line changed: {stored['command']}"
     for key in ("loss", "grad_norm"):
@@ -684,15 +700,13 @@ def test_ten_steps_follow_the_stored_trajectory(t2i, tmp_path):
 
 
 def update_golden() -> None:
-    """Rewrites the stored trajectory."""
-    import train_dreambooth_lora_flux2 as script
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        content = golden_run(script, Path(folder))
-    GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {os.path.relpath(GOLDEN)}")
+    """Rewrites the stored trajectories."""
+    GOLDEN.mkdir(exist_ok=True)
+    for name in SCRIPTS:
+        with tempfile.TemporaryDirectory() as folder:
+            content = golden_run(load_script(name), Path(folder))
+        (GOLDEN / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {os.path.relpath(GOLDEN / f'{name}.json')}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import draw_photo
 from diffusers import Flux2Pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -85,40 +86,45 @@ def test_pictures_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all
     assert [line["step"] for line in metrics(folder) if "validation_loss" in line] == [2, 4]
 
 
-def test_pictures_change_with_training_and_start_from_the_base_model(quick, tiny, t2i, monkeypatch):
+def test_pictures_change_with_training_and_start_from_the_base_model(quick, tiny, script, monkeypatch):
     """Step 0 is what the untouched pipeline draws from the same noise; later steps differ from it."""
-    calls = spy(monkeypatch, t2i, "train")
+    calls = spy(monkeypatch, script, "train")
     folder = quick(*EVERY_STEP, "--learning_rate", "3e-2", "--skip_final_inference")
     run, parts, _, _ = calls[0].args
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    expected = draw(t2i, run, parts, pipeline, "a toy")
+    expected = draw(script, run, parts, pipeline, "a toy")
     shown = [pixels(folder / "samples" / f"step-00000{step}" / "prompt-0_image-0.png") for step in (0, 1, 3)]
     assert np.abs(shown[0] - expected).max() <= 1
     assert np.abs(shown[1] - shown[0]).max() > 1 and np.abs(shown[2] - shown[1]).max() > 1
 
 
-def draw(t2i, run, parts, pipeline, prompt: str) -> np.ndarray:
+def draw(script, run, parts, pipeline, prompt: str) -> np.ndarray:
     """What the installed pipeline draws with its own encoder and decoder from the noise of the first picture."""
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 64}
-    options["generator"] = [t2i.make_generator(run.seed, "validation", 0, 0)]
+    options["generator"] = [script.make_generator(run.seed, "validation", 0, 0)]
     return np.asarray(pipeline(prompt=prompt, **options).images[0]).astype(int)
 
 
 @pytest.mark.parametrize("flags", [("--cache_latents",), ("--random_flip", "--caption_dropout", "0.3")])
-def test_training_with_validation_is_bit_identical_to_training_without(train, cache, flags):
+def test_training_with_validation_is_bit_identical_to_training_without(
+    train, cache, flags, reference_dropout, validation_reference
+):
     """Drawing pictures shifts no random number, neither in the data nor in the dropout."""
-    flags = ("--latents_cache_dir", cache, "--lora_dropout", "0.3", *flags)
-    assert_same_run(train(*flags, output="without"), train(*flags, *EVERY_STEP, output="with"))
+    flags = ("--latents_cache_dir", cache, "--lora_dropout", "0.3", *reference_dropout, *flags)
+    pictures = (*EVERY_STEP, *validation_reference)
+    assert_same_run(train(*flags, output="without"), train(*flags, *pictures, output="with"))
 
 
-def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(t2i, quick, monkeypatch):
+def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(
+    script, quick, validation_reference, monkeypatch
+):
     """Dtypes, devices, values, requires_grad, optimizer and schedule are as before; eval mode while drawing."""
     modes, states = [], []
 
-    def generate(run, parts, *rest, original=t2i.generate):
+    def generate(run, parts, *rest, original=script.generate, **inputs):
         modes.append(parts.transformer.training)
-        return original(run, parts, *rest)
+        return original(run, parts, *rest, **inputs)
 
     def snapshot(parts, state):
         models = {"transformer": parts.transformer, "vae": parts.vae}
@@ -132,41 +138,42 @@ def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(t2i, qui
         scaling = [layer.scaling["default"] for layer in parts.transformer.modules() if hasattr(layer, "scaling")]
         return facts, trained, moments, state.schedule.state_dict()["_last_lr"], hooks, scaling
 
-    def validate(run, parts, state, original=t2i.validate):
+    def validate(run, parts, state, original=script.validate):
         before = snapshot(parts, state)
         values = original(run, parts, state)
         states.append((before, snapshot(parts, state), parts.transformer.training))
         return values
 
-    monkeypatch.setattr(t2i, "generate", generate)
-    monkeypatch.setattr(t2i, "validate", validate)
-    quick(*EVERY_STEP, "--lora_dropout", "0.1", "--skip_final_inference", "--lr_scheduler", "cosine")
+    monkeypatch.setattr(script, "generate", generate)
+    monkeypatch.setattr(script, "validate", validate)
+    flags = ("--lora_dropout", "0.1", "--skip_final_inference", "--lr_scheduler", "cosine")
+    quick(*EVERY_STEP, *validation_reference, *flags)
     assert modes == [False] * 4 and len(states) == 4
     for before, after, training in states:
         assert before == after and training
 
 
-def test_the_scheduler_on_disk_is_used_and_not_the_training_schedule(t2i, quick, monkeypatch):
+def test_the_scheduler_on_disk_is_used_and_not_the_training_schedule(script, quick, monkeypatch):
     """Each validation makes a scheduler of its own, so no inference steps leak into the next."""
-    calls = spy(monkeypatch, t2i, "make_pipeline")
+    calls = spy(monkeypatch, script, "make_pipeline")
     quick(*EVERY_STEP, "--skip_final_inference", "--max_train_steps", "2")
     schedulers = [call.result.scheduler for call in calls]
     assert len({id(scheduler) for scheduler in schedulers}) == 3
     assert all(scheduler.config.use_dynamic_shifting for scheduler in schedulers)
 
 
-def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learning(t2i, quick, monkeypatch):
+def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learning(script, quick, monkeypatch):
     """The same number twice at step 0, logged afterwards, and lower after steps on the same pictures."""
     starts = []
 
-    def train(run, parts, state, stop, original=t2i.train):
+    def train(run, parts, state, stop, original=script.train):
         parts.transformer.eval()
-        starts.append(t2i.validation_loss(run, parts))
+        starts.append(script.validation_loss(run, parts))
         torch.manual_seed(123)
-        starts.append(t2i.validation_loss(run, parts))
+        starts.append(script.validation_loss(run, parts))
         return original(run, parts, state, stop)
 
-    monkeypatch.setattr(t2i, "train", train)
+    monkeypatch.setattr(script, "train", train)
     flags = ("--max_train_steps", "16", "--learning_rate", "3e-3", "--validation_steps", "8", "--lora_dropout", "0.1")
     folder = quick("--validation_prompt", "a toy", *DRAW, *flags, "--skip_final_inference")
     assert starts[0] == starts[1]
@@ -177,9 +184,9 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
 # ------------------------------------------------------------------------------------------------------- final pictures
 
 
-def test_final_pictures_come_from_the_saved_file_at_three_strengths(t2i, quick, tiny, monkeypatch):
+def test_final_pictures_come_from_the_saved_file_at_three_strengths(script, quick, tiny, monkeypatch):
     """Each equals what a fresh pipeline draws with the LoRA file at that strength."""
-    calls, reads = spy(monkeypatch, t2i, "train"), spy(monkeypatch, t2i, "load_lora")
+    calls, reads = spy(monkeypatch, script, "train"), spy(monkeypatch, script, "load_lora")
     flags = (
         "--final_validation_prompt",
         "a toy",
@@ -197,13 +204,13 @@ def test_final_pictures_come_from_the_saved_file_at_three_strengths(t2i, quick, 
     assert files_of(final) == {"contact_sheet.png"} | {f"strength-{s}/prompt-0_image-0.png" for s in STRENGTHS}
     assert size_of(final / "contact_sheet.png") == (3 * (256 + 8) + 8, 256 + 28 + 24)
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    base = draw(t2i, run, parts, pipeline, "a toy")
+    base = draw(script, run, parts, pipeline, "a toy")
     pipeline.load_lora_weights(folder, weight_name=LORA, adapter_name="lora")
     distances = []
     for strength in STRENGTHS:
         pipeline.set_adapters("lora", float(strength))
         shown = pixels(final / f"strength-{strength}" / "prompt-0_image-0.png")
-        assert np.abs(shown - draw(t2i, run, parts, pipeline, "a toy")).max() <= 1
+        assert np.abs(shown - draw(script, run, parts, pipeline, "a toy")).max() <= 1
         distances.append(np.abs(shown - base).mean())
     assert min(distances) > 0 and len(set(distances)) == 3
 
@@ -224,13 +231,13 @@ def test_skipping_the_final_pictures_keeps_those_of_training(quick):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), TypeError("a new diffusers"), KeyError("part")])
-def test_final_pictures_that_fail_are_a_warning_and_the_lora_stays(t2i, quick, monkeypatch, capsys, error):
+def test_final_pictures_that_fail_are_a_warning_and_the_lora_stays(script, quick, monkeypatch, capsys, error):
     """Whatever goes wrong after the save: exit without an error, LoRA and card are there."""
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(t2i, "generate", fail)
+    monkeypatch.setattr(script, "generate", fail)
     folder = quick("--final_validation_prompt", "a toy", *DRAW)
     said = capsys.readouterr().err
     assert "final pictures: failed" in said and type(error).__name__ in said
@@ -281,12 +288,13 @@ def test_a_tracker_that_fails_is_a_warning_and_training_goes_on(quick, monkeypat
 # ----------------------------------------------------------------------------------------------------------------- card
 
 
-def test_the_card_parses_and_its_gallery_shows_pictures_that_exist(quick):
+def test_the_card_parses_and_its_gallery_shows_pictures_that_exist(script, quick):
     """Tags, trigger, one widget per final picture with a path in the folder."""
     flags = ("--validation_prompt", "a toy", "a red toy", "--num_validation_images", "2", "--num_inference_steps", "1")
     folder = quick(*flags, "--max_train_steps", "1")
     data = card_of(folder).data.to_dict()
-    assert {"text-to-image", "lora", "diffusers", "flux2", "template:sd-lora"} <= set(data["tags"])
+    assert data["pipeline_tag"] == script.TASK
+    assert {script.TASK, "lora", "diffusers", "flux2", "template:sd-lora"} <= set(data["tags"])
     assert data["instance_prompt"] == "a photo of sks toy"
     assert [widget["text"] for widget in data["widget"]] == ["a toy", "a toy", "a red toy", "a red toy"]
     for widget in data["widget"]:
@@ -317,6 +325,7 @@ def test_the_cards_snippet_runs_as_it_stands(quick, tiny, tmp_path, monkeypatch)
     (tmp_path / "desk").mkdir()
     (tmp_path / "desk" / tiny.name).symlink_to(tiny)
     (tmp_path / "desk" / folder.name).symlink_to(folder)
+    draw_photo(tmp_path / "desk" / "reference.png", (96, 64), seed=1)  # what a snippet for edits asks for
     monkeypatch.chdir(tmp_path / "desk")
     names = {}
     exec(compile(code.replace(offload, ""), "snippet", "exec"), names)

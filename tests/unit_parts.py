@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def start_run(t2i: Any, model: Path, folder: Path, *flags: str | Path) -> Any:
+def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any:
     """The `Run` of a 64 px command line with the model; a later flag replaces an earlier one. Nothing is loaded.
 
     `folder` gets the output, and holds the (empty) data folder unless the flags name one.
@@ -19,7 +19,7 @@ def start_run(t2i: Any, model: Path, folder: Path, *flags: str | Path) -> Any:
     words += ["--max_sequence_length", "64", "--report_to", "none", "--dataloader_num_workers", "0"]
     if "--dataset_name" not in flags and "--instance_data_dir" not in flags:
         words += ["--instance_data_dir", data]
-    return t2i.start_accelerator(t2i.parse_args([str(word) for word in [*words, *flags]]))
+    return script.start_accelerator(script.parse_args([str(word) for word in [*words, *flags]]))
 
 
 @contextlib.contextmanager

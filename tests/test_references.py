@@ -1,0 +1,790 @@
+"""References of the image-to-image script: prepared, encoded and placed as the installed pipelines do at inference."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photo, draw_photos
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL import Image, ImageDraw, ImageOps
+from unit_parts import log_lines, start_run
+
+FAMILIES = ("dev", "klein")
+# (width, height) of references: odd, at the limits of the pipelines, above 1 MP, exactly 1 MP.
+ODD_SIZES = {
+    "square": (64, 64),
+    "eight to one": (512, 64),
+    "one to eight": (64, 512),
+    "odd": (777, 333),
+    "exactly one megapixel": (1024, 1024),
+    "a little above": (1025, 1024),
+    "a photograph": (4000, 3000),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tiny, tiny_klein) -> dict:
+    """The model folders by family."""
+    return {"dev": tiny, "klein": tiny_klein}
+
+
+def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A picture of (width, height) with detail everywhere: any shift or second resize shows."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (max(1, size[1] // 4), max(1, size[0] // 4), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def reference_of(i2i, run, path: Path):
+    """The `Reference` that the script makes of a file."""
+    picture = i2i.decode_picture(path.read_bytes())
+    size = picture.height, picture.width
+    target = i2i.whole_tokens(i2i.capped_size(size), run.cell)
+    return i2i.Reference(i2i.Source(path.name, path), i2i.digest(path.name, size), size, target)
+
+
+def arguments(i2i, *flags):
+    """The parsed command line without its checks."""
+    return i2i.build_parser().parse_args([str(word) for word in flags])
+
+
+# -------------------------------------------------------------------------------------------- parity with the pipelines
+
+
+def pipeline_inputs(i2i, run, vae, pictures: list[Image.Image], family: str) -> list[dict]:
+    """Every input that the installed pipeline gives the transformer for these reference pictures, size 48 x 80."""
+    calls = []
+    transformer = i2i.load_transformer(run).eval()
+    transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
+    parts = SimpleNamespace(transformer=transformer, vae_on_device=lambda run: vae)
+    pipeline = i2i.make_pipeline(run, parts)
+    generator = torch.Generator().manual_seed(0)
+    options = {"negative_prompt_embeds": torch.zeros(1, 8, 96, dtype=run.dtype)} if family == "klein" else {}
+    pipeline(
+        image=pictures,
+        prompt_embeds=torch.randn(1, 8, 96, generator=generator).to(run.dtype),
+        height=48,
+        width=80,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="latent",
+        **options,
+    )
+    return calls
+
+
+def check_parity(i2i, run, paths: list[Path], family: str) -> None:
+    """Tokens and ids of the references are those that the pipeline feeds the transformer, with a difference of 0."""
+    space, vae = i2i.open_latent_space(run), i2i.load_vae(run)
+    parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    references = [reference_of(i2i, run, path) for path in paths]
+    ours = i2i.encode_references(run, parts, [[reference.pixels() for reference in references]])
+    pictures = [i2i.decode_picture(path.read_bytes()) for path in paths]
+    (theirs,) = pipeline_inputs(i2i, run, vae, pictures, family)
+    tokens, ids = (torch.cat(part, dim=1) for part in zip(*ours, strict=True))
+    assert torch.equal(ids[0], theirs["img_ids"][0, 15:])
+    difference = (tokens.to(run.dtype) - theirs["hidden_states"][:, 15:]).abs().max()
+    assert tokens.shape == theirs["hidden_states"][:, 15:].shape and difference == 0
+
+
+@pytest.mark.parametrize("name", ODD_SIZES)
+def test_a_reference_of_any_size_gives_the_pipelines_tokens_and_ids(i2i, tiny, tmp_path, name):
+    """From the decoded picture on: area cap, floor to whole tokens, centre crop, encoding, normalisation, packing."""
+    path = tmp_path / "reference.png"
+    noise_picture(ODD_SIZES[name]).save(path)
+    check_parity(i2i, start_run(i2i, tiny, tmp_path), [path], "dev")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_references_of_different_sizes_give_the_pipelines_tokens_and_ids(
+    i2i, models, family, precision, tmp_path
+):
+    """T is 10, 20, 30, each with rows and columns of its own from 0."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, size in zip(paths, ((96, 64), (70, 140), (200, 90)), strict=True):
+        noise_picture(size).save(path)
+    check_parity(i2i, start_run(i2i, models[family], tmp_path, "--mixed_precision", precision), paths, family)
+
+
+@pytest.mark.parametrize("kind", ["grey", "turned by EXIF", "transparent", "palette"])
+def test_a_reference_is_decoded_by_us_before_the_pipelines_rules_apply(i2i, tiny, tmp_path, kind):
+    """Upright, in RGB, on white: the pipeline alone would resize first and ignore EXIF."""
+    path, picture = tmp_path / "reference.png", noise_picture((300, 180))
+    if kind == "turned by EXIF":
+        path = draw_photo(tmp_path / "reference.jpg", (300, 180), 0, exif_orientation=6)
+        assert i2i.decode_picture(path.read_bytes()).size == (180, 300)
+    elif kind == "transparent":
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(path)
+    else:
+        picture.convert("L" if kind == "grey" else "P").save(path)
+    check_parity(i2i, start_run(i2i, tiny, tmp_path), [path], "dev")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i, models, family, precision, tmp_path):
+    """Same noise, sigma, prompt and two references: the velocity of the target's tokens differs by exactly 0."""
+    run = start_run(i2i, models[family], tmp_path, "--mixed_precision", precision)
+    space, vae, outputs = i2i.open_latent_space(run), i2i.load_vae(run), []
+    transformer = i2i.load_transformer(run).eval()
+    hook = transformer.register_forward_hook(
+        lambda _, args, kwargs, output: outputs.append((dict(kwargs), output[0])), with_kwargs=True
+    )
+    pictures = [noise_picture((96, 64), 1), noise_picture((64, 128), 2)]
+    pipeline = i2i.make_pipeline(run, SimpleNamespace(transformer=transformer, vae_on_device=lambda run: vae))
+    options = {"negative_prompt_embeds": torch.zeros(1, 8, 96, dtype=run.dtype)} if family == "klein" else {}
+    embeds = torch.randn(1, 8, 96, generator=torch.Generator().manual_seed(0)).to(run.dtype)
+    pipeline(image=pictures, prompt_embeds=embeds, height=48, width=80, num_inference_steps=2, output_type="latent",
+             guidance_scale=1.0, **options)  # fmt: skip
+    hook.remove()
+    parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    views = [i2i.crop_to_pixels(picture, (picture.height, picture.width), None, False) for picture in pictures]
+    references = i2i.encode_references(run, parts, [views])
+    assert len(outputs) == 2
+    for (inputs, output), sigma in zip(outputs, pipeline.scheduler.sigmas, strict=False):
+        with torch.no_grad():
+            velocity = i2i.predict_velocity(run.args, transformer, inputs["hidden_states"][:, :15], sigma.expand(1),
+                                            embeds, 3, 5, references)  # fmt: skip
+        assert velocity.shape == (1, 15, 32) and (velocity - output[:, :15]).abs().max() == 0
+
+
+def test_every_sample_of_a_batch_has_the_same_position_ids(i2i, tiny, tmp_path):
+    """T counts the references of one sample, not the samples of a batch."""
+    run = start_run(i2i, tiny, tmp_path)
+    vae = i2i.load_vae(run)
+    parts = SimpleNamespace(space=i2i.open_latent_space(run), vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    views = [[torch.rand(3, 64, 64), torch.rand(3, 32, 96)] for _ in range(3)]
+    (first, first_ids), (second, second_ids) = i2i.encode_references(run, parts, views)
+    assert first.shape == (3, 16, 32) and second.shape == (3, 12, 32)
+    assert first_ids.shape == (1, 16, 4) and set(first_ids[0, :, 0].tolist()) == {10}
+    assert second_ids.shape == (1, 12, 4) and set(second_ids[0, :, 0].tolist()) == {20}
+    assert first_ids[0, :, 1].max() == 3 and second_ids[0, -1].tolist() == [20, 1, 5, 0]
+
+
+def test_references_are_the_mean_of_the_distribution_even_when_targets_are_sampled(i2i, tiny, tmp_path):
+    """As at inference: --vae_encode_mode sample is about targets."""
+    space = i2i.open_latent_space(start_run(i2i, tiny, tmp_path))
+    pixels = torch.rand(3, 64, 64) * 2 - 1
+    tokens = []
+    for mode in ("mode", "sample"):
+        run = start_run(i2i, tiny, tmp_path, "--vae_encode_mode", mode)
+        vae = i2i.load_vae(run)
+        parts = SimpleNamespace(space=space, vae_on_device=lambda run, vae=vae: vae, rest_vae=lambda args: None)
+        tokens.append(i2i.encode_references(run, parts, [[pixels]])[0][0])
+    assert torch.equal(*tokens)
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    "size", [(63, 63), (64, 64), (64, 63), (512, 64), (513, 64), (64, 513), (800, 100), (801, 100), (2000, 1000)]
+)
+def test_the_data_check_refuses_what_the_pipeline_refuses(i2i, size):
+    """A side under 64 pixels, a shape beyond 8:1; the name and the size are in the reason."""
+    problems = i2i.row_problems(arguments(i2i), [("target", (10, 10)), ("ref.png", size[::-1])])
+    try:
+        Flux2ImageProcessor.check_image_input(Image.new("RGB", size))
+        assert problems == {}
+    except ValueError:
+        assert list(problems) == ["ref.png"] and f"{size[0]} x {size[1]}" in problems["ref.png"]
+
+
+def test_a_target_may_be_smaller_than_a_reference_may(i2i):
+    assert i2i.row_problems(arguments(i2i), [("target", (8, 300))]) == {}
+
+
+# -------------------------------------------------------------------------------------------------------- aligned pairs
+
+
+def coordinates(size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) whose colours tell where a pixel was: red is the column, green the row, blue a checkerboard."""
+    rows, columns = np.mgrid[0 : size[1], 0 : size[0]]
+    return np.stack([columns % 256, rows % 256, 255 * ((rows // 8 + columns // 8) % 2)], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("crop", [None, (0.0, 0.0), (0.37, 0.81), (0.999, 0.999)])
+def test_an_aligned_pair_stays_aligned_to_the_pixel(i2i, tmp_path, crop, flip):
+    """The reference is the target's negative: after crop and flip it still is, pixel by pixel."""
+    target = coordinates((200, 120))
+    for name, array in (("target", target), ("reference", 255 - target)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    sources = [i2i.Source(name, tmp_path / f"{name}.png") for name in ("target", "reference")]
+    picture = i2i.Picture(sources[0], "t", (120, 200), (96, 112))  # not enlarged or reduced: 120 rows are cut to 96
+    pair = i2i.Reference(sources[1], "r", (120, 200), (120, 112), pair_size=(120, 200))
+    pixels, reference = replace(picture, target=(120, 112)).pixels(crop, flip), pair.pixels(crop, flip)
+    assert pixels.shape == reference.shape == (3, 120, 112) and pixels.std() > 0.3
+    assert torch.allclose(pixels, -reference, atol=1e-6)
+
+
+def test_an_aligned_pair_that_is_resized_stays_aligned_within_rounding(i2i, tmp_path):
+    """Both go through the same resize: one level of 255 at most."""
+    target = np.asarray(noise_picture((300, 200)))
+    for name, array in (("target", target), ("reference", 255 - target)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    picture = i2i.Picture(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (128, 144))
+    pair = i2i.Reference(i2i.Source("r", tmp_path / "reference.png"), "r", (200, 300), (128, 144), pair_size=(200, 300))
+    pixels, reference = picture.pixels((0.5, 0.9), True), pair.pixels((0.5, 0.9), True)
+    assert (pixels + reference).abs().max() <= 1.01 * 2 / 255
+
+
+def test_an_aligned_reference_of_another_size_shows_the_same_place(i2i, tmp_path):
+    """Half as large as its target: a mark stays within one pixel of where the target has it."""
+    for name, scale in (("target", 2), ("reference", 1)):
+        image = Image.new("RGB", (150 * scale, 100 * scale))
+        ImageDraw.Draw(image).ellipse([88 * scale, 48 * scale, 112 * scale, 72 * scale], fill="white")
+        image.save(tmp_path / f"{name}.png")
+    picture = i2i.Picture(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (160, 160))
+    pair = i2i.Reference(i2i.Source("r", tmp_path / "reference.png"), "r", (100, 150), (160, 160), pair_size=(200, 300))
+    centers = []
+    for pixels in (picture.pixels((0.2, 0.9), False), pair.pixels((0.2, 0.9), False)):
+        mask = pixels.mean(dim=0) > 0
+        centers.append(mask.nonzero().float().mean(dim=0))
+    assert (centers[0] - centers[1]).abs().max() < 1
+
+
+def test_without_align_a_reference_keeps_its_own_frame_but_is_mirrored_with_its_target(i2i, tmp_path):
+    """The crop of the target is none of its business; an edit must not have to mirror."""
+    noise_picture((130, 100)).save(tmp_path / "r.png")
+    reference = i2i.Reference(i2i.Source("r", tmp_path / "r.png"), "r", (100, 130), (96, 128))
+    plain = reference.pixels()
+    assert torch.equal(reference.pixels((0.9, 0.1), False), plain)
+    assert torch.equal(reference.pixels((0.9, 0.1), True), plain.flip(-1))
+    array = torch.from_numpy(np.asarray(Image.open(tmp_path / "r.png"), dtype=np.float32))
+    assert torch.allclose(plain, array[2:98, 1:129].permute(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_a_pair_of_other_shapes_cannot_be_aligned_and_is_refused_by_name(i2i):
+    args = arguments(i2i, "--align_cond_image")
+    problems = i2i.row_problems(args, [("target.png", (200, 300)), ("same.png", (100, 150)), ("other.png", (100, 100))])
+    assert list(problems) == ["other.png"] and "300 x 200" in problems["other.png"]
+
+
+# -------------------------------------------------------------------------------------------------------------- listing
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """A folder with targets t0, t1, t2 and references a0, a1, a2, b0."""
+    data = tmp_path / "pairs"
+    for seed, name in enumerate(("t0", "t1", "t2", "a0", "a1", "a2", "b0")):
+        draw_photo(data / f"{name}.jpg", (96, 80), seed)
+    return data
+
+
+def write_metadata(folder: Path, *rows: dict) -> None:
+    """metadata.jsonl with these rows."""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def listed(i2i, folder: Path, *flags) -> list[tuple]:
+    """(target, caption, references) of the rows, by name."""
+    rows = i2i.list_rows(arguments(i2i, "--instance_data_dir", folder, *flags))
+    return [(row.picture.name, row.caption, [source.name for source in row.references]) for row in rows]
+
+
+def test_metadata_with_file_name_columns_gives_rows_with_several_one_and_no_reference(i2i, pairs):
+    """`file_name` is the target; every other *_file_name column is a reference, an empty cell is none."""
+    write_metadata(
+        pairs,
+        {"file_name": "t0.jpg", "first_file_name": "a0.jpg", "second_file_name": "b0.jpg", "text": "both"},
+        {"file_name": "t1.jpg", "first_file_name": "a1.jpg", "second_file_name": None, "text": "one"},
+        {"file_name": "t2.jpg", "text": "plain"},
+    )
+    with log_lines() as lines:
+        rows = listed(i2i, pairs)
+    assert rows == [("t0.jpg", "both", ["a0.jpg", "b0.jpg"]), ("t1.jpg", "one", ["a1.jpg"]), ("t2.jpg", "plain", [])]
+    assert any("1 of 3 rows have no reference and train as text-to-image" in line for line in lines)
+
+
+def test_metadata_columns_can_be_named_and_hold_lists(i2i, pairs):
+    """As in the relighting data set; with or without the ending _file_name."""
+    write_metadata(
+        pairs,
+        {"output": "t0.jpg", "file_name": ["a0.jpg", "b0.jpg"], "instruction": "x", "other_file_name": "a1.jpg"},
+        {"output": "t1.jpg", "file_name": [], "instruction": "y", "other_file_name": "a2.jpg"},
+    )
+    flags = ("--image_column", "output", "--caption_column", "instruction")
+    assert listed(i2i, pairs, *flags, "--cond_image_column", "file_name") == [
+        ("t0.jpg", "x", ["a0.jpg", "b0.jpg"]), ("t1.jpg", "y", []),
+    ]  # fmt: skip
+    assert listed(i2i, pairs, *flags, "--cond_image_column", "other", "file_name") == [
+        ("t0.jpg", "x", ["a1.jpg", "a0.jpg", "b0.jpg"]), ("t1.jpg", "y", ["a2.jpg"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["image_file_name", "target_file_name", "output_file_name", "edited_file_name"])
+def test_metadata_without_a_plain_file_name_has_its_target_under_a_usual_name(i2i, pairs, column):
+    write_metadata(pairs, {"source_file_name": "a0.jpg", column: "t0.jpg", "text": "x"})
+    assert listed(i2i, pairs) == [("t0.jpg", "x", ["a0.jpg"])]
+
+
+def test_metadata_may_be_csv(i2i, pairs):
+    (pairs / "metadata.csv").write_text("file_name,cond_file_name,text\nt0.jpg,a0.jpg,x\nt1.jpg,,y\n")
+    assert listed(i2i, pairs) == [("t0.jpg", "x", ["a0.jpg"]), ("t1.jpg", "y", [])]
+
+
+def test_metadata_about_single_pictures_trains_all_rows_as_text_to_image_and_says_so(i2i, pairs):
+    write_metadata(pairs, {"file_name": "t0.jpg", "text": "x"})
+    with log_lines() as lines:
+        rows = listed(i2i, pairs)
+    assert ("t0.jpg", "x", []) in rows and len(rows) == 7
+    assert any("7 of 7 rows have no reference" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--cond_image_column", "before"), "--cond_image_column before"),
+        (("--image_column", "after"), "--image_column after"),
+    ],
+)
+def test_a_column_that_metadata_lacks_is_an_error_with_those_there_are(i2i, pairs, flags, named):
+    write_metadata(pairs, {"file_name": "t0.jpg", "cond_file_name": "a0.jpg", "text": "x"})
+    with pytest.raises(i2i.UserError, match=named) as error:
+        listed(i2i, pairs, *flags)
+    assert "columns: file_name, cond_file_name, text" in str(error.value)
+    assert "metadata.jsonl" in str(error.value)
+
+
+def test_a_reference_column_without_metadata_is_an_error(i2i, pairs):
+    with pytest.raises(i2i.UserError, match=r"--cond_image_column: .*pairs has no metadata"):
+        listed(i2i, pairs, "--cond_image_column", "cond")
+
+
+def test_every_row_whose_reference_is_missing_is_listed(i2i, pairs):
+    """All of them at once, with the row and the file; also names that lead out of the folder."""
+    write_metadata(
+        pairs,
+        {"file_name": "t0.jpg", "cond_file_name": "gone.jpg"},
+        {"file_name": "t1.jpg", "cond_file_name": "a1.jpg"},
+        {"file_name": "t2.jpg", "cond_file_name": "../secret.jpg"},
+    )
+    shutil.copy(pairs / "a0.jpg", pairs.parent / "secret.jpg")
+    with pytest.raises(i2i.UserError) as error:
+        listed(i2i, pairs)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and "row 1" in lines[1] and "gone.jpg" in lines[1]
+    assert "row 3" in lines[2] and "leads out" in lines[2]
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path, Path]:
+    """Folders of targets and of two kinds of references with the same stems, one of them in a subfolder."""
+    target, first, second = (tmp_path / name for name in ("target", "first", "second"))
+    for seed, stem in enumerate(("a", "b", "sub/c")):
+        draw_photo(target / f"{stem}.jpg", (96, 80), seed)
+        draw_photo(first / f"{stem}.jpeg", (80, 96), seed + 10)
+    draw_photo(second / "b.jpg", (64, 64), 30)
+    (target / "a.txt").write_text("make it night")
+    return target, first, second
+
+
+def test_two_folders_are_matched_by_stem_whatever_the_ending(i2i, folders):
+    target, first, _ = folders
+    assert listed(i2i, target, "--cond_data_dir", first) == [
+        ("a.jpg", "make it night", ["first/a.jpeg"]), ("b.jpg", None, ["first/b.jpeg"]),
+        (str(Path("sub/c.jpg")), None, ["first/sub/c.jpeg"]),
+    ]  # fmt: skip
+
+
+def test_several_reference_folders_give_different_numbers_of_references(i2i, folders):
+    target, first, second = folders
+    rows = listed(i2i, target, "--cond_data_dir", first, second)
+    assert [references for _, _, references in rows] == [
+        ["first/a.jpeg"],
+        ["first/b.jpeg", "second/b.jpg"],
+        ["first/sub/c.jpeg"],
+    ]
+
+
+def test_references_inside_the_data_folder_are_no_targets(i2i, folders):
+    target, first, _ = folders
+    shutil.move(first, target / "references")
+    rows = listed(i2i, target, "--cond_data_dir", target / "references")
+    assert [name for name, _, _ in rows] == ["a.jpg", "b.jpg", str(Path("sub/c.jpg"))]
+
+
+def test_every_unmatched_stem_is_listed_on_either_side(i2i, folders):
+    target, first, _ = folders
+    draw_photo(target / "alone.jpg", (80, 80), 40)
+    draw_photo(first / "lonely.jpg", (80, 80), 41)
+    with pytest.raises(i2i.UserError, match=r"2 file\(s\) without a partner") as error:
+        listed(i2i, target, "--cond_data_dir", first)
+    assert str(target / "alone.jpg") in str(error.value) and str(first / "lonely.jpg") in str(error.value)
+
+
+def test_two_files_of_one_stem_are_an_error(i2i, folders):
+    target, first, _ = folders
+    shutil.copy(first / "a.jpeg", first / "a.png")
+    with pytest.raises(i2i.UserError, match=r"a\.jpeg and a\.png have the same stem"):
+        listed(i2i, target, "--cond_data_dir", first)
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def as_parquet(folder: Path, columns: dict, features: dict) -> Path:
+    """A local data set as one parquet file, as the Hub shows it."""
+    (folder / "data").mkdir(parents=True)
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo_paths(tmp_path_factory) -> list[str]:
+    """Files of five drawn photographs."""
+    return sorted(map(str, draw_photos(tmp_path_factory.mktemp("photos") / "p").glob("*.jpg")))
+
+
+def rows_of(i2i, name: Path, tmp_path: Path, *flags) -> list:
+    """The rows of a data set, with a cache of this test's own."""
+    return i2i.list_rows(arguments(i2i, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
+
+
+RELIGHTING = ("--image_column", "output", "--cond_image_column", "file_name", "--caption_column", "instruction")
+
+
+def test_the_columns_of_the_relighting_data_set_give_triplets(i2i, tmp_path, photo_paths):
+    """Bytes as they are; a cell without a picture is a row of plain text-to-image."""
+    image = datasets.Image()
+    photos = [{"bytes": Path(path).read_bytes(), "path": Path(path).name} for path in photo_paths]
+    columns = {"output": photos[:3], "file_name": [*photos[3:], None], "instruction": ["x", "y", "z"]}
+    features = {"output": image, "file_name": image, "instruction": datasets.Value("string")}
+    name = as_parquet(tmp_path / "d", columns, features)
+    rows = rows_of(i2i, name, tmp_path, *RELIGHTING)
+    assert [row.caption for row in rows] == ["x", "y", "z"]
+    assert [row.picture.read() for row in rows] == [Path(path).read_bytes() for path in photo_paths[:3]]
+    assert [[source.read() for source in row.references] for row in rows] == [
+        [Path(photo_paths[3]).read_bytes()], [Path(photo_paths[4]).read_bytes()], [],
+    ]  # fmt: skip
+    assert rows[0].references[0].name == "row 0, file_name"
+
+
+def test_columns_with_lists_and_several_columns_add_up(i2i, tmp_path, photo_paths):
+    image = datasets.Image()
+    columns = {"image": photo_paths[:2], "many": [photo_paths[2:5], []], "one": [None, photo_paths[4]]}
+    name = as_parquet(tmp_path / "d", columns, {"image": image, "many": datasets.List(image), "one": image})
+    rows = rows_of(i2i, name, tmp_path, "--cond_image_column", "one", "many")
+    found = [[source.read() for source in row.references] for row in rows]
+    assert found == [[Path(path).read_bytes() for path in photo_paths[2:5]], [Path(photo_paths[4]).read_bytes()]]
+    assert [source.name for source in rows[0].references] == [f"row 0, many {item}" for item in range(3)]
+
+
+def test_reference_columns_are_found_by_usual_names_only_where_they_hold_pictures(i2i, tmp_path, photo_paths):
+    """A column `source` with a web address is no reference."""
+    image, text = datasets.Image(), datasets.Value("string")
+    columns = dict(zip(("image", "cond_image", "mask"), ([path] for path in photo_paths), strict=False))
+    features = {"image": image, "source": text, "cond_image": image, "mask": image}
+    name = as_parquet(tmp_path / "d", {**columns, "source": ["somewhere"]}, features)
+    with log_lines() as lines:
+        rows = rows_of(i2i, name, tmp_path)
+    assert [source.name for source in rows[0].references] == ["row 0, cond_image"]
+    assert any("references from cond_image" in line for line in lines)
+
+
+def test_a_missing_reference_column_of_a_data_set_names_those_there_are(i2i, tmp_path, photo_paths):
+    name = as_parquet(tmp_path / "d", {"image": photo_paths[:1]}, {"image": datasets.Image()})
+    with pytest.raises(i2i.UserError, match=r"--cond_image_column before: not in .*columns: image"):
+        rows_of(i2i, name, tmp_path, "--cond_image_column", "before")
+
+
+# -------------------------------------------------------------------------------------------- checks, groups and visits
+
+
+def checked(i2i, tiny, tmp_path: Path, *flags) -> tuple:
+    """(run, samples, log lines) after the data check."""
+    run = start_run(i2i, tiny, tmp_path, *flags)
+    with log_lines() as lines:
+        samples, _ = i2i.check_data(run)
+    return run, samples, lines
+
+
+def test_an_empty_reference_is_named_and_its_row_can_be_skipped(i2i, tiny, folders, tmp_path):
+    target, first, _ = folders
+    (first / "b.jpeg").write_bytes(b"")
+    flags = ("--instance_data_dir", target, "--cond_data_dir", first)
+    with pytest.raises(i2i.UserError, match=r"first/b\.jpeg: empty file \(0 bytes\)"):
+        checked(i2i, tiny, tmp_path, *flags)
+    _, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--on_bad_image", "skip")
+    assert [sample.source.name for sample in samples] == ["a.jpg", str(Path("sub/c.jpg"))]
+
+
+def test_all_bad_references_are_in_one_list_with_the_bad_targets(i2i, tiny, folders, tmp_path):
+    target, first, _ = folders
+    noise_picture((40, 200)).save(first / "a.jpeg")
+    noise_picture((900, 100)).save(first / "b.jpeg")
+    (target / "sub" / "c.jpg").write_bytes(b"no picture")
+    with pytest.raises(i2i.UserError) as error:
+        checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first)
+    text = str(error.value)
+    assert "3 picture(s)" in text and "64 pixels a side, it has 40 x 200" in text and "8:1 at most" in text
+    assert "c.jpg: not a picture" in text
+
+
+def test_one_reference_of_many_rows_is_decoded_once(i2i, tiny, pairs, tmp_path, monkeypatch):
+    rows = [{"file_name": f"t{number}.jpg", "cond_file_name": "a0.jpg", "text": "x"} for number in range(3)]
+    write_metadata(pairs, *rows)
+    decoded = []
+    monkeypatch.setattr(
+        i2i, "decode_picture", lambda data, original=i2i.decode_picture: decoded.append(1) or original(data)
+    )
+    _, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", pairs)
+    assert len(decoded) == 4 and len({sample.references[0].sha256 for sample in samples}) == 1
+
+
+def test_the_log_tells_the_groups_the_longest_sequence_and_groups_smaller_than_the_batch(i2i, tiny, folders, tmp_path):
+    target, first, second = folders
+    flags = ("--instance_data_dir", target, "--cond_data_dir", first, second, "--train_batch_size", "2")
+    _, samples, lines = checked(i2i, tiny, tmp_path, *flags)
+    assert len({sample.geometry for sample in samples}) == 2
+    assert any("2 groups of equal geometry" in line for line in lines)
+    assert any("16 target + 46 reference tokens" in line for line in lines)  # 80 x 96 and 64 x 64
+    assert any("1 groups have fewer than 2 rows" in line for line in lines)
+
+
+def test_a_crop_that_only_the_target_gets_is_a_warning_unless_the_pair_is_aligned(i2i, tiny, tmp_path):
+    """Otherwise the LoRA learns to crop, and nobody said so."""
+    draw_photo(tmp_path / "t" / "a.jpg", (160, 80), 0)
+    draw_photo(tmp_path / "r" / "a.jpg", (160, 80), 1)
+    flags = ("--instance_data_dir", tmp_path / "t", "--cond_data_dir", tmp_path / "r")
+    said = [any("learn to crop" in line for line in checked(i2i, tiny, tmp_path, *flags, *more)[2])
+            for more in ((), ("--align_cond_image",), ("--aspect_ratio_buckets", "64,128"))]  # fmt: skip
+    assert said == [True, False, False]
+
+
+def test_a_batch_holds_rows_of_one_geometry_and_nothing_is_dropped(i2i):
+    """Ten rows in four groups, one without references: after as many rounds every row was seen equally often."""
+    sizes = [(64, 64), (64, 96)]
+    geometries = [((64, 64), sizes[n % 2]) for n in range(6)] + [((64, 64),)] * 3 + [((64, 64), *sizes)]
+    stream = i2i.SampleStream(geometries, 3, 0, "instance")
+    visits = [[index for index, _ in stream.micro_batch(step)] for step in range(10)]
+    assert all(len({geometries[index] for index in batch}) == 1 for batch in visits)
+    counts = [sum(batch.count(index) for batch in visits) for index in range(10)]
+    assert counts == [3] * 10
+
+
+def visit_set(i2i, tiny, folders, tmp_path, *flags):
+    """A TrainingSet over the two folders."""
+    target, first, _ = folders
+    run, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first, *flags)
+    space = i2i.open_latent_space(run)
+    if run.args.cache_latents:
+        i2i.cache_latents(run, space, [*samples, *(picture for sample in samples for picture in sample.references)])
+    return i2i.TrainingSet(run, space, samples, "instance")
+
+
+def test_references_are_dropped_with_the_probability_asked_for_and_by_the_position_alone(i2i, tiny, folders, tmp_path):
+    """0 never, 1 always; a visit is the same whenever it is made."""
+    counts = {}
+    for share in ("0", "0.3", "1"):
+        data = visit_set(i2i, tiny, folders, tmp_path, "--cond_dropout", share, "--seed", "5")
+        counts[share] = [not data[position % 3, position]["references"] for position in range(60)]
+    assert sum(counts["0"]) == 0 and sum(counts["1"]) == 60 and 8 <= sum(counts["0.3"]) <= 28
+    again = visit_set(i2i, tiny, folders, tmp_path, "--cond_dropout", "0.3", "--seed", "5")
+    assert [not again[position % 3, position]["references"] for position in range(60)] == counts["0.3"]
+
+
+def test_a_dropped_reference_leaves_noise_sigma_and_caption_as_they_are(i2i, tiny, folders, tmp_path):
+    kept = visit_set(i2i, tiny, folders, tmp_path)[0, 7]
+    dropped = visit_set(i2i, tiny, folders, tmp_path, "--cond_dropout", "1")[0, 7]
+    assert kept["references"] and dropped["references"] == [] and kept["caption"] == dropped["caption"]
+    for name in ("noise", "u", "pixels"):
+        assert torch.equal(kept[name], dropped[name])
+
+
+@pytest.mark.parametrize("extra", [(), ("--align_cond_image",)])
+def test_cached_references_are_those_that_are_encoded_on_the_way(i2i, tiny, folders, tmp_path, extra):
+    """Both orientations; the target's too."""
+    target, first, _ = folders
+    for path in first.rglob("*.jpeg"):  # an aligned pair needs one shape
+        draw_photo(path, (192, 160), 3)
+    flags = ("--random_flip", "--center_crop", *extra)
+    cached = visit_set(i2i, tiny, folders, tmp_path / "a", *flags, "--cache_latents")
+    plain = visit_set(i2i, tiny, folders, tmp_path / "b", *flags)
+    vae = i2i.load_vae(plain.run)
+    flips = set()
+    for position in range(8):
+        one, other = cached[position % 3, position], plain[position % 3, position]
+        flips.add(i2i.TrainingSet.draw(plain, "flip", position) < 0.5)
+        for moments, pixels in zip(one["references"], other["references"], strict=True):
+            assert torch.allclose(moments, i2i.encode_pixels(vae, pixels[None])[0], atol=1e-5)
+        assert torch.allclose(one["moments"], i2i.encode_pixels(vae, other["pixels"][None])[0], atol=1e-5)
+    assert flips == {True, False}
+
+
+def test_target_and_reference_of_the_same_file_have_cache_files_of_their_own(i2i, tiny, folders, tmp_path):
+    """Cropped to the bucket and prepared as a reference are two things, even at one size."""
+    space = i2i.open_latent_space(start_run(i2i, tiny, tmp_path))
+    picture = i2i.Picture(i2i.Source("x"), "0", (70, 70), (64, 64))
+    others = [
+        i2i.Reference(*vars(picture).values()),
+        i2i.Reference(*vars(picture).values(), pair_size=(70, 70)),
+        i2i.Reference(*vars(picture).values(), pair_size=(140, 140)),
+    ]
+    assert len({space.path(one, False) for one in [picture, *others]}) == 4
+
+
+def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
+    """Content, number, order and preparation of the references are part of what a resumed run must find."""
+    target, first, _ = folders
+    flags = ("--instance_data_dir", target, "--cond_data_dir", first)
+    run, samples, _ = checked(i2i, tiny, tmp_path, *flags)
+    key = "instance data"
+    before = i2i.fingerprint(run, [i2i.Stream("instance", samples)])[key]
+    assert i2i.fingerprint(run, [i2i.Stream("instance", list(samples))])[key] == before
+    reference = samples[0].references[0]
+    for other in (
+        (),
+        (reference, reference),
+        (replace(reference, sha256="0"),),
+        (replace(reference, pair_size=(1, 1)),),
+    ):
+        changed = [replace(samples[0], references=other), *samples[1:]]
+        assert i2i.fingerprint(run, [i2i.Stream("instance", changed)])[key] != before
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+class Answers(torch.nn.Module):
+    """A transformer that predicts the target's tokens perfectly and writes `rubbish` behind them."""
+
+    config = SimpleNamespace(guidance_embeds=False)
+
+    def __init__(self, velocity: torch.Tensor, rubbish: float) -> None:
+        super().__init__()
+        self.velocity, self.rubbish = velocity, rubbish
+
+    def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor]:
+        rest = torch.full_like(hidden_states[:, self.velocity.shape[1] :], self.rubbish)
+        return (torch.cat([self.velocity, rest], dim=1),)
+
+
+@pytest.mark.parametrize("reference_tokens", [10, 4, 30])
+def test_the_loss_is_on_the_targets_tokens_only(i2i, reference_tokens):
+    """Whatever stands at the references; a slice from the other end, or none, would see the rubbish."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 10, 32, generator=generator) for _ in range(2))
+    references = [(torch.randn(2, reference_tokens, 32), i2i.position_ids(1, reference_tokens, time=10))]
+    model = Answers(noise - clean, rubbish=100.0)
+    inputs = clean, noise, torch.tensor([0.3, 0.8]), torch.zeros(2, 4, 96), 2, 5
+    assert i2i.flow_matching_losses(arguments(i2i), model, *inputs, references).tolist() == [0.0, 0.0]
+    model.velocity = torch.zeros_like(clean)
+    losses = i2i.flow_matching_losses(arguments(i2i), model, *inputs, references)
+    assert torch.allclose(losses, (noise - clean).square().mean(dim=(1, 2)))
+
+
+def test_references_and_their_order_reach_the_prediction(i2i, tiny, tmp_path):
+    """Without this the parity could hold between constants."""
+    run = start_run(i2i, tiny, tmp_path)
+    transformer = i2i.load_transformer(run).eval()
+    first, second, noisy = (torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    ids = [i2i.position_ids(2, 2, time=time) for time in (10, 20)]
+
+    @torch.no_grad()
+    def predict(*references):
+        embeds = torch.ones(1, 8, 96)
+        return i2i.predict_velocity(run.args, transformer, noisy, torch.tensor([0.5]), embeds, 2, 2, list(references))
+
+    plain, one = predict(), predict((first, ids[0]))
+    both, swapped = predict((first, ids[0]), (second, ids[1])), predict((second, ids[0]), (first, ids[1]))
+    for a, b in ((plain, one), (one, both), (both, swapped)):
+        assert (a - b).abs().max() > 1e-3
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows_alone_with_kept_and_dropped_references(i2i, tiny, tmp_path):
+    """Four rows of one geometry, two of them without their references: two forwards, the order of the rows kept."""
+    run = start_run(i2i, tiny, tmp_path)
+    space, vae, transformer = i2i.open_latent_space(run), i2i.load_vae(run), i2i.load_transformer(run)
+    generator = torch.Generator().manual_seed(1)
+    embeds = {name: torch.randn(64, 96, generator=generator) for name in "abcd"}
+    prompts = SimpleNamespace(batch=lambda captions, dtype: torch.stack([embeds[name] for name in captions]))
+    parts = SimpleNamespace(space=space, prompts=prompts, transformer=transformer, vae_on_device=lambda run: vae,
+                            rest_vae=lambda args: None)  # fmt: skip
+    rows = []
+    for number, caption in enumerate("abcd"):
+        references = [torch.rand(3, 64, 80, generator=generator) * 2 - 1, torch.rand(3, 64, 64, generator=generator)]
+        rows.append({"target": (32, 48), "caption": caption, "u": torch.rand((), generator=generator),
+                     "noise": torch.randn(6, 32, generator=generator),
+                     "pixels": torch.rand(3, 32, 48, generator=generator) * 2 - 1,
+                     "references": references if number in (0, 3) else []})  # fmt: skip
+    together, sigmas = i2i.batch_losses(run, parts, i2i.collate(rows))
+    alone = [i2i.batch_losses(run, parts, i2i.collate([row])) for row in rows]
+    torch.testing.assert_close(together, torch.cat([losses for losses, _ in alone]), rtol=1e-5, atol=1e-5)
+    assert sigmas == [sigma for _, (sigma,) in alone] and together.std() > 1e-3
+    for number in (0, 3):  # the references do count
+        bare = i2i.batch_losses(run, parts, i2i.collate([{**rows[number], "references": []}]))[0]
+        assert abs(bare - together[number]) > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+def test_a_validation_reference_belongs_to_the_prompt_of_its_place(i2i, tiny, folders, tmp_path):
+    """The k-th to the k-th prompt; commas join references of one prompt; a prompt beyond has none."""
+    target, first, second = folders
+    flags = ("--instance_data_dir", target, "--validation_prompt", "x", "y", "z", "--validation_image")
+    images = first / "a.jpeg", f"{second / 'b.jpg'},{first / 'b.jpeg'}"
+    run = start_run(i2i, tiny, tmp_path, *flags, *images)
+    sizes = [[picture.size for picture in i2i.validation_references(run.args, row)] for row in range(3)]
+    assert sizes == [[(80, 96)], [(64, 64), (80, 96)], []]
+
+
+def test_the_size_of_a_validation_picture_is_the_trained_one_nearest_to_its_reference(i2i, tiny, folders, tmp_path):
+    """Or the one that was asked for; an aligned reference is brought to it."""
+    target, first, _ = folders
+    flags = ("--instance_data_dir", target, "--validation_prompt", "x", "--validation_image", first / "a.jpeg")
+    buckets = [(64, 96), (96, 80), (96, 64)]
+    size, inputs = i2i.validation_inputs(start_run(i2i, tiny, tmp_path, *flags), 0, buckets)
+    assert size == (96, 80) and [picture.size for picture in inputs["image"]] == [(80, 96)]
+    run = start_run(i2i, tiny, tmp_path, *flags, "--validation_size", "32,64")
+    assert i2i.validation_inputs(run, 0, buckets)[0] == (32, 64)
+    run = start_run(i2i, tiny, tmp_path, *flags, "--validation_size", "32,64", "--align_cond_image")
+    assert [picture.size for picture in i2i.validation_inputs(run, 0, buckets)[1]["image"]] == [(64, 32)]
+    bare = start_run(i2i, tiny, tmp_path, "--instance_data_dir", target, "--validation_prompt", "x")
+    assert i2i.validation_inputs(bare, 0, buckets) == ((64, 96), {})
+
+
+@pytest.mark.parametrize(("size", "reason"), [((63, 100), "64 pixels a side"), ((900, 100), "8:1 at most")])
+def test_a_validation_reference_that_the_pipeline_would_refuse_ends_the_check(
+    i2i, tiny, folders, tmp_path, size, reason
+):
+    """Before a model is loaded, not at the first validation."""
+    target, _, _ = folders
+    noise_picture(size).save(tmp_path / "v.png")
+    flags = ("--instance_data_dir", target, "--validation_prompt", "x", "--validation_image", tmp_path / "v.png")
+    with pytest.raises(i2i.UserError, match=reason) as error:
+        checked(i2i, tiny, tmp_path, *flags)
+    assert f"--validation_image {tmp_path / 'v.png'}" in str(error.value)
+
+
+def test_the_target_of_a_validation_row_is_known_when_a_training_row_asks_the_same(i2i, tiny, folders, tmp_path):
+    """By the content of the references and the prompt; the file may be a copy."""
+    target, first, _ = folders
+    shutil.copy(first / "a.jpeg", tmp_path / "copy.jpg")
+    flags = ("--instance_data_dir", target, "--cond_data_dir", first, "--validation_image", tmp_path / "copy.jpg")
+    run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--validation_prompt", "make it night")
+    known = i2i.known_sample(run.args, samples, 0, "make it night")
+    assert known.source.name == "a.jpg"
+    assert i2i.known_sample(run.args, samples, 0, "make it day") is None
+    assert i2i.known_sample(run.args, samples, 1, "make it night") is None
+
+
+def test_pixels_of_pictures_are_exactly_the_image_processors(i2i, tiny, tmp_path):
+    """The same operations in the same order, so that the parity of tokens can be exact."""
+    picture = noise_picture((64, 48))
+    theirs = Flux2ImageProcessor(vae_scale_factor=16).preprocess(picture, height=48, width=64, resize_mode="crop")
+    assert torch.equal(i2i.crop_to_pixels(picture, (48, 64), None, False)[None], theirs)
+    assert torch.equal(i2i.crop_to_pixels(picture, (48, 64), None, True), theirs[0].flip(-1))
+    assert ImageOps.mirror(picture).size == picture.size

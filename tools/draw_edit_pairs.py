@@ -1,0 +1,87 @@
+"""Draw pairs for training an edit: a reference, the same scene edited, and the instruction, from the drawn world.
+
+    python tools/draw_edit_pairs.py outputs/demo/night                       20 pairs "make it night" in two folders
+    python tools/draw_edit_pairs.py outputs/edits --count 300 --size 1024 --parquet
+                                                        a data set with the columns output, file_name and instruction
+
+The two folders, `reference` and `target`, hold files of the same names; `unseen` and `unseen_target` are for looking at
+the result. The data set has edits of several kinds and
+pictures of several shapes, as kontext-community/relighting has, whose column names these are. The same seed draws the
+same pairs.
+"""
+
+import argparse
+import io
+import random
+from pathlib import Path
+
+from PIL import Image
+from tiny_world import Scene, draw_night, draw_scene, random_edit, random_scene
+
+NIGHT = "make it night"
+UNSEEN_PAIRS = 4  # not to be trained on: to look at the LoRA with
+SHAPES = ((1, 1), (3, 4), (4, 3), (9, 16))  # height : width of the data set's pictures
+
+
+def draw_pair(scene: Scene, instruction: str, after: Scene | None, size: int) -> tuple[Image.Image, Image.Image]:
+    """(reference, target) of an edit; without a scene afterwards it is the same scene at night."""
+    return draw_scene(scene, size), draw_night(scene, size) if after is None else draw_scene(after, size)
+
+
+def crop_to_shape(picture: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """The middle of a square picture in a shape of (height, width)."""
+    height, width = (round(picture.width * side / max(shape)) for side in shape)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def draw_folders(folder: Path, count: int, size: int, seed: int) -> None:
+    """`count` pairs of the night edit as reference/NNN.png and target/NNN.png, and some more that are unseen."""
+    rng = random.Random(seed)
+    for number in range(count + UNSEEN_PAIRS):
+        scene, unseen = random_scene(rng), number >= count
+        names = ("unseen", "unseen_target") if unseen else ("reference", "target")
+        for name, picture in zip(names, draw_pair(scene, NIGHT, None, size), strict=True):
+            path = folder / name / f"{number - count * unseen:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+
+
+def draw_dataset(folder: Path, count: int, size: int, seed: int) -> None:
+    """A parquet file of `count` rows; the longer side of every picture has `size` pixels."""
+    import datasets
+
+    rng, columns = random.Random(seed), {"output": [], "file_name": [], "instruction": []}
+    for number in range(count):
+        scene, shape = random_scene(rng), SHAPES[number % len(SHAPES)]
+        instruction, after = random_edit(scene, rng) if number % 2 else (NIGHT, None)
+        pair = [crop_to_shape(picture, shape) for picture in draw_pair(scene, instruction, after, size)]
+        for name, picture in zip(("file_name", "output"), pair, strict=True):
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=92)
+            columns[name].append({"bytes": buffer.getvalue(), "path": f"{number:04d}_{name}.jpg"})
+        columns["instruction"].append(instruction)
+    image, text = datasets.Image(), datasets.Value("string")
+    features = datasets.Features({"output": image, "file_name": image, "instruction": text})
+    datasets.disable_progress_bars()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+
+
+def main() -> None:
+    """Draws what the command line asks for."""
+    parser = argparse.ArgumentParser(description="Draw pairs of pictures before and after an edit.")
+    parser.add_argument("folder", type=Path, help="where to draw; made if missing")
+    parser.add_argument("--count", type=int, default=20, help="pairs (default: 20)")
+    parser.add_argument("--size", type=int, default=128, help="pixels of the longer side (default: 128)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parquet", action="store_true", help="a data set in one parquet file instead of two folders")
+    args = parser.parse_args()
+    draw = draw_dataset if args.parquet else draw_folders
+    draw(args.folder, args.count, args.size, args.seed)
+    print(f"Drew {args.count} pairs into {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

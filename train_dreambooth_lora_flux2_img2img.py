@@ -1,0 +1,3407 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
+#     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
+#     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0",
+# ]
+# ///
+"""Train a FLUX.2 LoRA that edits pictures: reference picture(s) and an instruction in, the edited picture out.
+
+    python train_dreambooth_lora_flux2_img2img.py @configs/runs/demo_edit_cpu.args         CPU, embedded tiny model
+    accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
+        train_dreambooth_lora_flux2_img2img.py @configs/runs/relighting.args               one GPU, FLUX.2 [dev]
+
+Rows without a reference train as plain text-to-image in the same run. The file reads in the order of a run:
+
+    Arguments               flags, their checks, saved command lines; no heavy import before they pass
+    Model families          what differs between FLUX.2 [dev] and [klein]; where the parts of a model come from
+    Data                    decode policy, rows with references, buckets, the index of checked images, the sample stream
+    Text and latents        prompts, pictures and references are encoded once and cached by content
+    Models and LoRA         the frozen transformer and the fp32 adapter in it
+    Flow matching           noise, sigma, velocity and the loss on the target's tokens
+    Optimizer and schedule  AdamW, 8-bit AdamW, Prodigy; steps and epochs
+    Checkpoints             atomic, verified, exact resume
+    Validation and results  pictures, metrics, model card, upload
+    main                    the story of one run
+
+Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
+"""
+
+# region shared: arguments-imports
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import difflib
+import functools
+import gc
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# endregion shared: arguments-imports
+
+
+# ------------------------------------------------------------------------------------------------------------ Arguments
+# region shared: arguments
+Args = argparse.Namespace  # the flags, as parse_args returns them
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message says what is wrong, where, and what to do. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """Argparse type of a number in a range; `above` leaves out the lower end."""
+
+    cast: type
+    least: float
+    most: float = sys.float_info.max
+    above: bool = False
+
+    def __call__(self, text: str) -> float:
+        """The number. Raises ArgumentTypeError, which says the range."""
+        try:
+            value = self.cast(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {self.cast.__name__} value: '{text}'") from None
+        if not self.least <= value <= self.most or (self.above and value == self.least):
+            end = f" and at most {self.most}" if self.most < sys.float_info.max else " and finite"
+            word = "above" if self.above else "at least"
+            raise argparse.ArgumentTypeError(f"must be {word} {self.least}{end}, not {text}")
+        return value
+
+
+COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = Number(int, 1), Number(int, 0), Number(float, 0, above=True), Number(float, 0)
+SHARE, BETA, FINITE = Number(float, 0, 1), Number(float, 0, 1 - 2**-24), Number(float, -sys.float_info.max)
+
+
+def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """One row of the flag table.
+
+    `kind` is a type or a Number, bool for a switch (--no-NAME turns one off that is on by default), or the closed set
+    'a|b|c', in which upper and lower case are the same.
+    """
+    options |= {"default": default, "help": f"{help} (default: {default})"}
+    if kind is bool:
+        options |= {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    elif isinstance(kind, str):
+        options |= {"type": str.lower, "choices": kind.split("|")}
+    else:
+        options |= {"type": kind}
+    return name, options
+
+
+SHARED_FLAGS = {
+    "Model": [
+        flag("pretrained_model_name_or_path", str, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
+        flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
+        flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
+        flag("cache_dir", str, None, "where downloads are kept; None is the Hugging Face cache"),
+        flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
+    ],
+    "Data": [
+        flag("dataset_name", str, None, "hub id, or a folder that `datasets` can load, instead of --instance_data_dir"),
+        flag("dataset_config_name", str, None, "configuration of that data set"),
+        flag("image_column", str, "image", "column with the pictures to train on"),
+        flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction of metadata"),
+        flag("instance_data_dir", str, None, "folder of pictures, with NAME.txt captions or a metadata.jsonl/csv"),
+        flag("instance_prompt", str, None, "caption of pictures without one; replaces [trigger] in captions"),
+        flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
+        flag("repeats", COUNT, 1, "visits of each picture in one epoch"),
+        flag("on_bad_image", "error|skip", "error", "error: list bad pictures and stop; skip: train on the rest"),
+        flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
+    ],
+    "Image size": [
+        flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
+        flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+        flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
+        flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit"),
+        flag("random_flip", bool, False, "mirror half of the visits"),
+        flag("vae_encode_mode", "mode|sample", "mode", "mean of the VAE's distribution, as at inference, or a draw"),
+    ],
+    "Prior preservation": [],
+    "Text": [
+        flag("max_sequence_length", Number(int, 1, 512), 512, "text tokens with the template, at most 512"),
+        flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
+        flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
+        flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict",
+             "that server; this one was reported paused"),
+        flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    ],
+    "LoRA": [
+        flag("rank", COUNT, 16, "rank r of the LoRA matrices"),
+        flag("lora_alpha", POSITIVE, None, "the update is scaled by alpha / rank; None: rank"),
+        flag("lora_dropout", SHARE, 0.0, "dropout on the LoRA's input"),
+        flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
+        flag("init_lora_from", str, None, "start from this .safetensors LoRA of the same rank and modules"),
+    ],
+    "Flow matching": [
+        flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u, or weight"),
+        flag("logit_mean", FINITE, 0.0, "mean of logit(u); below 0 trains more on noisy images"),
+        flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)"),
+        flag("mode_scale", FINITE, 1.29, "scale of the mode density"),
+        flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (by image tokens, as "
+             "FLUX.2 is reported to have been trained), none, empirical (that of inference) or a number"),
+        flag("guidance_scale", NOT_NEGATIVE, 1.0, "embedded guidance while training; no effect on [klein]"),
+    ],
+    "Steps": [
+        flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
+        flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step"),
+        flag("num_train_epochs", COUNT, 1, "epochs of pictures x repeats samples"),
+        flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
+        flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
+        flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
+    ],
+    "Optimizer": [
+        flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy"),
+        flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
+        flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
+        flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)"),
+        flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)"),
+        flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)"),
+        flag("adam_weight_decay", NOT_NEGATIVE, 1e-4, "weight decay of the LoRA"),
+        flag("adam_epsilon", POSITIVE, 1e-8, "epsilon of the denominator"),
+        flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
+        flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay"),
+        flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction"),
+        flag("prodigy_safeguard_warmup", bool, True, "Prodigy: keep warm-up out of the step-size estimate"),
+        flag("max_grad_norm", POSITIVE, 1.0, "clip the LoRA's gradient to this L2 norm"),
+        flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
+             "schedule of the learning rate, in optimizer steps"),
+        flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up"),
+        flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts"),
+        flag("lr_power", NOT_NEGATIVE, 1.0, "power of polynomial"),
+    ],
+    "Memory and speed": [
+        flag("gradient_checkpointing", SHARE, 0.0, "recompute activations in the backward pass: alone in every block, "
+             "0.5 in half of them", nargs="?", const=1.0),
+        flag("cache_latents", bool, False, "encode the pictures once, to disk; fixes the crop to the centre"),
+        flag("latents_cache_dir", str, None, "where latents and prompt embeddings are kept; None: OUTPUT_DIR/cache"),
+        flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
+        flag("do_fp8_training", bool, False, "FP8 weights and matmuls in the frozen blocks: half their memory"),
+        flag("bnb_quantization_config_path", str, None, "JSON with a bitsandbytes configuration for the frozen base"),
+        flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+        flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
+    ],
+    "Checkpoints": [
+        flag("output_dir", str, "flux2-lora", "folder for everything that the run writes"),
+        flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
+        flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
+        flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
+        flag("resume_from_checkpoint", str, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
+        flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
+    ],
+    "Validation": [
+        flag("validation_prompt", str, None, "draw pictures of these prompts while training", nargs="+"),
+        flag("num_validation_images", NATURAL, 4, "pictures per prompt"),
+        flag("validation_epochs", COUNT, 50, "epochs between validations"),
+        flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
+        flag("num_inference_steps", COUNT, 28, "denoising steps per picture"),
+        flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
+        flag("validation_size", str, None, "'height,width' of those pictures; None: --resolution or the first bucket"),
+        flag("final_validation_prompt", str, None, "prompt of the last pictures; None: --validation_prompt"),
+        flag("skip_final_inference", bool, False, "no pictures at the end"),
+    ],
+    "Logging and Hub": [
+        flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
+        flag("logging_dir", str, "logs", "folder of the tracker files below OUTPUT_DIR"),
+        flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
+        flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
+        flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
+        flag("hub_private", bool, True, "create a private repository"),
+    ],
+    "Other": [flag("dry_run", bool, False, "check data and settings, print the plan, load no weights")],
+    "Accepted, no effect": [
+        flag("text_encoder_lr", float, None, "the text encoder is not trained"),
+        flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
+        flag("local_rank", int, None, "comes from the launcher"),
+        flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
+    ],
+}  # fmt: skip
+# Parsed so that saved command lines of other trainers run, and said so at start.
+ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
+PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "cond_data_dir", "output_dir",
+              "cache_dir", "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name",
+              "validation_image")  # fmt: skip
+SECRET_FLAGS = ("hub_token",)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
+# endregion shared: arguments
+
+# differs: the two scripts do different tasks
+TASK = "image-to-image"
+
+# differs: references are an image-to-image matter
+OWN_FLAGS = {
+    "Data": [
+        flag("cond_image_column", str, None, "column(s) with the references; None: found by usual names", nargs="+"),
+        flag("cond_data_dir", str, None, "folder(s) of references, matched by file name without ending", nargs="+"),
+        flag("cond_dropout", SHARE, 0.0, "probability of training a sample without its references"),
+    ],
+    "Image size": [
+        flag("align_cond_image", bool, False, "pixel-aligned pairs: references get the crop of their picture"),
+    ],
+    "Validation": [
+        flag("validation_image", str, None, "reference of the first prompt, of the second, ...; two of one prompt are "
+             "'a.png,b.png'", nargs="+"),
+    ],
+}  # fmt: skip
+
+
+# region shared: arguments-parsing
+DEFAULTS = {name: row["default"] for rows in [*SHARED_FLAGS.values(), *OWN_FLAGS.values()] for name, row in rows}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with the flags in their groups."""
+    summary, _, story = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=story.strip("\n"), allow_abbrev=False, exit_on_error=False,
+        usage="%(prog)s [@SAVED.args] [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for title, shared in SHARED_FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, options in shared + OWN_FLAGS.get(title, []):
+            alias = ("--lora_blocks",) if name == "lora_layers" else ()
+            group.add_argument(f"--{name}", *alias, **options)
+    return parser
+
+
+def expand_saved_lines(argv: list[str]) -> list[str]:
+    """Replaces each `@NAME.args` by the words of that file (shell quoting, # comments); other words stay."""
+    words: list[str] = []
+    for word in argv:
+        if word.startswith("@") and word.endswith(".args"):
+            try:
+                words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{word}: cannot read it ({error}); give the path of a saved command line") from None
+        else:
+            words.append(word)
+    return words
+
+
+def parse_words(parser: argparse.ArgumentParser, words: list[str]) -> tuple[Args, list[str]]:
+    """Parses `words`; a flag with a bad value is reported and left out so that all problems show at once."""
+    problems: list[str] = []
+    while True:
+        try:
+            namespace, unknown = parser.parse_known_args(words)
+            break
+        except argparse.ArgumentError as error:
+            problems.append(str(error).removeprefix("argument "))
+            words = without_flag(words, error.argument_name or "")
+    flags = [option for action in parser._actions for option in action.option_strings]
+    for before, word in zip(["", *unknown], unknown, strict=False):
+        if before.startswith("--") and not word.startswith("--"):
+            continue  # the value of an unknown flag
+        near = difflib.get_close_matches(word.split("=")[0], flags, n=3) if word.startswith("--") else []
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+        problems.append(f"{word}: unknown argument; {hint}")
+    return namespace, problems
+
+
+def without_flag(words: list[str], names: str) -> list[str]:
+    """`words` without the flag `names` ('--a' or '--a/--b') and the values that follow it."""
+    kept: list[str] = []
+    inside = False
+    for word in words:
+        if word.startswith("-"):
+            inside = word.split("=")[0] in names.split("/")
+        if not inside:
+            kept.append(word)
+    return kept
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """'height,width;height,width' as a list of (height, width). Raises ValueError on anything else."""
+    sizes = [tuple(int(side) for side in pair.split(",")) for pair in text.split(";") if pair.strip()]
+    if not sizes or any(len(size) != 2 for size in sizes):
+        raise ValueError(text)
+    return sizes
+
+
+def final_prompts(args: Args) -> list[str]:
+    """Prompts of the last pictures."""
+    return [args.final_validation_prompt] if args.final_validation_prompt else list(args.validation_prompt or [])
+
+
+def check_sizes(args: Args) -> Iterator[str]:
+    """Problems of the sizes, and of --timestep_shift."""
+    if args.resolution % 16:
+        near = max(16, round(args.resolution / 16) * 16)
+        yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
+    if not re.fullmatch(r"linear|none|empirical|\d*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", args.timestep_shift):
+        yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
+    for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
+        text = getattr(args, name)
+        with contextlib.suppress(ValueError):
+            sizes = parse_sizes(text) if text is not None else []
+            wrong = [f"{h},{w}" for h, w in sizes if min(h, w) < 16 or h % 16 or w % 16]
+            if wrong:
+                yield f"--{name}: {' '.join(wrong)} must be multiples of 16"
+            if len(sizes) <= most:
+                continue
+        yield f"--{name} '{text}': write it as 'height,width'" + (", several with ';' between" if most > 1 else "")
+
+
+def check_model(args: Args) -> Iterator[str]:
+    """Problems of the flags that name the model and the data, as far as the disk can tell."""
+    model = args.pretrained_model_name_or_path
+    if not model:
+        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
+    elif Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        yield f"--pretrained_model_name_or_path {model}: the folder has no model_index.json; give a diffusers folder"
+    elif os.path.isfile(model) or not (os.path.exists(model) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)):
+        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
+    if args.mixed_precision == "fp16":
+        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
+    if args.bnb_quantization_config_path:
+        yield "--bnb_quantization_config_path: not in this version yet; leave it out, --do_fp8_training halves the base"
+    if args.init_lora_from and not Path(args.init_lora_from).is_file():
+        yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
+    if bool(args.instance_data_dir) == bool(args.dataset_name):
+        yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
+        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+
+
+def check_text(args: Args) -> Iterator[str]:
+    """Problems of the text encoder flags."""
+    if args.fsdp_text_encoder:
+        yield "--fsdp_text_encoder: needs several processes; on one use --offload"
+    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
+    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
+        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
+    elif args.remote_text_encoder and url.hostname not in LOOPBACK and not (args.hub_token or hub_token_on_disk()):
+        yield (f"--remote_text_encoder: {url.hostname} needs a token (`hf auth login`, HF_TOKEN, --hub_token); "
+               "or give a loopback --remote_text_encoder_url, or leave the flag out to encode here")  # fmt: skip
+
+
+def hub_token_on_disk() -> bool:
+    """Whether HF_TOKEN is set or `hf auth login` left a token; does not read it."""
+    caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME", Path(caches, "huggingface")))
+    return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file()
+
+
+def check_packages(args: Args) -> Iterator[str]:
+    """Optional packages that the chosen flags need and that are not installed."""
+    wanted = {tracker: f"--report_to {tracker}" for tracker in report_to(args) if tracker in TRACKERS}
+    wanted |= {"prodigyopt": "--optimizer prodigy"} if args.optimizer == "prodigy" else {}
+    wanted |= {"bitsandbytes": "--use_8bit_adam"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    wanted |= {"datasets": "--dataset_name"} if args.dataset_name else {}
+    for package, reason in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"{reason}: the package is missing, install it with `pip install {package}`"
+
+
+def report_to(args: Args) -> list[str]:
+    """The trackers asked for; `all` is every one that is installed, `none` is no tracker."""
+    names = [name.strip().lower() for name in args.report_to.split(",") if name.strip()]
+    if "all" in names:
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    return [name for name in names if name != "none"]
+
+
+def check_trackers_and_hub(args: Args) -> Iterator[str]:
+    """Problems of --report_to, --push_to_hub and the token."""
+    asked = {name.strip().lower() for name in args.report_to.split(",")}
+    for name in sorted(asked - {*TRACKERS, "all", "none", ""}):
+        yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
+    if args.hub_token and asked - {"tensorboard", "trackio", "mlflow", "none", ""}:  # may upload sys.argv
+        yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
+    if "wandb" in report_to(args) and not wandb_can_start():
+        yield "--report_to wandb: not logged in; run `wandb login` or set WANDB_MODE=offline"
+    if args.push_to_hub and not (args.hub_token or hub_token_on_disk()):
+        yield "--push_to_hub: no token; run `hf auth login` or set HF_TOKEN"
+
+
+def wandb_can_start() -> bool:
+    """Whether wandb has a key, or is told to stay offline."""
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    known = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+    return known or bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE", "online") != "online"
+
+
+def check_output_dir(args: Args) -> Iterator[str]:
+    """Problems of the output folder: not writable, or an earlier run in it that nobody said what to do with."""
+    folder = Path(args.output_dir)
+    for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
+        if problem := unwritable(Path(getattr(args, name, None) or ".")):
+            yield f"--{name} {getattr(args, name)}: {problem}; choose another folder"
+            return
+    data = [Path(path).resolve() for path in data_folders(args)]
+    for name in ("output_dir", "class_data_dir", "latents_cache_dir"):
+        path = Path(getattr(args, name, None) or "a folder of its own").resolve()
+        if path in (Path.home(), Path("/").resolve(), *data) or not set(data).isdisjoint(path.parents):
+            yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
+    target = args.resume_from_checkpoint
+    if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
+        yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
+    earlier = [*folder.glob("checkpoint-*"), folder / LORA_FILE, folder / "config.args", folder / "README.md"]
+    earlier = sorted(path.name for path in earlier if os.path.exists(path))
+    if earlier and not (target or args.overwrite_output_dir or args.dry_run):
+        yield (f"--output_dir {folder}: holds {', '.join(earlier[:3])}, of an earlier run. To go on with it add\n"
+               "      --resume_from_checkpoint latest\n    to start anew and remove its files (not the cache) add\n"
+               "      --overwrite_output_dir")  # fmt: skip
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why `folder` cannot be made or written to, or None; leaves nothing behind."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(parent):
+        return f"{parent} is a file"
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            return None
+    except OSError as error:
+        return f"cannot write to {parent} ({error.strerror})"
+
+
+SHARED_CHECKS = (check_sizes, check_model, check_text, check_packages, check_trackers_and_hub, check_output_dir)
+# endregion shared: arguments-parsing
+
+
+# differs: references are an image-to-image matter
+def check_own(args: Args) -> Iterator[str]:
+    """Problems of the flags that name references."""
+    for folder in args.cond_data_dir or []:
+        if not os.path.isdir(folder):
+            yield f"--cond_data_dir {folder}: no such folder"
+        elif args.instance_data_dir and os.path.realpath(folder) == os.path.realpath(args.instance_data_dir):
+            yield f"--cond_data_dir {folder}: is --instance_data_dir too; references need a folder of their own"
+    if args.cond_data_dir and (args.dataset_name or args.cond_image_column):
+        yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
+    prompts, pictures = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
+    if prompts and len(pictures) > prompts:
+        yield (f"--validation_image: {len(pictures)} for {prompts} prompt(s); the k-th belongs to the k-th prompt, so "
+               "repeat the prompt, or join references of one prompt with a comma: a.png,b.png")  # fmt: skip
+    for path in itertools.chain(*map(split_paths, pictures)):
+        if not os.path.isfile(path):
+            yield f"--validation_image {path}: no such file"
+
+
+def split_paths(text: str) -> list[str]:
+    """The files of one --validation_image: one path, or several with commas between."""
+    return [text] if os.path.isfile(text) else text.split(",")
+
+
+# differs: there are folders of references too
+def data_folders(args: Args) -> list[str]:
+    """The folders that the pictures are read from, into which nothing may be written."""
+    return [folder for folder in (args.instance_data_dir, *(args.cond_data_dir or [])) if folder]
+
+
+# differs: references are an image-to-image matter
+def own_conditions(args: Args) -> list[tuple[str, bool, str]]:
+    """(flag, whether it has an effect, what it needs) for the flags of this script."""
+    return [("validation_image", bool(final_prompts(args)), "--validation_prompt")]
+
+
+# region shared: arguments-result
+def flag_notes(args: Args) -> list[str]:
+    """One line for each flag that has no effect, or an effect that is easily overlooked, with the others chosen."""
+    scheme, schedule, prodigy = args.weighting_scheme, args.lr_scheduler, args.optimizer == "prodigy"
+    conditions = [
+        *((name, scheme == "logit_normal", "--weighting_scheme logit_normal") for name in ("logit_mean", "logit_std")),
+        ("mode_scale", scheme == "mode", "--weighting_scheme mode"),
+        ("lr_warmup_steps", schedule != "constant", "--lr_scheduler constant_with_warmup, or another"),
+        ("lr_num_cycles", schedule == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
+        ("lr_power", schedule == "polynomial", "--lr_scheduler polynomial"),
+        *((name, prodigy, "--optimizer prodigy") for name in DEFAULTS if name.startswith("prodigy_")),
+        ("use_8bit_adam", not prodigy, "--optimizer adamw"),
+        ("use_aspect_ratio_buckets", not args.aspect_ratio_buckets, "leaving --aspect_ratio_buckets out"),
+        ("num_train_epochs", not args.max_train_steps, "leaving --max_train_steps out"),
+        *((name, bool(args.validation_prompt or args.final_validation_prompt), "--validation_prompt") for name in (
+            "num_validation_images", "validation_guidance_scale", "validation_size", "validation_steps")),
+        ("remote_text_encoder_url", args.remote_text_encoder, "--remote_text_encoder"),
+        ("hub_model_id", args.push_to_hub, "--push_to_hub"),
+        *((name, False, "being read: it is accepted and ignored") for name in ACCEPTED_NO_EFFECT),
+        *own_conditions(args),
+    ]  # fmt: skip
+    notes = [f"--{name} has no effect without {needs}" for name, works, needs in conditions
+             if not works and getattr(args, name) != DEFAULTS[name]]  # fmt: skip
+    if args.cache_latents and not args.center_crop:
+        notes.append("--cache_latents fixes the crop to the centre")
+    if prodigy and args.learning_rate is not None and args.learning_rate < 0.1:
+        notes.append(f"--learning_rate {args.learning_rate} is small: Prodigy finds the step size itself, 1.0 is usual")
+    if args.hub_token:
+        notes.append("--hub_token shows in the process list and in the traceback of accelerate; better use HF_TOKEN")
+    return notes
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
+    parser = build_parser()
+    try:
+        args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    for check in (*SHARED_CHECKS, check_own):
+        problems += check(args)
+    if problems:
+        listed = "".join(f"  - {problem}\n" for problem in problems)
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()
+
+# The heavy imports stand below the arguments so that --help and usage errors answer at once.
+# endregion shared: arguments-result
+
+# region shared: imports
+for _name in ("torchao", "torch.utils._pytree"):  # news from libraries to their own maintainers, at import
+    logging.getLogger(_name).setLevel(logging.ERROR)
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import accelerate
+import diffusers
+import huggingface_hub
+import numpy as np
+import PIL.Image
+import PIL.ImageCms
+import PIL.ImageDraw
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+import transformers
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from diffusers.training_utils import compute_density_for_timestep_sampling, generate_aspect_ratio_buckets
+from huggingface_hub.utils import http_backoff
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+log = logging.getLogger("flux2_lora")
+# endregion shared: imports
+
+
+# ------------------------------------------------------------------------------------------------------- Model families
+# region shared: families
+@dataclass(frozen=True)
+class ModelFamily:
+    """What differs between the FLUX.2 checkpoints; sizes come from their configs."""
+
+    name: str
+    pipeline: str  # class name in diffusers, as in model_index.json
+    text_encoder: str  # class name in transformers
+    tokenizer: str
+    text_layers: tuple[int, ...]  # indices into hidden_states; 0 is the embedding output
+    text_width: int | None  # joint_attention_dim, tells the klein sizes apart; None = any
+    license: dict[str, str]
+
+
+FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link":
+                "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"}  # fmt: skip
+FAMILIES = (
+    ModelFamily("FLUX.2 [dev]", "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor",
+                (10, 20, 30), None, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 9B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
+                (9, 18, 27), 12288, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 4B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
+                (9, 18, 27), None, {"license": "apache-2.0"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint: a folder on this machine, or a hub repository whose parts are fetched when they are needed."""
+
+    name: str
+    folder: Path
+    remote: bool
+    options: dict[str, Any]  # revision, cache_dir and token of hub calls
+    variant: str | None
+
+    def part(self, subfolder: str) -> Path:
+        """The folder of one part with all its files here; says size and free space before a download."""
+        wanted = {"allow_patterns": [f"{subfolder}/*"], **self.options}
+        if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
+            plan = huggingface_hub.snapshot_download(self.name, dry_run=True, **wanted)
+            if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
+                check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
+        if self.remote:
+            huggingface_hub.snapshot_download(self.name, **wanted)
+        return self.folder / subfolder
+
+    def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
+        """The part's config.json, or another file. Raises UserError if the checkpoint has none."""
+        path = self.folder / subfolder / file
+        if not path.is_file():
+            raise UserError(f"{self.name}: {subfolder}/{file} is missing; is this a complete diffusers folder?")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether model_index.json calls the checkpoint distilled: no guidance at inference, weak to train on."""
+        return bool(self.config(".", "model_index.json").get("is_distilled"))
+
+    def identity(self, subfolder: str) -> str:
+        """Names the weights of a part in cache keys: the commit, or config and size and time of the weight files."""
+        if self.remote:
+            return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
+        config = self.folder / subfolder / "config.json"
+        parts = [config.read_text(encoding="utf-8") if config.is_file() else ""]
+        for path in sorted((self.folder / subfolder).glob("*")):  # a tokenizer is all small files
+            parts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
+        return digest(self.variant, *parts)
+
+
+def find_model(args: Args) -> ModelFiles:
+    """Finds the checkpoint and fetches its configs, no weights. Raises UserError if it cannot be reached."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        wanted = ["transformer/*.safetensors", "vae/*.safetensors", "scheduler/*.json"]
+        wanted += [] if args.remote_text_encoder else ["text_encoder/*.safetensors", "tokenizer/*.json"]
+        if missing := [pattern for pattern in wanted if not any(Path(name).glob(pattern))]:
+            raise UserError(
+                f"--pretrained_model_name_or_path {name}: {missing[0]} is missing; is the download complete?"
+            )
+        return ModelFiles(name, Path(name), False, {}, args.variant)
+    options = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
+    configs = ["*.json", "*/*.json", "README.md", "tokenizer/*"]
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=configs, **options)
+    except huggingface_hub.errors.GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
+        ) from None
+    except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
+    # the commit as revision: parts that are fetched later are of the same one
+    return ModelFiles(name, Path(folder), True, {**options, "revision": Path(folder).name}, args.variant)
+
+
+def find_family(model: ModelFiles) -> ModelFamily:
+    """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
+    index, config = model.config(".", "model_index.json"), model.config("transformer")
+    matches = [family for family in FAMILIES if family.pipeline == index.get("_class_name")]
+    if not matches:
+        known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
+        raise UserError(f"{model.name}: is a {index.get('_class_name')}; this script trains {known}")
+    if config.get("quantization_config"):
+        raise UserError(f"{model.name}: the transformer is stored quantised, which this version does not train on yet")
+    if model.is_distilled:
+        log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
+    return next((family for family in matches if family.text_width == config.get("joint_attention_dim")), matches[-1])
+
+
+def public_name(model: ModelFiles) -> str:
+    """The hub id, or the last part of a folder: no path of this machine leaves it."""
+    return model.name if model.remote else Path(model.name).absolute().name
+
+
+def digest(*parts: Any) -> str:
+    """A hex name for the parts, stable across machines and Python versions."""
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+# endregion shared: families
+
+
+# ----------------------------------------------------------------------------------------------------------------- Data
+# region shared: data
+PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
+MAX_PIXELS = 100_000_000
+DECODE_POLICY = 1  # raise it when decode_picture changes: checked pictures are checked again
+
+
+def decode_picture(data: bytes) -> PIL.Image.Image:
+    """Decodes one picture as a person sees it: upright, in sRGB, transparency on white.
+
+    Raises ValueError with the reason for what cannot be trained on: empty, truncated, animated, over 100 MP, float.
+    """
+    if not data:
+        raise ValueError("empty file (0 bytes)")
+    try:
+        picture = PIL.Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise PIL.Image.DecompressionBombError
+        if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+            raise ValueError(f"animated or multi-page ({picture.n_frames} frames)")
+        picture = PIL.ImageOps.exif_transpose(picture)  # decodes all of it, and fails on damaged EXIF too
+    except PIL.UnidentifiedImageError:
+        raise ValueError("not a picture in a known format") from None
+    except PIL.Image.DecompressionBombError:
+        raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
+    except ValueError:
+        raise
+    except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
+        raise ValueError(f"truncated or damaged ({error})") from None
+    return to_rgb(picture)
+
+
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """sRGB pixels of a decoded picture: 16-bit grey scaled, alpha on white, colour profile applied."""
+    if picture.mode in ("F", "I"):
+        raise ValueError(f"{picture.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    if picture.mode.startswith("I;16"):
+        picture = PIL.Image.fromarray(np.round(np.asarray(picture) / 257.0).astype(np.uint8))
+    if picture.mode == "P":
+        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layered = picture.convert("RGBA")
+        white = PIL.Image.new("RGBA", layered.size, "white")
+        flat = PIL.Image.alpha_composite(white, layered)
+        flat.info["icc_profile"] = picture.info.get("icc_profile") if picture.mode == "RGBA" else None
+        picture = flat.convert("RGB")
+    return apply_profile(picture).convert("RGB")
+
+
+def apply_profile(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Converts from the embedded colour profile to sRGB; a profile that does not fit the pixels is an error."""
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "CMYK", "L"):
+        return picture
+    try:
+        source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if picture.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            picture = picture.convert("RGB")
+        return PIL.ImageCms.profileToProfile(picture, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (PIL.ImageCms.PyCMSError, OSError) as error:
+        raise ValueError(f"unreadable colour profile ({error}); remove it or save the picture as sRGB") from None
+
+
+def cover_size(size: Size, target: Size) -> Size:
+    """The smallest (height, width) of the same shape that covers `target`; for a square: short side = resolution."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+
+
+def picture_to_pixels(
+    picture: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool
+) -> torch.Tensor:
+    """Resizes and crops to `target` (height, width); returns (3, H, W) in [-1, 1].
+
+    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
+    """
+    height, width = cover_size((picture.height, picture.width), target)
+    if (height, width) != (picture.height, picture.width):
+        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return crop_to_pixels(picture, target, crop, flip)
+
+
+def crop_to_pixels(
+    picture: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool
+) -> torch.Tensor:
+    """Crops a picture that is large enough; (3, H, W) by the operations of the pipelines' image processor."""
+    down, right = picture.height - target[0], picture.width - target[1]
+    top, left = (int(crop[0] * (down + 1)), int(crop[1] * (right + 1))) if crop else (down // 2, right // 2)
+    picture = picture.crop((left, top, left + target[1], top + target[0]))
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
+    return pixels.flip(-1) if flip else pixels
+
+
+def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest (in logarithm), among equals the one nearest in area."""
+    distances = []
+    for height, width in buckets:
+        aspect = abs(math.log(height / width) - math.log(size[0] / size[1]))
+        area = abs(math.log(height * width) - math.log(size[0] * size[1]))
+        distances.append((round(aspect, 9), area, (height, width)))
+    return min(distances)[2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture as listed, nothing opened: a file, or a row of a data set."""
+
+    name: str
+    path: Path | None = None
+    table: Any = None
+    row: int = -1
+    column: str = ""
+
+    def read(self) -> bytes:
+        """The file's bytes. Raises OSError."""
+        if self.path is not None:
+            return self.path.read_bytes()
+        cell = self.cell() or {"bytes": b""}
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def cell(self) -> dict[str, Any] | None:
+        """What the data set holds: bytes, or the path of a file."""
+        return self.table[self.row][self.column]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A checked picture and the size it is encoded at; sizes are (height, width) in pixels."""
+
+    source: Source
+    sha256: str  # of the file's bytes
+    size: Size
+    target: Size
+
+    @property
+    def fit(self) -> str:
+        """Names the way to `target` in cache keys: two ways must not share a file."""
+        return "centre"
+
+    def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
+        """(3, H, W) in [-1, 1], decoded anew: pictures are never kept. See `picture_to_pixels`."""
+        return picture_to_pixels(decode_picture(self.source.read()), self.target, crop, flip)
+
+
+# endregion shared: data
+
+
+REFERENCE_AREA = 1024 * 1024  # pixels; what Flux2Pipeline brings a larger reference down to
+MIN_REFERENCE_SIDE, MAX_REFERENCE_ASPECT = 64, 8  # what it refuses
+
+
+def capped_size(size: Size) -> Size:
+    """(height, width) within REFERENCE_AREA, of the same shape; never larger. Source: Flux2ImageProcessor."""
+    height, width = size
+    scale = math.sqrt(REFERENCE_AREA / (width * height))
+    return size if height * width <= REFERENCE_AREA else (int(height * scale), int(width * scale))
+
+
+@dataclass(frozen=True)
+class Reference(Picture):
+    """A reference as the pipelines prepare it at inference: its own shape, at most 1 MP, the centre in whole tokens.
+
+    It depends on no target and is never cropped at random, unless it is one of a pixel-aligned pair.
+    """
+
+    pair_size: Size | None = None  # --align_cond_image: the size of its target picture, whose crop it gets
+
+    @property
+    def fit(self) -> str:
+        """Names the way to `target` in cache keys."""
+        return f"aligned {self.pair_size}" if self.pair_size else "reference"
+
+    def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
+        """(3, H, W) in [-1, 1]; mirrored when its target is, so that mirroring is not learned."""
+        picture, (height, width) = decode_picture(self.source.read()), self.pair_size or capped_size(self.size)
+        if (width, height) != picture.size:
+            picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+        if self.pair_size:
+            return picture_to_pixels(picture, self.target, crop, flip)
+        return crop_to_pixels(picture, self.target, None, flip)
+
+
+# differs: rows of the text-to-image script have no references
+@dataclass(frozen=True)
+class Row:
+    """One row of the data as listed, nothing opened; without references it trains as text-to-image."""
+
+    picture: Source
+    caption: str | None
+    references: tuple[Source, ...] = ()
+
+
+# differs: samples of the text-to-image script have no references
+@dataclass(frozen=True)
+class Sample(Picture):
+    """One training sample after the checks: the target picture, the instruction and the references."""
+
+    caption: str
+    references: tuple[Picture, ...] = ()
+
+    @property
+    def geometry(self) -> tuple[Size, ...]:
+        """What the samples of one batch have in common: their position ids are the same."""
+        return self.target, *(reference.target for reference in self.references)
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What a resumed run must find unchanged."""
+        references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
+        return self.sha256, self.caption, self.target, *references
+
+
+@dataclass(frozen=True)
+class ListedSource(Source):
+    """One picture of several in a cell of a data set."""
+
+    item: int = 0
+
+    def cell(self) -> dict[str, Any] | None:
+        """What the data set holds: bytes, or the path of a file."""
+        return super().cell()[self.item]
+
+
+# region shared: listing
+def list_pictures(folder: Path) -> list[Path]:
+    """Pictures below `folder`, sorted; hidden files and folders such as .cache are skipped."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """metadata.jsonl or metadata.csv in `folder`, or None."""
+    return next((file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()), None)
+
+
+def read_metadata(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the metadata file in `folder`; [] without one. Raises UserError."""
+    if (path := metadata_file(folder)) is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = filter(str.strip, text.split("\n"))
+        rows = list(csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, lines))
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f'{path}: every line must be an object like {{"file_name": ..., "text": ...}}')
+    return rows
+
+
+USUAL_CAPTIONS = ("text", "caption", "prompt", "instruction")
+
+
+def metadata_captions(folder: Path, rows: list[dict[str, Any]], column: str | None) -> list[str | None]:
+    """The caption of each row, None where it has none. Raises UserError if there is no such column."""
+    if column and not rows:
+        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv")
+    columns = sorted({str(key) for row in rows for key in row})
+    if column and column not in columns:
+        raise UserError(f"--caption_column {column}: not in {metadata_file(folder)}; columns: {', '.join(columns)}")
+    column = column or next((name for name in USUAL_CAPTIONS if name in columns), "text")
+    return [str(row.get(column) or "").strip() or None for row in rows]
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """`folder/name` of a metadata row. Raises UserError if it is no name, leads out of the folder or to no file."""
+    if not name or not isinstance(name, str):
+        raise UserError(f"{metadata_file(folder)}: every row needs a 'file_name'")
+    path = Path(os.path.normpath(folder / name))  # not resolved: the files of a Hub snapshot are links to elsewhere
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise UserError(f"{metadata_file(folder)}: '{name}' leads out of the folder or does not exist")
+    return path
+
+
+def file_source(folder: Path, path: Path) -> Source:
+    """A picture below `folder`, named by its path in it."""
+    return Source(str(path.relative_to(folder)), path=path)
+
+
+def list_folder_pictures(args: Args) -> list[Row]:
+    """The pictures of --instance_data_dir with captions from its metadata file, else from files beside them."""
+    folder = Path(os.path.abspath(args.instance_data_dir))
+    pictures, rows = list_pictures(folder), read_metadata(folder)
+    if not pictures:
+        raise UserError(f"--instance_data_dir {folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    texts = metadata_captions(folder, rows, args.caption_column)
+    captions = {inside(folder, row.get("file_name")): text for row, text in zip(rows, texts, strict=True)}
+    listed = [Row(file_source(folder, path), captions.get(path) or sidecar_caption(path)) for path in pictures]
+    origin = "its metadata file" if rows else "caption files"
+    captioned = f"{sum(bool(row.caption) for row in listed)} captions from {origin}"
+    log.info(f"data: {len(pictures)} pictures in {args.instance_data_dir}, {captioned}")
+    return listed
+
+
+def sidecar_caption(path: Path) -> str | None:
+    """The text of NAME.txt or NAME.caption beside a picture, or None. Raises UserError if it is not UTF-8."""
+    for suffix in (".txt", ".caption"):
+        sidecar = path.with_suffix(suffix)
+        if sidecar.is_file():
+            try:
+                return sidecar.read_text(encoding="utf-8-sig").strip() or None
+            except UnicodeDecodeError:
+                raise UserError(f"{sidecar}: not UTF-8 text; save it as UTF-8") from None
+    return None
+
+
+def open_dataset(args: Args) -> Any:
+    """The table of --dataset_name, its pictures not decoded. Raises UserError for a missing column, naming all."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, options = args.dataset_name, {"cache_dir": args.cache_dir, "split": "train", "token": args.hub_token}
+    try:
+        table = datasets.load_dataset(name, args.dataset_config_name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dataset_name {name}: cannot be loaded ({error})") from None
+    for flag_name in ("image_column", "caption_column"):
+        require_column(args, table, flag_name, getattr(args, flag_name))
+    log.info(f"data: {len(table)} rows of {name}")
+    return table
+
+
+def require_column(args: Args, table: Any, flag_name: str, column: str | None) -> None:
+    """Raises UserError, naming the columns that there are, unless the table has `column`."""
+    if column is not None and column not in table.column_names:
+        raise UserError(f"--{flag_name} {column}: not in {args.dataset_name}; columns: {', '.join(table.column_names)}")
+
+
+def column_pictures(table: Any, flag_name: str, column: str) -> list[Source]:
+    """One picture per row of the column. Raises UserError if it holds none."""
+    import datasets
+
+    try:
+        pictures = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"--{flag_name} {column}: holds no pictures ({error})") from None
+    return [Source(f"row {row}", None, pictures, row, column) for row in range(len(table))]
+
+
+def dataset_captions(args: Args, table: Any) -> list[str | None]:
+    """The caption of each row, None where it has none."""
+    texts = table[args.caption_column][:] if args.caption_column else [None] * len(table)
+    return [str("" if text is None else text).strip() or None for text in texts]
+
+
+# endregion shared: listing
+
+
+# differs: rows of the text-to-image script have no references
+def list_rows(args: Args) -> list[Row]:
+    """Target, references and instruction of every row, wherever they come from; captions are not settled yet."""
+    if args.dataset_name:
+        rows = list_dataset_rows(args)
+    elif args.cond_data_dir:
+        rows = match_folders(args)
+    else:
+        rows = list_metadata_rows(args) or list_folder_pictures(args)
+    if plain := sum(not row.references for row in rows):
+        level = log.info if plain < len(rows) else log.warning
+        level(f"data: {plain} of {len(rows)} rows have no reference and train as text-to-image")
+    return rows
+
+
+def find_column(name: str, columns: list[str]) -> str | None:
+    """The column `name` of a metadata file, or NAME_file_name(s) as the Hub's image folders call it."""
+    return next((column for column in (name, f"{name}_file_name", f"{name}_file_names") if column in columns), None)
+
+
+def metadata_columns(args: Args, folder: Path, columns: list[str]) -> tuple[str, list[str]]:
+    """(column of the targets, columns of the references) of a metadata file.
+
+    References are --cond_image_column, else every `*_file_name` column beside the target's. Raises UserError.
+    """
+    usual = ("image", "file_name", "target", "output", "edited")
+    names = usual if args.image_column == "image" else (args.image_column,)
+    target = next(filter(None, (find_column(name, columns) for name in names)), None)
+    references = {name: find_column(name, columns) for name in args.cond_image_column or []}
+    missing = [f"--cond_image_column {name}" for name, column in references.items() if column is None]
+    missing += [] if target else [f"--image_column {args.image_column}"]
+    if missing:
+        raise UserError(f"{missing[0]}: not in {metadata_file(folder)}; columns: {', '.join(columns)}")
+    found = [name for name in columns if re.fullmatch(r"(.+_)?file_names?", name) and name != target]
+    return target, list(references.values()) or found
+
+
+def list_metadata_rows(args: Args) -> list[Row]:
+    """The rows of a metadata file that has references; [] without one. Raises UserError with all missing files."""
+    folder = Path(os.path.abspath(args.instance_data_dir))
+    metadata, rows, problems = read_metadata(folder), [], ""
+    if args.cond_image_column and not metadata:
+        raise UserError(f"--cond_image_column: {folder} has no metadata.jsonl or metadata.csv")
+    columns = list(dict.fromkeys(str(key) for row in metadata for key in row))
+    target, reference_columns = metadata_columns(args, folder, columns) if metadata else ("", [])
+    captions = metadata_captions(folder, metadata, args.caption_column) if reference_columns else []
+    for number, (row, caption) in enumerate(zip(metadata, captions, strict=False), start=1):
+        cells = [row.get(column) for column in reference_columns]
+        names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if name]
+        try:
+            picture, *references = (file_source(folder, inside(folder, name)) for name in (row.get(target), *names))
+            rows.append(Row(picture, caption or sidecar_caption(picture.path), tuple(references)))
+        except UserError as error:
+            problems += f"\n    row {number}: {error}"
+    if problems:
+        raise UserError(f"{folder}: rows of the metadata cannot be used:{problems}")
+    if rows:
+        log.info(f"data: {len(rows)} rows in {folder}: {target}, references from {', '.join(reference_columns)}")
+    return rows
+
+
+def by_stem(folder: Path, paths: list[Path]) -> dict[str, Path]:
+    """Pictures below `folder` by their path in it without the ending. Raises UserError where two share one."""
+    stems: dict[str, Path] = {}
+    for path in paths:
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stems.setdefault(stem, path) != path:
+            raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
+    return stems
+
+
+def match_folders(args: Args) -> list[Row]:
+    """Pictures of --instance_data_dir with the references of the same stem in --cond_data_dir, folder by folder.
+
+    Raises UserError listing pictures without a reference, and references without a picture.
+    """
+    folder = Path(os.path.abspath(args.instance_data_dir))
+    others = [Path(os.path.abspath(other)) for other in args.cond_data_dir]
+    listed = {folder / row.picture.name: row for row in list_folder_pictures(args)}
+    paths = [path for path in listed if not any(path.is_relative_to(other) for other in others)]
+    pictures, found = by_stem(folder, paths), [by_stem(other, list_pictures(other)) for other in others]
+    without = [str(path) for stem, path in pictures.items() if not any(stem in stems for stems in found)]
+    without += [str(path) for stems in found for stem, path in stems.items() if stem not in pictures]
+    if without:
+        raise UserError(
+            f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove them (rows "
+            f"without references: see metadata.jsonl):" + "".join(f"\n    {name}" for name in without)
+        )
+    rows = []
+    for stem, path in pictures.items():
+        partners = [(other, stems[stem]) for other, stems in zip(others, found, strict=True) if stem in stems]
+        references = (Source(f"{other.name}/{path.relative_to(other)}", path=path) for other, path in partners)
+        rows.append(replace(listed[path], references=tuple(references)))
+    return rows
+
+
+USUAL_REFERENCES = r"(cond|condition|conditioning|control|reference|source|input|original|before)(_?images?)?(_?\d+)?"
+
+
+def list_dataset_rows(args: Args) -> list[Row]:
+    """The rows of --dataset_name with references from --cond_image_column, else from columns usual for them."""
+    import datasets
+
+    table = open_dataset(args)
+    columns = args.cond_image_column or [
+        name for name, feature in table.features.items() if name != args.image_column
+        and re.fullmatch(USUAL_REFERENCES, name) and isinstance(getattr(feature, "feature", feature), datasets.Image)
+    ]  # fmt: skip
+    for column in columns:
+        require_column(args, table, "cond_image_column", column)
+    log.info(f"data: targets from {args.image_column}, references from {', '.join(columns) or 'no column'}")
+    references = [column_references(table, column) for column in columns]
+    pictures, captions = column_pictures(table, "image_column", args.image_column), dataset_captions(args, table)
+    rows = zip(pictures, captions, *references, strict=True)
+    return [Row(picture, caption, tuple(itertools.chain(*found))) for picture, caption, *found in rows]
+
+
+def column_references(table: Any, column: str) -> list[list[Source]]:
+    """The references of each row in one column: none where the cell is empty, several where it holds a list."""
+    import datasets
+
+    cells = table.data.column(column)  # lengths and gaps from the table itself: no picture is read
+    if not hasattr(table.features[column], "feature"):
+        pictures, filled = column_pictures(table, "cond_image_column", column), cells.is_valid().to_pylist()
+        named = [replace(picture, name=f"{picture.name}, {column}") for picture in pictures]
+        return [[picture] if full else [] for picture, full in zip(named, filled, strict=True)]
+    lengths = [length for chunk in cells.chunks for length in chunk.value_lengths().to_pylist()]
+    lists = table.select_columns(column).cast_column(column, datasets.List(datasets.Image(decode=False)))
+    references: list[list[Source]] = [[] for _ in lengths]
+    for row, item in ((row, item) for row, length in enumerate(lengths) for item in range(length or 0)):
+        references[row].append(ListedSource(f"row {row}, {column} {item}", None, lists, row, column, item))
+    return references
+
+
+# differs: rows of the text-to-image script have no references
+def pictures_of_row(row: Row) -> tuple[Source, ...]:
+    """Every picture that is checked with the row."""
+    return row.picture, *row.references
+
+
+# differs: references have to be of a certain size
+def row_problems(args: Args, sizes: list[tuple[str, Size]]) -> dict[str, str]:
+    """Why a row of good pictures (name, size) cannot be trained on, by picture; the pipelines refuse the same."""
+    problems, (_, target) = {}, sizes[0]
+    for name, (height, width) in sizes[1:]:
+        if min(height, width) < MIN_REFERENCE_SIDE:
+            problems[name] = f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
+        elif max(height, width) > MAX_REFERENCE_ASPECT * min(height, width):
+            problems[name] = f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+        elif args.align_cond_image and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
+            problems[name] = (f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}: "
+                              "no --align_cond_image pair")  # fmt: skip
+    return problems
+
+
+# differs: references are an image-to-image matter
+def own_tensors(data: TrainingSet, sample: Sample, position: int, crop: Any, flip: bool) -> dict[str, Any]:
+    """The references of a visit: latent moments or pixels of each, [] where there are none or they are dropped."""
+    dropped = data.draw("cond dropout", position) < data.run.args.cond_dropout
+    return {"references": [] if dropped else [data.view(picture, crop, flip) for picture in sample.references]}
+
+
+# region shared: samples
+def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
+    """Fills missing captions with --instance_prompt and replaces [trigger]. Raises UserError if one is needed."""
+    missing = [row.picture.name for row in rows if row.caption is None]
+    triggered = [row.picture.name for row in rows if row.caption and "[trigger]" in row.caption]
+    prompt = args.instance_prompt
+    if (missing or triggered) and not prompt:
+        names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
+        raise UserError(f"--instance_prompt: needed, {len(names)} picture(s) have {reason}: {', '.join(names[:5])}")
+    if prompt and not missing and not triggered:
+        log.info("data: every picture has a caption, --instance_prompt is not used")
+    elif missing and len(missing) < len(rows):
+        log.info(f"data: {len(missing)} pictures have no caption and get --instance_prompt: {', '.join(missing[:5])}")
+    return [replace(row, caption=(row.caption or prompt).replace("[trigger]", prompt or "")) for row in rows]
+
+
+class PictureIndex:
+    """`index.json` in the cache: which files were read, and what the decoder said of their content.
+
+    A file with the same size and mtime is not read again, content with the same SHA-256 is not decoded again.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        """Loads the index of an earlier start; a damaged or older one is begun anew."""
+        self.path, self.decoded = cache_dir / "index.json", 0
+        self.files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
+        self.pictures: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            if stored["policy"] == DECODE_POLICY:
+                self.files, self.pictures = stored["files"], stored["pictures"]
+
+    def inspect(self, source: Source) -> tuple[str, list]:
+        """(sha256, [height, width, None or reason]) of a picture; reads and decodes only what is new."""
+        try:
+            stamp = [source.path.stat().st_size, source.path.stat().st_mtime_ns] if source.path else None
+            known = self.files.get(str(source.path)) if source.path else None
+            if known and known[:2] == stamp and known[2] in self.pictures:
+                return known[2], self.pictures[known[2]]
+            data = source.read()
+        except OSError as error:
+            return "", [0, 0, f"cannot be read ({error.strerror or error})"]
+        sha256 = hashlib.sha256(data).hexdigest()
+        if stamp:
+            self.files[str(source.path)] = [*stamp, sha256]
+        if sha256 not in self.pictures:
+            self.decoded += 1
+            try:
+                picture = decode_picture(data)
+                self.pictures[sha256] = [picture.height, picture.width, None]
+            except (ValueError, MemoryError) as error:
+                self.pictures[sha256] = [0, 0, str(error)]
+        return sha256, self.pictures[sha256]
+
+    def save(self) -> None:
+        """Writes the index so that a crash leaves the old or the new one."""
+        content = {"policy": DECODE_POLICY, "files": self.files, "pictures": self.pictures}
+        write_atomically(self.path, json.dumps(content).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file through a temporary name beside it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row, list[tuple[Source, str, Size]]]]:
+    """Checks every picture once, in threads; returns the good rows, each with (source, sha256, size) of its pictures.
+
+    Raises UserError with one list of all bad pictures unless --on_bad_image skip, which leaves their rows out.
+    """
+    index, good, bad = PictureIndex(cache_dir), [], {}
+    sources = list(dict.fromkeys(source for row in rows for source in pictures_of_row(row)))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check pictures", len(sources)) as progress:
+        verdicts = {}
+        for source, verdict in zip(sources, pool.map(index.inspect, sources), strict=True):
+            verdicts[source] = verdict
+            progress.advance()
+    index.save()
+    log.info(f"data: {len(sources)} pictures checked, {index.decoded} of them decoded now")
+    for row in rows:
+        found = [(source, *verdicts[source]) for source in pictures_of_row(row)]
+        problems = {source.name: reason for source, _, (_, _, reason) in found if reason}
+        problems = problems or row_problems(args, [(source.name, (h, w)) for source, _, (h, w, _) in found])
+        bad |= problems
+        if not problems:
+            good.append((row, [(source, sha256, (height, width)) for source, sha256, (height, width, _) in found]))
+    count, listed = f"{len(bad)} picture(s)", "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
+    if bad and (args.on_bad_image == "error" or not good):
+        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{listed}")
+    if bad:
+        log.warning(f"data: {count} are skipped:{listed}")
+    return good
+
+
+def make_generator(seed: int, *purpose: Any) -> torch.Generator:
+    """A CPU generator for one purpose, the same on every machine and process: seeded by blake2b(seed, purpose)."""
+    key = "\x1f".join(map(str, (seed, *purpose))).encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+
+
+@functools.lru_cache(maxsize=256)
+def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
+    """Order of a bucket's samples in its `turn`-th round."""
+    return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(bucket, how often it came before in this cycle) of each micro-step of a cycle.
+
+    A bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle.
+    """
+    offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
+    turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
+    return [(bucket, j) for _, bucket, j in sorted(turns)]
+
+
+class SampleStream:
+    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+
+    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples
+    and keys noise, sigma, crop, flip and caption dropout. Buckets come in proportion to their size. Each bucket goes
+    through permutation after permutation, and a batch may reach into the next one: nothing is dropped.
+    """
+
+    def __init__(
+        self, geometries: list[Any], batch: int, seed: int, stream: str, first: int = 0, rank: int = 0,
+        processes: int = 1,
+    ) -> None:  # fmt: skip
+        """`geometries` are those of the samples, which sort: a batch holds samples of one geometry."""
+        groups: dict[Any, list[int]] = {}
+        for index, geometry in enumerate(geometries):
+            groups.setdefault(geometry, []).append(index)
+        self.buckets = [groups[geometry] for geometry in sorted(groups)]
+        common = math.gcd(*map(len, self.buckets))
+        self.shares = tuple(len(bucket) // common for bucket in self.buckets)
+        self.batch, self.seed, self.stream, self.first = batch, seed, stream, first
+        self.rank, self.processes = rank, processes
+
+    def micro_batch(self, step: int) -> list[tuple[int, int]]:
+        """This process's (sample index, position) pairs of global micro-batch `step`."""
+        cycle, place = divmod(step, sum(self.shares))
+        bucket, earlier = bucket_schedule(self.seed, self.stream, cycle, self.shares)[place]
+        members, global_batch = self.buckets[bucket], self.batch * self.processes
+        start = (cycle * self.shares[bucket] + earlier) * global_batch
+        pairs = []
+        for i in range(self.rank * self.batch, (self.rank + 1) * self.batch):
+            turn, offset = divmod(start + i, len(members))
+            order = permutation(self.seed, self.stream, bucket, turn, len(members))
+            pairs.append((members[order[offset]], step * global_batch + i))
+        return pairs
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Micro-batches from `first` on, for ever."""
+        return map(self.micro_batch, itertools.count(self.first))
+
+
+class TrainingSet(Dataset):
+    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+
+    def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
+        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
+        self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
+        self.space, self.samples, self.stream = space, samples, stream
+
+    def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
+        """noise (L, C) and u of the visit, its caption, and cached latent moments or pixels (3, H, W)."""
+        (index, position), run = visit, self.run
+        sample, (rows, columns) = self.samples[index], (side // run.cell for side in self.samples[index].target)
+        flip = run.args.random_flip and self.draw("flip", position) < 0.5
+        drop = self.draw("caption dropout", position) < run.args.caption_dropout
+        item = {
+            "name": sample.source.name,
+            "position": position,
+            "target": sample.target,
+            "caption": "" if drop else sample.caption,
+            "noise": torch.randn(rows * columns, self.space.channels, generator=self.generator("noise", position)),
+            "u": draw_u(run.args, self.generator("sigma", position)),
+        }
+        if run.args.vae_encode_mode == "sample":
+            shape = (self.space.channels // 4, 2 * rows, 2 * columns)
+            item["posterior_noise"] = torch.randn(shape, generator=self.generator("posterior", position))
+        crop = None if run.args.center_crop else torch.rand(2, generator=self.generator("crop", position)).tolist()
+        item["moments" if run.args.cache_latents else "pixels"] = self.view(sample, crop, flip)
+        return {**item, **own_tensors(self, sample, position, crop, flip)}
+
+    def view(self, picture: Picture, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
+        if self.run.args.cache_latents:
+            return load_file(self.space.path(picture, flip))["moments"]
+        return picture.pixels(crop, flip)
+
+    def generator(self, purpose: str, position: int) -> torch.Generator:
+        """The generator of one purpose at one position of this set's stream."""
+        return make_generator(self.run.seed, self.stream, purpose, position)
+
+    def draw(self, purpose: str, position: int) -> float:
+        """A uniform number in [0, 1)."""
+        return torch.rand(1, generator=self.generator(purpose, position)).item()
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
+    return {
+        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
+        for key, value in items[0].items()
+    }
+
+
+def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
+    """Reads and decodes every picture once, settles captions and buckets, prints the plan; loads no weights.
+
+    Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
+    """
+    buckets = choose_buckets(run)
+    samples = make_samples(run, settle_captions(run.args, list_rows(run.args)), buckets)
+    report_captions(run, samples)
+    for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
+        small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
+        log.info(f"data: {height:5d} x {width:<5d} {count:6d} picture(s)" + f", {small} of them enlarged" * (small > 0))
+    check_own_data(run, samples)
+    return samples, buckets
+
+
+def choose_buckets(run: Run) -> list[Size]:
+    """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
+    if run.args.aspect_ratio_buckets:
+        buckets = parse_sizes(run.args.aspect_ratio_buckets)
+    elif run.args.use_aspect_ratio_buckets:
+        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    else:
+        buckets = [(run.args.resolution, run.args.resolution)]
+    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
+        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
+    return buckets
+
+
+def report_captions(run: Run, samples: list[Sample]) -> None:
+    """Logs the longest caption in tokens and names those that are cut at --max_sequence_length."""
+    if run.args.remote_text_encoder:
+        return  # the tokenizer is the server's
+    tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
+    texts = sorted({sample.caption for sample in samples})
+    lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
+    log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
+    if cut := [s.source.name for s in samples if lengths[s.caption] > most]:
+        log.warning(f"data: {len(cut)} captions are cut at {most} tokens: {', '.join(cut[:5])}")
+
+
+# endregion shared: samples
+
+
+# differs: rows of the text-to-image script have no references
+def make_samples(run: Run, rows: list[Row], buckets: list[Size]) -> list[Sample]:
+    """The samples of the rows whose pictures are good: the target in its bucket, references as at inference."""
+    samples = []
+    for row, [picture, *found] in inspect_rows(run.args, rows, run.cache_dir):
+        size, target = picture[2], nearest_bucket(picture[2], buckets)
+        references = tuple(
+            Reference(*reference, target, pair_size=size) if run.args.align_cond_image
+            else Reference(*reference, whole_tokens(capped_size(reference[2]), run.cell)) for reference in found
+        )  # fmt: skip
+        samples.append(Sample(*picture, target, row.caption, references))
+    return samples
+
+
+def whole_tokens(size: Size, cell: int) -> Size:
+    """(height, width) cut down to multiples of the token's side."""
+    return size[0] // cell * cell, size[1] // cell * cell
+
+
+# differs: references are an image-to-image matter
+def check_own_data(run: Run, samples: list[Sample]) -> None:
+    """Logs groups and lengths, warns of what would be learned by accident, decodes the validation pictures."""
+    groups, batch = Counter(sample.geometry for sample in samples), run.args.train_batch_size
+    log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
+    longest = max(groups, key=lambda sizes: sum(map(math.prod, sizes)))
+    target, *references = (math.prod(size) // run.cell**2 for size in longest)
+    log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
+    if small := sum(count < batch for count in groups.values()):
+        log.warning(
+            f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other noise"
+        )
+    cut = [s for s in samples if s.references and math.prod(cover_size(s.size, s.target)) > 1.1 * math.prod(s.target)]
+    if cut and not run.args.align_cond_image:
+        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
+                    "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
+    for row, prompt in enumerate(final_prompts(run.args)):
+        sizes = [f"{picture.width} x {picture.height}" for picture in validation_references(run.args, row)]
+        given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
+        log.info(f"validation: '{prompt}' has {given}")
+
+
+def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
+    """The references of the prompt in this row, decoded. Raises UserError for one that the pipelines would refuse."""
+    pictures = []
+    for path in map(Path, split_paths(args.validation_image[row]) if row < len(args.validation_image or []) else []):
+        try:
+            pictures.append(decode_picture(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--validation_image {path}: {error}") from None
+        size = pictures[-1].height, pictures[-1].width
+        unaligned = argparse.Namespace(align_cond_image=False)
+        if problems := row_problems(unaligned, [("", size), (str(path), size)]):
+            raise UserError(f"--validation_image {path}: {problems[str(path)]}")
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------------- Text and latents (once)
+# region shared: text
+def load_tokenizer(run: Run) -> Any:
+    """The family's tokenizer or processor."""
+    return getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
+
+
+def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int | None) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (1, L) of one prompt in the family's template, as the pipelines make them.
+
+    Padded and cut to `max_length`; None is neither. [dev] has a system message and pads left, [klein] has none and
+    pads right, with an empty thinking block.
+    """
+    limits = {"padding": "max_length", "truncation": True, "max_length": max_length} if max_length else {}
+    if family.pipeline == "Flux2Pipeline":
+        # "[IMG]" would be counted as a picture by the processor
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
+            {"role": "user", "content": [{"type": "text", "text": prompt.replace("[IMG]", "")}]},
+        ]
+        template = {"add_generation_prompt": False, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return tokenizer.apply_chat_template([messages], **template, **limits)
+    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
+    return tokenizer(text, return_tensors="pt", **limits)
+
+
+def load_text_encoder(run: Run) -> nn.Module:
+    """The text encoder with only the layers that are read, frozen, in the compute dtype.
+
+    One layer more than the last hidden state stays, because transformers puts the final norm on the last one: with
+    exactly max(layers) of them the third slice would differ from the pipeline's.
+    """
+    folder = run.model.part("text_encoder")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
+    keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:keep]
+    options = {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    spread = run.args.offload and run.device.type != "cpu"
+    if spread:
+        options["device_map"] = "auto"
+    encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
+    return (encoder if spread else encoder.to(run.device)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> torch.Tensor:
+    """Prompt embedding (L, D) of one prompt: the chosen hidden states side by side, pads included and unmasked.
+
+    `encoder.model` leaves out the logits over the vocabulary, which nobody reads.
+    """
+    tokens = tokenize(run.family, tokenizer, prompt, run.args.max_sequence_length).to(run.device)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    layers = [output.hidden_states[layer].to(run.device) for layer in run.text_layers]  # --offload spreads them
+    return torch.cat(layers, dim=-1)[0].to(run.dtype)
+
+
+def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
+    """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
+
+    The answer is a saved tensor: read with `weights_only`, capped in size, never redirected, checked for shape and
+    finite numbers. The token goes to https hosts of the Hub and to loopback only.
+    """
+    url = run.args.remote_text_encoder_url
+    advice = "to encode on this machine instead, leave --remote_text_encoder out (add --offload if memory is short)"
+    expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
+    headers = {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
+    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": 60.0, "follow_redirects": False}
+    try:
+        response = http_backoff("POST", url, **request)
+        if response.status_code != 200:
+            raise ValueError(f"status {response.status_code} {response.reason_phrase}")
+        if len(response.content) > 4 * math.prod(expected) + 1_000_000:
+            raise ValueError(f"{len(response.content)} bytes are too many")
+        embedding = torch.load(io.BytesIO(response.content), weights_only=True, map_location="cpu")
+        if not torch.is_tensor(embedding) or tuple(embedding.shape) != expected:
+            raise ValueError(f"{getattr(embedding, 'shape', type(embedding))} is not a tensor of shape {expected}")
+        if not embedding.is_floating_point() or not embedding.isfinite().all():
+            raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
+    except Exception as error:  # connection, protocol and unpickling errors have no common base
+        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
+    return embedding[0].to(run.dtype)
+
+
+def remote_token(args: Args) -> str | None:
+    """The token for the remote encoder, or None when its host may not see it."""
+    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
+    hub = url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
+    return (args.hub_token or huggingface_hub.get_token()) if hub or url.hostname in LOOPBACK else None
+
+
+class PromptCache:
+    """Prompt embeddings (L, D) by prompt string, on disk; the few used last also on the device."""
+
+    def __init__(self, run: Run) -> None:
+        """Keys hold everything that an embedding depends on: encoder, layers, length, dtype, template, prompt."""
+        url = run.args.remote_text_encoder_url if run.args.remote_text_encoder else None
+        encoder = url or run.model.identity("text_encoder")
+        template = run.model.identity("tokenizer"), SYSTEM_MESSAGE
+        self.key = digest(encoder, *run.text_layers, run.args.max_sequence_length, run.dtype, *template)
+        self.folder, self.device = run.cache_dir / "prompts", run.device
+        self.get = functools.lru_cache(maxsize=8)(self.load)
+
+    def path(self, prompt: str) -> Path:
+        """The file of one prompt; its name never holds text of the user's."""
+        return self.folder / f"{digest(self.key, prompt)}.safetensors"
+
+    def load(self, prompt: str) -> torch.Tensor:
+        """(L, D) on the device; `get` is this with a small memory."""
+        return load_file(self.path(prompt))["prompt_embeds"].to(self.device)
+
+    def batch(self, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
+        """(B, L, D) on the device."""
+        return torch.stack([self.get(prompt) for prompt in prompts]).to(dtype)
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
+    """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
+    cache = PromptCache(run)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.path(prompt).is_file()]
+    log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
+    if not missing:
+        return cache
+    encode = functools.partial(encode_prompt_remotely, run)
+    if not run.args.remote_text_encoder:
+        encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
+    with Progress("encode prompts", len(missing)) as progress:
+        for prompt in missing:
+            write_atomically(cache.path(prompt), save({"prompt_embeds": encode(prompt).cpu().contiguous()}))
+            progress.advance()
+    del encode
+    release_memory()
+    return cache
+
+
+def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
+    """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
+    prompts = [sample.caption for sample in samples]
+    prompts += final_prompts(run.args) + (run.args.validation_prompt or []) + own_prompts(run.args)
+    if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
+        prompts.append("")
+    return prompts
+
+
+def release_memory() -> None:
+    """Frees what the caller no longer refers to, and the device's cached blocks."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no CUDA
+
+
+# endregion shared: text
+
+
+# differs: there is no class prompt
+def own_prompts(args: Args) -> list[str]:
+    """Prompts that only this script encodes."""
+    return []
+
+
+# region shared: latents
+@dataclass(frozen=True)
+class LatentSpace:
+    """How pictures become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded pictures."""
+
+    mean_C: torch.Tensor  # per channel of a token
+    std_C: torch.Tensor
+    cell: int  # pixels per token side
+    folder: Path
+    identity: str
+
+    @property
+    def channels(self) -> int:
+        """C, channels of a token: 4 x the VAE's latent channels."""
+        return len(self.mean_C)
+
+    def path(self, picture: Picture, flip: bool) -> Path:
+        """The cache file of a picture: named by content, geometry and VAE."""
+        key = digest(picture.sha256, DECODE_POLICY, *picture.target, picture.fit, flip, self.identity)
+        return self.folder / f"{key}.safetensors"
+
+
+def open_latent_space(run: Run) -> LatentSpace:
+    """Reads the statistics from the VAE's weight file without loading the VAE. Raises UserError if they are missing."""
+    folder, epsilon = run.model.part("vae"), run.model.config("vae")["batch_norm_eps"]
+    suffix = f".{run.model.variant}.safetensors" if run.model.variant else ".safetensors"
+    for path in sorted(folder.glob(f"*{suffix}"), reverse=True):  # the plain file sorts behind its variants
+        with safe_open(path, "pt") as weights:
+            if "bn.running_mean" in weights.keys():
+                mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
+                identity, std = run.model.identity("vae"), torch.sqrt(variance + epsilon)
+                return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", identity)
+    raise UserError(f"{run.model.name}: no bn.running_mean in vae/*{suffix}; is this a FLUX.2 autoencoder?")
+
+
+def load_vae(run: Run) -> AutoencoderKLFlux2:
+    """The VAE, frozen, in fp32: it is small, and bf16 would cost up to 0.4 % in the statistics."""
+    options = {"torch_dtype": torch.float32, "variant": run.model.variant, "use_safetensors": True}
+    vae = AutoencoderKLFlux2.from_pretrained(run.model.part("vae"), **options)
+    return vae.to(run.device).eval().requires_grad_(False)
+
+
+def patchify(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, 4C, H/2, W/2): each 2 x 2 patch becomes channels, W fastest."""
+    return F.pixel_unshuffle(latents_BCHW, 2)
+
+
+def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H*W, C): one token per cell, row by row."""
+    return latents_BCHW.flatten(2).transpose(1, 2)
+
+
+def position_ids(rows: int, columns: int, time: int = 0) -> torch.Tensor:
+    """(1, rows*columns, 4) coordinates (T, row, column, 0) of a picture's tokens; T is 0 for the target."""
+    axes = torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)
+    return torch.cartesian_prod(*axes)[None]
+
+
+def text_ids(length: int) -> torch.Tensor:
+    """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(length))[None]
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] -> moments (B, 2, C, H, W) of the latent distribution: mean and log-variance, fp32."""
+    pixels_BCHW = pixels_BCHW.to(
+        vae.device, vae.dtype, memory_format=torch.channels_last
+    )  # as the pipelines hand it over
+    posterior = vae.encode(pixels_BCHW).latent_dist
+    return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
+
+
+def tokens_from_moments(
+    space: LatentSpace, moments_B2CHW: torch.Tensor, posterior_noise_BCHW: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Normalised clean tokens x_0 (B, L, C), fp32. Without noise the mean is taken (`--vae_encode_mode mode`)."""
+    mean, log_variance = moments_B2CHW.unbind(1)
+    latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
+    mean_C, std_C = space.mean_C.to(latents.device), space.std_C.to(latents.device)
+    return pack((patchify(latents) - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1))
+
+
+@torch.no_grad()
+def decode_tokens(
+    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
+) -> list[PIL.Image.Image]:
+    """Pictures from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
+    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    # one at a time: at 1024 px the decoder's activations are several GB per picture
+    pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
+    bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [PIL.Image.fromarray(array) for array in bytes_BHWC]
+
+
+def cache_latents(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
+    """Encodes every picture (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
+
+    Only the picture in work is in memory. Raises UserError when the disk is too small.
+    """
+    flips = (False, True) if run.args.random_flip else (False,)
+    wanted = {space.path(picture, flip): (picture, flip) for picture in pictures for flip in flips}
+    missing = {path: work for path, work in wanted.items() if not path.is_file()}
+    log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
+    if not missing:
+        return None
+    numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+    need = sum(4 * numbers_per_pixel * math.prod(picture.target) for picture, _ in missing.values())
+    check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
+    vae = load_vae(run)
+    with Progress("encode pictures", len(missing)) as progress:
+        for path, (picture, flip) in missing.items():
+            moments = encode_pixels(vae, picture.pixels(flip=flip)[None])[0]
+            write_atomically(path, save({"moments": moments.cpu().contiguous()}))
+            progress.advance()
+    return vae
+
+
+def encode_pictures(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
+    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it."""
+    vae = cache_latents(run, space, pictures) if run.args.cache_latents else None
+    draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
+    vae = (vae or load_vae(run)) if draws or not run.args.cache_latents else None
+    release_memory()
+    return vae
+
+
+def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
+    """Raises UserError unless `need` bytes and a tenth more are free where `folder` is."""
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    log.info(f"disk: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+    if need * 1.1 > free:
+        raise UserError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; see {remedy}")
+
+
+# endregion shared: latents
+
+
+# ------------------------------------------------------------------------------------------------------ Models and LoRA
+# region shared: lora
+ATTENTION = "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"
+TEXT_ATTENTION = "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out"
+FAL = f"{ATTENTION},{TEXT_ATTENTION},ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+AI_TOOLKIT = f"{FAL},norm1_context.linear,norm1.linear,norm.linear,proj_mlp,proj_out"
+LORA_PRESETS = {"attention": ATTENTION, "fal": FAL, "ai-toolkit": AI_TOOLKIT}
+DEFAULT_LORA_LAYERS = f"{ATTENTION},{TEXT_ATTENTION},attn.to_qkv_mlp_proj,attn.to_out"
+# FLUX.1 names, which lists in circulation use, and what they are in FLUX.2: its modulation is shared by all blocks,
+# its single blocks fuse q, k, v and the MLP.
+FLUX1_NAMES = (
+    (r"(ff|ff_context)\.net\.0\.proj$", r"\1.linear_in"),
+    (r"(ff|ff_context)\.net\.2$", r"\1.linear_out"),
+    (r"^(transformer_blocks\.\d+\.)?norm1\.linear$", "double_stream_modulation_img.linear"),
+    (r"^(transformer_blocks\.\d+\.)?norm1_context\.linear$", "double_stream_modulation_txt.linear"),
+    (r"^(single_transformer_blocks\.\d+\.)?norm\.linear$", "single_stream_modulation.linear"),
+    (r"^(single_transformer_blocks\.\d+\.)attn\.to_[qkv]$", r"\1attn.to_qkv_mlp_proj"),
+    (r"^(single_transformer_blocks\.\d+\.)?proj_mlp$", r"\1attn.to_qkv_mlp_proj"),
+    (r"^(single_transformer_blocks\.\d+\.)?proj_out$", r"\1attn.to_out"),
+)
+
+
+def translate_flux1_name(name: str) -> str:
+    """The FLUX.2 name of a module that FLUX.1 calls `name`; other names come back as they are."""
+    for pattern, replacement in FLUX1_NAMES:
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
+    """Full names of the Linear modules that get a LoRA.
+
+    `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
+    `final:proj_out` the last layer. Raises UserError for an entry that matches nothing, with the nearest names.
+    """
+    text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
+    chosen: set[str] = set()
+    for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
+        whole = entry.startswith("final:")
+        name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
+        if not whole and name != entry:
+            log.info(f"lora: FLUX.1 name {entry} is {name} in FLUX.2")
+        matches = [full for full in linear_names if full == name or (full.endswith(f".{name}") and not whole)]
+        if not matches:
+            endings = sorted({re.sub(r"^.*blocks\.\d+\.", "", full) for full in linear_names})
+            near = difflib.get_close_matches(name, [*linear_names, *endings], n=4, cutoff=0.4) or endings
+            raise UserError(f"--lora_layers: '{entry}' is no Linear module; nearest: {', '.join(near)}")
+        chosen.update(matches)
+    return [full for full in linear_names if full in chosen]
+
+
+def linear_modules(config: dict[str, Any]) -> dict[str, nn.Linear]:
+    """All Linear modules of the architecture by name, from its config alone (meta device, no memory)."""
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel.from_config(config)
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+class LoraLinear(nn.Linear):
+    """lora_A or lora_B: an fp32 weight, cast to the dtype of its input.
+
+    PEFT would cast the input to fp32 instead, and so make fp32 temporaries as large as the base layer's output.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out) in the dtype of `hidden`; the gradient arrives in fp32."""
+        return F.linear(hidden, self.weight.to(hidden.dtype))
+
+
+def lora_alpha(args: Args) -> float:
+    """--lora_alpha, or the rank."""
+    return args.rank if args.lora_alpha is None else args.lora_alpha
+
+
+def lora_layers_of(transformer: nn.Module) -> list[LoraLayer]:
+    """The modules that PEFT wrapped."""
+    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(FP8 values, fp32 scales (rows, 1)) of a matrix; a scale per row, so that an outlier spoils its row only."""
+    scales = matrix.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(FP8).max
+    return (matrix / scales).to(FP8), scales
+
+
+def fp8_matmul(
+    left: torch.Tensor, right: torch.Tensor, left_scales: torch.Tensor, right_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(M, K) row-major @ (K, N) column-major with scales (M, 1) and (1, N), on FP8 tensor cores where there are any."""
+    recipe = F.ScalingType.RowWise
+    return F.scaled_mm(left, right, left_scales, recipe, right_scales, recipe, output_dtype=dtype)
+
+
+class FP8Product(torch.autograd.Function):
+    """x W^T for a frozen W in FP8: one scaled matmul forward and one backward, no gradient of W, and x is not kept."""
+
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """hidden (..., in), weight (out, in) in FP8 with scales (out, 1) -> (..., out) in the dtype of `hidden`."""
+        context.save_for_backward(weight, scales)
+        rows, row_scales = to_fp8(hidden.flatten(0, -2))
+        product = fp8_matmul(rows, weight.t(), row_scales, scales.t(), hidden.dtype)
+        return product.unflatten(0, hidden.shape[:-1])
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of `hidden`. W's scales lie along the sum, so they go into the gradient before it is quantised."""
+        weight, scales = context.saved_tensors
+        rows, row_scales = to_fp8(gradient.flatten(0, -2) * scales.t())
+        ones, columns = torch.ones_like(weight[:1], dtype=torch.float32), weight.t().contiguous().t()
+        product = fp8_matmul(rows, columns, row_scales, ones, gradient.dtype)
+        return product.unflatten(0, gradient.shape[:-1]), None, None
+
+
+class FP8Linear(nn.Linear):
+    """A frozen Linear without bias whose weight is kept in FP8 only: half the memory of bf16."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        """Quantises the weight of `linear` on `device`, so that the whole model never has to lie there in bf16."""
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        assert linear.bias is None, "FLUX.2 has none"
+        weight, scales = to_fp8(linear.weight.detach().to(device))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scales", scales)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out) in the dtype of `hidden`."""
+        return FP8Product.apply(hidden, self.weight, self.scales)
+
+
+def quantize_blocks(transformer: Flux2Transformer2DModel, device: torch.device) -> None:
+    """Replaces the Linear layers of the blocks, one by one; embedders, modulation and last layer stay as they are."""
+    for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
+        for name, module in list(blocks.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(blocks.get_submodule(parent), child, FP8Linear(module, device))
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
+    if device.type == "cpu":
+        return
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 9) or dtype != torch.bfloat16:
+        raise UserError(
+            "--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (Ada, Hopper and later); "
+            f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a smaller "
+            "--resolution, [klein] instead of [dev]; SimpleTuner and ai-toolkit train quantised on older cards"
+        )
+
+
+def load_transformer(run: Run) -> Flux2Transformer2DModel:
+    """The frozen transformer in the compute dtype, on the device; with --do_fp8_training its blocks are in FP8."""
+    options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    transformer = Flux2Transformer2DModel.from_pretrained(run.model.part("transformer"), **options)
+    if run.args.attention_backend:
+        try:
+            transformer.set_attention_backend(run.args.attention_backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"--attention_backend {run.args.attention_backend}: {error}") from None
+    if run.args.do_fp8_training:
+        quantize_blocks(transformer, run.device)
+    return transformer.to(run.device).requires_grad_(False)
+
+
+def recompute(chosen: set[int], block: nn.Module, *inputs: Any) -> Any:
+    """Diffusers' checkpointing function for a share of the blocks: those whose id is in `chosen` are recomputed."""
+    if id(block) not in chosen:
+        return block(*inputs)
+    return torch.utils.checkpoint.checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+
+def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
+    """Puts the adapter into the transformer; returns its parameters by the name they have in the file, fp32.
+
+    lora_A is drawn from N(0, 1/rank) as in the diffusers examples, keyed by its name, and lora_B is 0, so the first
+    step starts from the base model.
+    """
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    targets = resolve_lora_layers(linears, run.args.lora_layers)
+    rank, alpha = run.args.rank, lora_alpha(run.args)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
+    transformer.add_adapter(config)
+    for layer in lora_layers_of(transformer):
+        layer.cast_input_dtype_enabled = False
+        for part in (layer.lora_A, layer.lora_B):
+            old = part["default"]
+            part["default"] = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
+    trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable.items()}
+    for name, parameter in parameters.items():
+        assert re.search(r"\.lora_[AB]\.weight$", name) and parameter.dtype == torch.float32, name
+        start = torch.zeros(parameter.shape)
+        if name.endswith("lora_A.weight"):
+            start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
+        parameter.data.copy_(start)
+    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
+    count = sum(parameter.numel() for parameter in parameters.values())
+    log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {count / 1e6:.2f} M parameters in fp32")
+    if unmapped := [name for name in targets if "modulation" in name or name.startswith("time_guidance_embed")]:
+        log.info(f"lora: ComfyUI ignores the LoRA of {', '.join(unmapped)} under diffusers' names")
+    return parameters
+
+
+def load_lora(parameters: dict[str, torch.Tensor], path: Path, alpha: float) -> None:
+    """Copies a LoRA file into the adapter. Raises UserError unless modules, shapes and alpha are the same."""
+    remedy = "give --rank, --lora_alpha and --lora_layers of that file"
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
+            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a LoRA in a safetensors file ({error}); {remedy}") from None
+    if differing := sorted(parameters.keys() ^ stored.keys()):
+        raise UserError(f"{path}: has other modules than --lora_layers, for instance {differing[0]}; {remedy}")
+    for name, parameter in parameters.items():
+        found, wanted = tuple(stored[name].shape), tuple(parameter.shape)
+        if found != wanted:
+            raise UserError(f"{path}: {name} is {found}, --rank makes it {wanted}; {remedy}")
+    if (found := header.get("transformer.lora_alpha", alpha)) != alpha:
+        raise UserError(f"{path}: was trained with --lora_alpha {found:g}, this run has {alpha:g}; {remedy}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(stored[name])
+
+
+def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -> dict[str, str]:
+    """Header of a LoRA file: what diffusers needs to rebuild the adapter, and what people want to know of it.
+
+    Only the keys that differ from PEFT's defaults: a key that an older PEFT does not know makes it refuse the file.
+    """
+    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
+    adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
+    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
+    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
+    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
+    return {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
+
+
+def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
+    """Writes pytorch_lora_weights.safetensors, and a twin for ComfyUI when alpha is not the rank.
+
+    ComfyUI ignores the alpha in the header, so the twin has alpha / rank multiplied into lora_B.
+    """
+    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
+    alpha, rank = lora_alpha(run.args), run.args.rank
+    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), (COMFYUI_FILE, alpha / rank, rank)):
+        if file == LORA_FILE or alpha != rank:
+            tensors = {}
+            for name, parameter in parameters.items():
+                factor = scale if name.endswith("lora_B.weight") else 1.0
+                tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
+            header = lora_metadata(run, parameters, header_alpha)
+            (folder / file).write_bytes(safetensors_bytes(tensors, header))
+
+
+# endregion shared: lora
+
+
+# -------------------------------------------------------------------------------------------------------- Flow matching
+# region shared: flow-matching
+def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
+    """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
+    density = args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale
+    return compute_density_for_timestep_sampling(*density, generator=generator)[0].clamp(0.0, 1.0)
+
+
+def shift_factor(args: Args, tokens: int) -> float:
+    """The s of `shift_sigmas` for a target of so many tokens.
+
+    linear is FLUX.1's mu (0.5 at 256 tokens, 1.15 at 4096), with which FLUX.2 is reported to have been trained;
+    empirical is the mu of the pipelines at --num_inference_steps.
+    """
+    if args.timestep_shift == "linear":
+        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    if args.timestep_shift == "empirical":
+        return math.exp(empirical_mu(tokens, args.num_inference_steps))
+    return 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """mu of FLUX.2's inference schedule (black-forest-labs/flux2, sampling.py): linear in tokens and in steps."""
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    return at_200 + (at_200 - at_10) / 190.0 * (steps - 200)
+
+
+def shift_sigmas(sigmas: torch.Tensor, factor: float) -> torch.Tensor:
+    """s*t / (1 + (s-1)*t): moves sigmas towards noise for s > 1, as large images need."""
+    return factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
+def loss_weights(args: Args, sigmas_B: torch.Tensor) -> torch.Tensor:
+    """Weight of each sample's loss; sigma_sqrt is capped at 100, it would be 10^6 at sigma 0.001."""
+    if args.weighting_scheme == "sigma_sqrt":
+        return sigmas_B.pow(-2.0).clamp(max=100.0)
+    if args.weighting_scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas_B + 2 * sigmas_B**2))
+    return torch.ones_like(sigmas_B)
+
+
+def flow_matching_losses(
+    args: Args, transformer: nn.Module, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    *condition: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Loss (B) of each sample: mean squared error of the velocity over the target's tokens and channels.
+
+    x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0; `condition` is what `predict_velocity`
+    needs besides. Tokens stay packed: the mean does not care about their order. Sigma and the mix are fp32, the forward
+    runs in the compute dtype.
+    """
+    sigmas_B11 = sigmas_B.view(-1, 1, 1)
+    noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
+    velocity_BLC = predict_velocity(args, transformer, noisy_BLC, sigmas_B, *condition)
+    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    return loss_weights(args, sigmas_B) * errors_B
+
+
+def call_transformer(
+    args: Args, transformer: nn.Module, tokens_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    prompt_embeds_BLD: torch.Tensor, ids: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The transformer's output (B, L, C), called exactly as the pipeline's denoising loop does.
+
+    The timestep takes the pipeline's way (1000 sigma, rounded to the compute dtype, / 1000), so that bf16 sees the same
+    grid in training as at inference.
+    """
+    dtype, device = prompt_embeds_BLD.dtype, tokens_BLC.device
+    guidance = None
+    if transformer.config.guidance_embeds:
+        guidance = torch.full([len(tokens_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
+    return transformer(
+        hidden_states=tokens_BLC.to(dtype),
+        timestep=(sigmas_B * 1000).to(dtype) / 1000,
+        guidance=guidance,
+        encoder_hidden_states=prompt_embeds_BLD,
+        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
+        img_ids=ids.to(device, non_blocking=True),
+        return_dict=False,
+    )[0]
+
+
+def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, list[float]]:
+    """(losses (B), sigmas) of one micro-batch from the loader."""
+    rows, columns = (side // parts.space.cell for side in batch["target"][0])
+    sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, rows * columns))
+    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
+    on_device = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
+    if "moments" not in batch:
+        on_device["moments"] = encode_pixels(parts.vae_on_device(run), on_device["pixels"])
+        parts.rest_vae(run.args)
+    clean_BLC = tokens_from_moments(parts.space, on_device["moments"], on_device.get("posterior_noise"))
+    prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
+    inputs = clean_BLC, on_device["noise"], on_device["sigmas"], prompt_embeds_BLD
+    return losses_of_samples(run, parts, batch, inputs, rows, columns), sigmas_B.tolist()
+
+
+# endregion shared: flow-matching
+
+
+def encode_references(
+    run: Run, parts: TrainingParts, views: list[list[torch.Tensor]]
+) -> list[tuple[torch.Tensor, ...]]:
+    """(tokens (B, L, C), position ids (1, L, 4)) of each reference; `views` holds those of every sample.
+
+    Tokens are clean, from the mean of the VAE's distribution; reference k = 1, 2, ... of a sample has T = 10 k.
+    """
+    references = []
+    for number, view in enumerate(zip(*views, strict=True), start=1):
+        moments = torch.stack(view).to(run.device, non_blocking=True)
+        if not run.args.cache_latents:
+            moments = encode_pixels(parts.vae_on_device(run), moments)
+            parts.rest_vae(run.args)
+        rows, columns = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
+        references.append((tokens_from_moments(parts.space, moments), position_ids(rows, columns, time=10 * number)))
+    return references
+
+
+# differs: references stand behind the noisy tokens
+def predict_velocity(
+    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int, references: list[tuple[torch.Tensor, ...]] = (),
+) -> torch.Tensor:  # fmt: skip
+    """The transformer's velocity (B, L, C) for noisy tokens of a grid of rows and columns.
+
+    The sequence is target, reference 1, reference 2, ...; what the model says at the references is of no meaning.
+    """
+    tokens_BLC = torch.cat([noisy_BLC, *(tokens for tokens, _ in references)], dim=1)
+    ids = torch.cat([position_ids(rows, columns), *(ids for _, ids in references)], dim=1)
+    output_BLC = call_transformer(args, transformer, tokens_BLC, sigmas_B, prompt_embeds_BLD, ids)
+    return output_BLC[:, : noisy_BLC.shape[1]]
+
+
+# differs: the references of some samples may be dropped
+def losses_of_samples(
+    run: Run, parts: TrainingParts, batch: dict[str, Any], inputs: tuple[torch.Tensor, ...], rows: int, columns: int
+) -> torch.Tensor:
+    """Loss (B) of each sample; `inputs` are clean tokens, noise, sigmas and prompt embeddings.
+
+    Samples whose references are dropped have shorter sequences and so go through a forward of their own.
+    """
+    views, losses = batch["references"], {}
+    for given in (True, False):
+        chosen = [place for place, view in enumerate(views) if bool(view) == given]
+        if chosen:
+            references = encode_references(run, parts, [views[place] for place in chosen])
+            part = (
+                inputs if len(chosen) == len(views) else [torch.stack([x[place] for place in chosen]) for x in inputs]
+            )
+            losses_b = flow_matching_losses(run.args, parts.transformer, *part, rows, columns, references)
+            losses.update(zip(chosen, losses_b.unbind(), strict=True))
+    return torch.stack([losses[place] for place in range(len(views))])
+
+
+# ----------------------------------------------------------------------------------------------- Optimizer and schedule
+# region shared: optimizer
+def peak_learning_rate(run: Run) -> float:
+    """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
+    rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
+    return rate * (samples_per_step(run) if run.args.scale_lr else 1)
+
+
+def samples_per_step(run: Run) -> int:
+    """Samples that one optimizer step averages over."""
+    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.accelerator.num_processes
+
+
+def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over the fp32 adapter; the optional packages are imported when they are used."""
+    shared = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2),
+              "eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}  # fmt: skip
+    if run.args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        own = {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple,
+               "use_bias_correction": run.args.prodigy_use_bias_correction,
+               "safeguard_warmup": run.args.prodigy_safeguard_warmup}  # fmt: skip
+        return Prodigy(parameters, **shared, **own)
+    if run.args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared)
+
+
+def total_steps(run: Run, samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    visits = run.args.num_train_epochs * samples * run.args.repeats
+    return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
+
+
+# endregion shared: optimizer
+
+
+# ---------------------------------------------------------------------------------------------------------- Checkpoints
+# region shared: checkpoints
+OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "logs/flux2-lora", "samples/final",
+             "samples/given", "samples/contact_sheet.png")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder and its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def file_stamp(path: Path) -> list[int | str]:
+    """[size, SHA-256] of a file."""
+    with path.open("rb") as stream:
+        return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None when every file has the size and hash of the manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, stamp in {"state.json": None, **manifest}.items():
+            if file_stamp(folder / name) != stamp:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"manifest.json or a file in it is not readable ({error})"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(args: Args) -> Checkpoint | None:
+    """The checkpoint to resume from, verified; `latest` skips damaged ones with a warning and may find none."""
+    target, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if not target:
+        return None
+    named = output_dir / target if (output_dir / target).is_dir() else Path(target)
+    for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
+        problem = verify_checkpoint(folder)
+        if problem is None:
+            return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if target != "latest":
+            raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
+        log.warning(f"checkpoint: {folder} is skipped: {problem}")
+    if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
+        raise UserError(
+            f"--resume_from_checkpoint latest: no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew"
+        )
+    log.info(f"checkpoint: none in {output_dir}, the run starts from step 0")
+    return None
+
+
+def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run; class pictures are known later than the rest."""
+    names = """rank lora_alpha lora_dropout lora_layers train_batch_size gradient_accumulation_steps optimizer
+        use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
+        cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift
+        guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+        prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
+        prior_loss_weight lr_power cond_dropout align_cond_image do_fp8_training"""
+    result = {"text_encoder_out_layers": list(run.text_layers)}
+    result |= {name: vars(run.args).get(name) for name in names.split()}
+    if run.args.timestep_shift == "empirical":
+        result["num_inference_steps"] = run.args.num_inference_steps
+    result |= {f"{stream.name} data": digest(*(sample.content for sample in stream.samples)) for stream in streams}
+    result.update(
+        embeddings=PromptCache(run).key, seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer")
+    )
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        # these schedules bend towards the end: another end is another run
+        result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
+    return result
+
+
+def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Raises UserError naming every setting that differs from the checkpoint's."""
+    then = checkpoint.state["fingerprint"]
+    lines = "".join(f"\n    {key}: was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key])
+    if lines:
+        raise UserError(f"{checkpoint.folder}: not the same run; set back, or start anew:{lines}")
+
+
+@dataclass
+class TrainState:
+    """What changes while training, beside the weights."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    fingerprint: dict[str, Any]
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # steps in a row that were not finite
+    smoothed_loss: float | None = None
+
+
+def optimizer_tensors(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state as tensors by 'name/key' and as JSON scalars; bitsandbytes' shared maps are left out."""
+    tensors, scalars = {}, {}
+    for name, parameter in state.parameters.items():
+        for key, value in state.optimizer.state[parameter].items():
+            if not torch.is_tensor(value):
+                scalars[f"{name}/{key}"] = value
+            elif not key.startswith("qmap"):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    return tensors, {"state": scalars, "groups": groups}
+
+
+def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+    """Puts back what `optimizer_tensors` saved."""
+    for path, value in {**tensors, **scalars["state"]}.items():
+        name, _, key = path.rpartition("/")
+        parameter = state.parameters[name]
+        # AdamW keeps its step count on the CPU; everything else lives with the parameter
+        moved = value.to(parameter.device) if torch.is_tensor(value) and key != "step" else value
+        state.optimizer.state[parameter][key] = moved
+    for parameter, slot in state.optimizer.state.items():
+        if "state1" in slot and slot["state1"].dtype == torch.uint8:
+            slot.update(eight_bit_maps(state.optimizer, parameter.device))
+    for group, stored in zip(state.optimizer.param_groups, scalars["groups"], strict=True):
+        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+
+
+def eight_bit_maps(optimizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """bitsandbytes' quantisation maps, which all parameters share."""
+    if "dynamic" not in optimizer.name2qmap:
+        optimizer.fill_qmap()
+    for name in ("dynamic", "udynamic"):
+        optimizer.name2qmap[name] = optimizer.name2qmap[name].to(device)
+    return {"qmap1": optimizer.name2qmap["dynamic"], "qmap2": optimizer.name2qmap["udynamic"]}
+
+
+def save_checkpoint(run: Run, state: TrainState) -> Path:
+    """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
+    final = run.output_dir / f"checkpoint-{state.step}"
+    temporary, old = run.output_dir / f".tmp-checkpoint-{os.getpid()}", run.output_dir / f".tmp-old-{final.name}"
+    try:
+        temporary.mkdir()
+        tensors, scalars = optimizer_tensors(state)
+        tensors |= {f"lora/{name}": p.detach().cpu().contiguous() for name, p in state.parameters.items()}
+        (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
+        save_lora(run, state.parameters, temporary)
+        numbers = {"step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss, "seed": run.seed}
+        schedule = {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"}
+        content = {**numbers, "fingerprint": state.fingerprint, "optimizer": scalars, "schedule": schedule}
+        content["versions"] = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        for path in temporary.iterdir():
+            flush_to_disk(path)
+        if final.exists():  # a finished run that was resumed
+            final.rename(old)
+        temporary.rename(final)
+        flush_to_disk(run.output_dir)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if problem := verify_checkpoint(final):
+        raise OSError(f"{final}: {problem} right after it was written")
+    rotate_checkpoints(run, final)
+    return final
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync of a file or folder; Windows has none for folders, and its file systems order the rename themselves."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rotate_checkpoints(run: Run, newest: Path) -> None:
+    """Removes the oldest checkpoints above --checkpoints_total_limit, never `newest`; a failure is a warning."""
+    others = [folder for folder in list_checkpoints(run.output_dir) if folder != newest]
+    for folder in others[: len(others) + 1 - (run.args.checkpoints_total_limit or len(others) + 1)]:
+        doomed = folder.with_name(f".tmp-old-{folder.name}")  # a half-removed folder must not look like a checkpoint
+        try:
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning(f"checkpoint: {folder} could not be removed ({error})")
+
+
+def restore(run: Run, state: TrainState) -> None:
+    """Brings weights, optimizer and schedule to the point of the run's checkpoint."""
+    tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
+    for name, parameter in state.parameters.items():
+        parameter.data.copy_(tensors.pop(f"lora/{name}"))
+    restore_optimizer(state, tensors, stored["optimizer"])
+    state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
+    state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
+    log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")
+
+
+# endregion shared: checkpoints
+
+
+# ----------------------------------------------------------------------------------------------- Validation and results
+# region shared: validation
+class Progress(contextlib.AbstractContextManager):
+    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+
+    def __init__(self, phase: str, total: int, done: int = 0) -> None:
+        """`done` of `total` are behind us when the phase begins."""
+        self.phase, self.total, self.done, self.first = phase, total, done, done
+        self.started = self.last_line = time.monotonic()
+        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def __exit__(self, *_: Any) -> None:
+        """Ends the phase's bar."""
+        self.bar.close()
+
+    def advance(self, note: str = "") -> None:
+        """One more is done; `note` stands behind the bar."""
+        self.done += 1
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
+            self.last_line = now
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+
+
+class LogHandler(logging.Handler):
+    """Writes lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line to stderr."""
+        tqdm.write(f"{time.strftime('%H:%M:%S')} {record.getMessage()}", file=sys.stderr)
+
+
+def make_pipeline(run: Run, parts: TrainingParts) -> Any:
+    """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
+    modules = {"transformer": parts.transformer, "vae": parts.vae_on_device(run)}
+    modules["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
+    if run.family.pipeline == "Flux2KleinPipeline":
+        modules["is_distilled"] = run.model.is_distilled
+    pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=None, tokenizer=None, **modules)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def generate(
+    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
+) -> list[PIL.Image.Image]:
+    """Pictures of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
+    options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
+    options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
+    if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
+        options["negative_prompt_embeds"] = parts.prompts.batch([""] * len(seeds), run.dtype)
+    prompt_embeds = parts.prompts.batch([prompt] * len(seeds), run.dtype)
+    generators = [make_generator(run.seed, *seed) for seed in seeds]
+    tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
+    if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
+        tokens_BLC = tokens_from_moments(parts.space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
+    rows, columns = (side // parts.space.cell for side in size)
+    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, rows, columns)
+
+
+# endregion shared: validation
+
+
+# differs: pictures of the text-to-image script have no references
+def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, dict[str, Any]]:
+    """(height, width) of the pictures of the prompt in this row, and its references for the pipeline.
+
+    The size is as asked, or the trained one nearest in shape to the first reference. With --align_cond_image references
+    are brought to it, as in training.
+    """
+    pictures, size = validation_references(run.args, row), buckets[0]
+    if run.args.validation_size:
+        size = parse_sizes(run.args.validation_size)[0]
+    elif pictures:
+        size = nearest_bucket((pictures[0].height, pictures[0].width), buckets)
+    if run.args.align_cond_image:
+        pictures = [PIL.ImageOps.fit(picture, size[::-1], PIL.Image.Resampling.LANCZOS) for picture in pictures]
+    return size, {"image": pictures} if pictures else {}
+
+
+# differs: the text-to-image script has nothing to show beside its pictures
+def sheet_columns(
+    run: Run, parts: TrainingParts, prompts: list[str], drawn: list[tuple[str, Path]]
+) -> list[tuple[str, Path]]:
+    """The columns (title, folder) of a contact sheet: references, what was drawn, the target where it is known.
+
+    It is known when a training row has the same references and the prompt as caption.
+    """
+    given, titles = run.output_dir / "samples" / "given", {}
+    for row, prompt in enumerate(prompts):
+        pictures = {
+            f"reference {k}": picture for k, picture in enumerate(validation_references(run.args, row), start=1)
+        }
+        if sample := known_sample(run.args, parts.samples, row, prompt):
+            pictures["target"] = decode_picture(sample.source.read())
+        for title, picture in pictures.items():
+            titles[title] = folder = given / title.replace(" ", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"prompt-{row}_image-0.png")
+    before = sorted((title, folder) for title, folder in titles.items() if title != "target")
+    return [*before, *drawn, *([("target", titles["target"])] if "target" in titles else [])]
+
+
+def known_sample(args: Args, samples: list[Sample], row: int, prompt: str) -> Sample | None:
+    """The training sample with the references and the prompt of a validation row, or None."""
+    if row >= len(args.validation_image or []):
+        return None
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in split_paths(args.validation_image[row])]
+    same = (s for s in samples if s.caption == prompt and [reference.sha256 for reference in s.references] == hashes)
+    return next(same, None)
+
+
+# region shared: sheets
+def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> list[PIL.Image.Image]:
+    """Draws --num_validation_images of each prompt with fixed seeds into `folder`; returns the first of each prompt."""
+    pipeline, firsts = make_pipeline(run, parts), []
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
+    with Progress(f"draw {folder.name}", len(todo)) as progress:
+        for (row, prompt), number in todo:
+            size, inputs = validation_inputs(run, row, parts.buckets)
+            picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
+            picture.save(folder / f"prompt-{row}_image-{number}.png")
+            firsts += [picture] if number == 0 else []
+            progress.advance()
+    parts.rest_vae(run.args)
+    return firsts
+
+
+def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> None:
+    """A contact sheet: one row per prompt, one column per folder of pictures (title, folder), the first of each."""
+    cells = {}
+    for (x, (_, folder)), y in itertools.product(enumerate(columns), range(len(rows))):
+        if (file := folder / f"prompt-{y}_image-0.png").is_file():
+            cells[x, y] = PIL.Image.open(file).convert("RGB")
+    widest, highest = (max(picture.size[side] for picture in cells.values()) for side in (0, 1))
+    scale = 256 / max(widest, highest)
+    width, height = round(widest * scale), round(highest * scale)
+    sheet = PIL.Image.new("RGB", (len(columns) * (width + 8) + 8, len(rows) * (height + 28) + 24), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for x, (title, _) in enumerate(columns):
+        draw.text((8 + x * (width + 8), 6), title, fill="black")
+    for y, prompt in enumerate(rows):
+        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(columns) * width // 7], fill="black")
+    for (x, y), picture in cells.items():
+        filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
+        fitted = PIL.ImageOps.contain(picture, (width, height), filter)
+        sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
+    sheet.save(path)
+
+
+@torch.no_grad()
+def validation_loss(run: Run, parts: TrainingParts) -> float:
+    """Loss on up to four training pictures at fixed noise and fixed sigmas: comparable from step to step."""
+    fixed = TrainingSet(run, parts.space, parts.samples, "validation")
+    losses = []
+    for number in range(8):
+        batch = collate([fixed[(number % min(4, len(parts.samples)), number)]])
+        losses += batch_losses(run, parts, batch)[0].tolist()
+    return sum(losses) / len(losses)
+
+
+def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
+    """Pictures, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    parts.transformer.eval()
+    try:
+        samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
+        pictures = draw_samples(run, parts, prompts, samples_dir / f"step-{state.step:06d}")
+        steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
+        columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
+        draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
+        for tracker in run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for row, picture in enumerate(pictures):  # one by one: their sizes may differ
+                    images = {f"validation/{row}": np.asarray(picture)[None]}
+                    tracker.log_images(images, step=state.step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": pictures}, step=state.step)
+        return {"validation_loss": validation_loss(run, parts)}
+    except Exception as error:  # pictures are not worth a run
+        log.warning(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
+        return {}
+    finally:
+        parts.transformer.train()
+
+
+# endregion shared: sheets
+
+
+# differs: the text-to-image script has no picture to give
+def card_inputs(run: Run) -> tuple[str, dict[str, Any]]:
+    """(import lines, arguments) of the card's snippet that are this script's."""
+    (height, width), _ = validation_inputs(run, 0, choose_buckets(run))
+    reference, options = 'load_image("reference.png")', {}
+    if run.args.align_cond_image:  # trained at one size with its picture
+        reference, options = f"{reference}.resize(({width}, {height}))", {"height": height, "width": width}
+    return "from diffusers.utils import load_image\n", {"image": f"[{reference}]", **options}
+
+
+# region shared: results
+def write_config(run: Run, basenames: bool = False) -> str:
+    """The resolved command line, one flag per line, no secrets: `@config.args` reproduces the run.
+
+    With `basenames` paths lose their folders: this is the copy that leaves the machine.
+    """
+    left_out = {*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
+    precision = "bf16" if run.dtype == torch.bfloat16 else "no"
+    lines = []
+    for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
+        if name in left_out or value is None:
+            continue
+        if isinstance(value, bool):
+            lines += [f"--{name}"] if value else [f"--no-{name}"] * (DEFAULTS[name] is True)
+            continue
+        words = [str(word) for word in (value if isinstance(value, list) else [value])]
+        if basenames and name in PATH_FLAGS:
+            words = [without_folders(word) for word in words]
+        quoted = " ".join(map(shlex.quote, words))
+        lines.append(f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}")
+    return "\n".join(lines) + "\n"
+
+
+def without_folders(path: str) -> str:
+    """The last part of a path, or of each of several with commas; a hub id stays whole."""
+    if "," in path and not os.path.exists(path):
+        return ",".join(Path(part).name for part in path.split(","))
+    return Path(path).name if os.path.exists(path) or path[:1] in "/.~" else path
+
+
+def base_license(run: Run) -> dict[str, str]:
+    """Licence fields of the base model: from its own card if it has one here, else the family's."""
+    card, keys = run.model.folder / "README.md", ("license", "license_name", "license_link")
+    with contextlib.suppress(OSError, ValueError):
+        data = huggingface_hub.ModelCard.load(card).data.to_dict()
+        return {key: data[key] for key in keys if data.get(key)} or run.family.license
+    return run.family.license
+
+
+CARD = """---
+{head}
+---
+# {title}
+A LoRA for {base_text}, trained with `{script}`; the settings are in `config.args`.
+
+<Gallery />
+
+{table}
+
+```python
+import torch
+from diffusers import {pipeline}
+{imports}
+pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.{dtype})
+pipeline.load_lora_weights({repo!r}, weight_name={file!r})
+pipeline.enable_model_cpu_offload()  # or pipeline.to("cuda") where it fits
+pipeline(prompt={prompt!r}, {arguments}).images[0].save("picture.png")
+```
+"""
+
+
+def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
+    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs."""
+    base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
+    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
+    head = huggingface_hub.ModelCardData(
+        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
+        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
+        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
+    )  # fmt: skip
+    dtype = str(run.dtype).removeprefix("torch.")
+    facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
+             "steps": state.step, "seed": run.seed, "dtype": dtype, "resolution": run.args.resolution}  # fmt: skip
+    rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
+    imports, options = card_inputs(run)
+    options |= {
+        "num_inference_steps": run.args.num_inference_steps,
+        "guidance_scale": run.args.validation_guidance_scale,
+    }
+    prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
+    title, base_text, script = escape_markdown(Path(repo).name), escape_markdown(base), Path(__file__).name
+    text = CARD.format(
+        head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), pipeline=run.family.pipeline, base=base,
+        dtype=dtype, repo=repo, file=LORA_FILE, prompt=prompt, title=title, base_text=base_text, script=script,
+        imports=imports, arguments=", ".join(f"{name}={value}" for name, value in options.items()),
+    )  # fmt: skip
+    write_atomically(run.output_dir / "README.md", text.encode())
+
+
+def escape_markdown(text: str) -> str:
+    """Text of the user's that cannot end a table cell, a line or a block."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def track(run: Run, values: dict[str, Any], step: int) -> None:
+    """Sends numbers to the trackers; one that fails does not stop training."""
+    try:
+        run.accelerator.log(values, step=step)
+    except Exception as error:  # whatever a tracker raises
+        log.warning(f"trackers: step {step} was not logged ({error})")
+
+
+def trim_metrics(run: Run, step: int) -> None:
+    """Drops the lines after `step`, which a resumed run writes again."""
+    path = run.output_dir / "metrics.jsonl"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Pictures from the saved file, read back into the resident adapter, also at strength 0.6 and 0.8.
+
+    Returns (prompt, path) for the card's gallery; a failure is a warning, the LoRA is already saved.
+    """
+    prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
+    if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
+        return []
+    try:
+        load_lora(parameters, run.output_dir / LORA_FILE, lora_alpha(run.args))
+        parts.transformer.eval()
+        strengths = {strength: final / f"strength-{strength}" for strength in (0.6, 0.8, 1.0)}
+        for strength, folder in strengths.items():
+            for layer in lora_layers_of(parts.transformer):
+                layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
+            draw_samples(run, parts, prompts, folder)
+        drawn = [(f"LoRA strength {strength}", folder) for strength, folder in strengths.items()]
+        columns = sheet_columns(run, parts, prompts, drawn)
+        draw_sheet(prompts, columns, final / "contact_sheet.png")
+    except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
+        log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
+        return []
+    numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
+    return [(prompt, f"samples/final/strength-1.0/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
+
+
+def push(run: Run) -> None:
+    """Uploads weights, card, samples and configuration in one commit; never checkpoints, logs or caches.
+
+    A failure is a warning with the line that does it by hand: the result is on disk.
+    """
+    folder = run.output_dir
+    files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
+    files += sorted((folder / "samples").rglob("*.png"))
+    add = huggingface_hub.CommitOperationAdd
+    operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
+    operations.append(add("config.args", write_config(run, basenames=True).encode()))
+    try:
+        api = huggingface_hub.HfApi(token=run.args.hub_token)
+        url = api.create_commit(run.hub_repo, operations, commit_message="FLUX.2 LoRA").commit_url
+        log.info(f"hub: uploaded {len(operations)} files: {url}")
+    except Exception as error:  # the network has no common base of errors, and the result must survive them all
+        names = " ".join(f"--include {name}" for name in (LORA_FILE, COMFYUI_FILE, "README.md", "'samples/**'"))
+        log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
+                    f"    hf upload {run.hub_repo} {shlex.quote(str(folder))} {names}")  # fmt: skip
+
+
+# endregion shared: results
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+# region shared: training
+@dataclass(frozen=True)
+class Run:
+    """The flags, and what is derived from them and from the machine once, at start."""
+
+    args: Args
+    accelerator: accelerate.Accelerator
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
+    seed: int
+    model: ModelFiles
+    family: ModelFamily
+    text_layers: tuple[int, ...]
+    cell: int  # pixels per token side
+    output_dir: Path
+    cache_dir: Path
+    resume: Checkpoint | None
+    started: float  # time.monotonic()
+    hub_repo: str | None = None  # made when the checks have passed
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
+
+    name: str
+    samples: list[Sample]
+    weight: float = 1.0  # of its loss
+
+
+@dataclass
+class TrainingParts:
+    """What the training loop works with."""
+
+    space: LatentSpace
+    prompts: PromptCache
+    transformer: nn.Module
+    vae: Any  # None when the pictures are cached and nothing is drawn
+    streams: list[Stream]  # the first one is what is learned
+    buckets: list[Size]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What is learned: epochs count these."""
+        return self.streams[0].samples
+
+    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
+        """The VAE where it is needed; with --offload it waits on the CPU."""
+        return self.vae.to(run.device)
+
+    def rest_vae(self, args: Args) -> None:
+        """Sends the VAE to the CPU with --offload."""
+        if args.offload and self.vae is not None:
+            self.vae.to("cpu")
+
+
+class NotFinite(RuntimeError):
+    """Ten steps in a row had a loss or gradient that is not finite. Exit code 3."""
+
+
+class SaveFailed(RuntimeError):
+    """The last save failed. Exit code 4."""
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
+
+
+class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
+    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
+
+    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (torch.OutOfMemoryError, 6), (KeyboardInterrupt, 130))
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Turns a known failure into SystemExit when this file is the program."""
+        for known, code in self.codes if __name__ == "__main__" else ():
+            if isinstance(error, known):
+                hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
+                print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
+                raise SystemExit(code) from None
+
+
+@dataclass
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
+
+    Only the main thread may install handlers; they are put back on leaving.
+    """
+
+    received: int | None = None
+    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
+
+    def __enter__(self) -> StopSignals:
+        """Installs the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Puts the old handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """Notes the signal and gives the next one back its usual effect."""
+        self.received = number
+        log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
+        signal.signal(number, self.previous[number])
+
+    def check_time(self, run: Run) -> None:
+        """The time limit counts as a SIGTERM."""
+        if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
+            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
+            self.received = signal.SIGTERM
+
+
+def set_up_logging() -> None:
+    """Our lines to stderr, above the progress bar; the libraries only when something is wrong."""
+    log.setLevel(logging.INFO)
+    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
+def refuse_launch() -> None:
+    """Raises UserError for accelerate configurations that this script does not run under."""
+    engines = ("DEEPSPEED", "MEGATRON_LM", "FSDP", "TPU")
+    asked = [name for name in engines if os.environ.get(f"ACCELERATE_USE_{name}", "no").lower() in ("1", "true")]
+    if asked or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = ", ".join(asked) or f"{os.environ['WORLD_SIZE']} processes"
+        raise UserError(f"the launch asks for {what}: not in this version; use configs/accelerate/one_gpu.yaml")
+
+
+def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
+    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
+
+    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if args.mixed_precision is None and configured in ("fp16", "fp8"):
+        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
+    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
+    return torch.bfloat16 if choice == "bf16" else torch.float32
+
+
+def start_accelerator(args: Args) -> Run:
+    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
+    set_up_logging()
+    refuse_launch()
+    for note in flag_notes(args):
+        log.info(f"note: {note}")
+    output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
+    family = find_family(model)
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=report_to(args) or None,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+    )
+    dtype = compute_dtype(args, accelerator.device.type == "cpu")
+    if args.do_fp8_training:
+        check_fp8(accelerator.device, dtype)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    seed = resume.state["seed"] if resume and args.seed is None else args.seed
+    return Run(
+        args, accelerator, accelerator.device, dtype,
+        seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
+        model=model, family=family, text_layers=text_layers(args, model, family),
+        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
+        resume=resume, started=time.monotonic(),
+    )  # fmt: skip
+
+
+def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
+    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
+    layers = tuple(args.text_encoder_out_layers or family.text_layers)
+    if args.remote_text_encoder:
+        return layers
+    config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
+    depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
+    if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
+        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
+    return layers
+
+
+def create_hub_repo(args: Args) -> str | None:
+    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        return huggingface_hub.create_repo(name, token=args.hub_token, private=args.hub_private, exist_ok=True).repo_id
+    except Exception as error:  # the network has no common base of errors
+        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+
+
+def ignore_signals(_worker: int) -> None:
+    """Workers outlive a signal to the process group (Ctrl-C, Slurm): the main process answers it and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
+    """Endless micro-batches from micro-step `first` on, each a tuple with one batch per stream."""
+    loaders = []
+    for stream in parts.streams:
+        geometries = [sample.geometry for sample in stream.samples]
+        sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first)
+        options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
+        options["worker_init_fn"] = ignore_signals
+        dataset = TrainingSet(run, parts.space, stream.samples, stream.name)
+        loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
+    return zip(*loaders, strict=True)
+
+
+def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
+    """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
+
+    A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
+    """
+    started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
+    losses, weights, sigmas, names = [], [], [], []
+    for micro in range(accumulation):
+        for stream, batch in zip(parts.streams, next(batches), strict=True):
+            if run.args.lora_dropout > 0:
+                # dropout is a function of (seed, micro-step), so that neither resume nor validation shifts it
+                key = (state.step * accumulation + micro, len(losses))
+                torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
+            losses_B, sigmas_B = batch_losses(run, parts, batch)
+            run.accelerator.backward(stream.weight * losses_B.mean())
+            losses.append(stream.weight * losses_B.detach())
+            weights += [stream.weight] * len(sigmas_B)
+            sigmas += sigmas_B
+            names += batch["name"]
+    norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
+    # everything that the host wants to know before the update comes over together, so it waits for the device once
+    *row_losses, grad_norm = torch.cat([*losses, norm[None]]).tolist()
+    # mean over the micro-batches of the weighted sum of the streams' means: what is minimised
+    loss = sum(row_losses) / (run.args.train_batch_size * accumulation)
+    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values |= loss_by_sigma(row_losses, sigmas, weights)
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        values |= apply_update(state)
+        state.skipped = 0
+    else:
+        state.skipped += 1
+        log.warning(f"step {state.step + 1}: not finite, the weights stay as they are; samples: {', '.join(names)}")
+    state.optimizer.zero_grad(set_to_none=True)
+    state.schedule.step()
+    state.step += 1
+    return {**values, "seconds": time.perf_counter() - started}
+
+
+def apply_update(state: TrainState) -> dict[str, float]:
+    """The optimizer's step; returns the norm of all lora_B and the size of the update relative to it."""
+    ups = [parameter for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
+    before = [parameter.detach().clone() for parameter in ups]
+    state.optimizer.step()
+    with torch.no_grad():
+        update = torch.stack(torch._foreach_norm(torch._foreach_sub(ups, before))).norm()
+        norm = torch.stack(torch._foreach_norm(ups)).norm()
+    update, norm = torch.stack([update, norm]).tolist()
+    return {"lora_norm": norm, "update_ratio": update / norm if norm else 0.0}
+
+
+def loss_by_sigma(row_losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
+    """Mean loss, without its weight, of the samples in each tenth of sigma: `loss_sigma_0.3` is 0.3 to 0.4."""
+    tenths: dict[int, list[float]] = {}
+    for loss, sigma, weight in (row for row in zip(row_losses, sigmas, weights, strict=True) if row[2]):
+        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss / weight)
+    return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
+
+
+def peak_memory(run: Run) -> dict[str, float]:
+    """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
+    if run.device.type == "cuda":
+        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
+    if importlib.util.find_spec("resource") is None:
+        return {}
+    import resource  # POSIX only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+
+
+def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
+    """Prints the numbers of the run as equations, before the first step."""
+    n, repeats, per_step, batch = len(parts.samples), run.args.repeats, samples_per_step(run), run.args.train_batch_size
+    accumulation, visits = run.args.gradient_accumulation_steps, steps * per_step
+    log.info(f"train: {n} pictures x {repeats} repeats = {n * repeats} samples per epoch")
+    log.info(f"train: batch {batch} x accumulation {accumulation} x 1 process = {per_step} samples per step")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
+    rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
+    log.info(f"train: {rate}, seed {run.seed}, base in {str(run.dtype).removeprefix('torch.')} on {run.device}")
+    if steps < 100 and not run.args.max_train_steps:
+        log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
+
+
+def validation_is_due(run: Run, samples: int, step: int) -> bool:
+    """Whether pictures are drawn after `step`: before the first one, then by steps or by epochs.
+
+    An epoch is pictures x repeats drawn samples; its event comes at the first step that reaches it.
+    """
+    if not run.args.validation_prompt or run.args.num_validation_images == 0:
+        return False
+    if step == 0:
+        return True
+    if run.args.validation_steps:
+        return step % run.args.validation_steps == 0
+    period = samples * run.args.repeats * run.args.validation_epochs
+    now, before = (s * samples_per_step(run) // period for s in (step, step - 1))
+    return now > before
+
+
+def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
+    """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
+    steps, samples = total_steps(run, len(parts.samples)), len(parts.samples)
+    announce_training(run, parts, steps)
+    if state.step == 0 and validation_is_due(run, samples, 0):
+        track(run, validate(run, parts, state), 0)
+    batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
+    parts.transformer.train()
+    with Progress("train", steps, done=state.step) as progress:
+        while state.step < steps and stop.received is None:
+            values = train_step(run, parts, state, batches)
+            if math.isfinite(values["loss"]):  # an average over about 50 steps
+                last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
+                state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
+            progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
+            stop.check_time(run)
+            if stop.received is None and validation_is_due(run, samples, state.step):
+                values |= validate(run, parts, state)
+            values |= peak_memory(run)
+            with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
+            track(run, values, state.step)
+            watch(state, values)
+            if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.received is None:
+                try_save_checkpoint(run, state)
+
+
+def watch(state: TrainState, values: dict[str, Any]) -> None:
+    """Raises NotFinite after ten skipped steps in a row; says loudly when the LoRA does not move."""
+    if state.skipped >= 10:
+        raise NotFinite(f"step {state.step}: ten steps in a row were not finite; the last checkpoint is good. Lower "
+                        "--learning_rate, and look at the samples named above")  # fmt: skip
+    if state.step == 50 and values.get("lora_norm") == 0.0:
+        log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
+
+
+def try_save_checkpoint(run: Run, state: TrainState) -> None:
+    """Saves; if the disk refuses, training goes on and the next checkpoint tries again."""
+    try:
+        log.info(f"checkpoint: {save_checkpoint(run, state)}")
+    except OSError as error:
+        log.warning(f"checkpoint: step {state.step} was not saved ({error}); the run goes on")
+
+
+def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
+    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
+    try:
+        folder = save_checkpoint(run, state)
+        for path in folder.glob("*_lora*.safetensors") if stop.received is None else ():
+            write_atomically(run.output_dir / path.name, path.read_bytes())
+            flush_to_disk(run.output_dir / path.name)
+    except OSError as error:
+        raise SaveFailed(f"the last save failed ({error}); free space in {run.output_dir}, then resume") from error
+    if stop.received is not None:
+        words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
+        words = [word for word in words if word != "--overwrite_output_dir"] + ["--resume_from_checkpoint", "latest"]
+        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    python {shlex.join(words)}")
+        run.accelerator.end_training()
+        raise Stopped(128 + stop.received)
+    write_card(run, state, [])
+    if (run.output_dir / COMFYUI_FILE).is_file():
+        log.info(f"result: {run.output_dir / COMFYUI_FILE} is for ComfyUI, which ignores alpha in the header")
+
+
+def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
+    """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
+    now, share = fingerprint(run, parts.streams), run.args.gradient_checkpointing
+    if run.resume:
+        check_resume(run.resume, now)
+    transformer = parts.transformer = load_transformer(run)
+    parameters = add_lora(run, transformer)
+    if run.args.init_lora_from:
+        load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args))
+    if share:
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        chosen = {id(block) for block in blocks[: math.ceil(share * len(blocks))]}
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, chosen))
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":  # the accelerate config asks for torch.compile: block by block, in place, names unchanged
+        transformer.compile_repeated_blocks(
+            backend=backend, dynamic=True, mode=os.environ.get("ACCELERATE_DYNAMO_MODE")
+        )
+    optimizer, steps = make_optimizer(run, list(parameters.values())), total_steps(run, len(parts.samples))
+    lengths = {"num_warmup_steps": run.args.lr_warmup_steps, "num_training_steps": steps}
+    shape = {"num_cycles": run.args.lr_num_cycles, "power": run.args.lr_power}
+    # in optimizer steps; stepped by us, never prepared by Accelerate
+    schedule = get_scheduler(run.args.lr_scheduler, optimizer, **lengths, **shape)
+    state = TrainState(parameters, optimizer, schedule, now)
+    parts.rest_vae(run.args)
+    if run.resume:
+        restore(run, state)
+    trim_metrics(run, state.step)
+    return state
+
+
+def prepare_output(run: Run) -> Run:
+    """Makes the output folder, writes the settings, starts the trackers with them: no secrets, no folders in them.
+
+    With --overwrite_output_dir an earlier run's files go first, never the cache. Returns the run with its repository.
+    """
+    hub_repo = create_hub_repo(run.args)
+    doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
+    if run.args.overwrite_output_dir and not run.resume and (run.output_dir / "config.args").is_file():
+        doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
+        doomed += run.output_dir.glob("samples/step-*")
+    for path in doomed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_atomically(run.output_dir / "config.args", write_config(run).encode())
+    public = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
+    settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
+    settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
+    run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+    return replace(run, hub_repo=hub_repo)
+
+
+def check_plan(run: Run, samples: list[Sample]) -> None:
+    """The last checks before anything heavy: LoRA targets, resume, disk space; with --dry_run this is the plan."""
+    config = run.model.config("transformer")
+    linears = linear_modules(config)
+    targets = resolve_lora_layers(list(linears), run.args.lora_layers)
+    if run.args.init_lora_from:  # into an adapter that exists only here
+        sizes = {name: (linears[name].in_features, linears[name].out_features) for name in targets}
+        adapter = {f"{name}.lora_A.weight": torch.empty(run.args.rank, size[0]) for name, size in sizes.items()}
+        adapter |= {f"{name}.lora_B.weight": torch.empty(size[1], run.args.rank) for name, size in sizes.items()}
+        load_lora(adapter, Path(run.args.init_lora_from), lora_alpha(run.args))
+    if run.resume:
+        check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
+    prompts = len(set(all_prompts(run, samples)))
+    need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
+    check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
+    steps = total_steps(run, len(samples))
+    log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
+
+
+def print_results(run: Run) -> None:
+    """The last lines of a run: where everything is."""
+    log.info(f"done in {time.monotonic() - run.started:.0f} s")
+    results = {"LoRA": LORA_FILE, "pictures": "samples", "card": "README.md", "settings": "config.args"}
+    for label, name in results.items():
+        if (run.output_dir / name).exists():
+            log.info(f"{label:>9}: {run.output_dir / name}")
+
+
+# endregion shared: training
+
+
+# differs: the text-to-image script has class pictures and no references
+def prepare_streams(
+    run: Run, space: LatentSpace, prompts: PromptCache, samples: list[Sample], buckets: list[Size]
+) -> tuple[list[Stream], list[Picture]]:
+    """What is learned, and all the pictures to encode: targets and references."""
+    return [Stream("instance", samples)], [*samples, *(picture for sample in samples for picture in sample.references)]
+
+
+# region shared: main
+@ExitCodes()
+def main(args: Args) -> None:
+    """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
+    run = start_accelerator(args)
+    samples, buckets = check_data(run)
+    check_plan(run, samples)
+    if args.dry_run:
+        return
+    run = prepare_output(run)
+    space = open_latent_space(run)
+    prompts = encode_prompts(run, all_prompts(run, samples))
+    streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
+    parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
+    state = set_up_training(run, parts)
+    with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
+        train(run, parts, state, stop)
+        save_results(run, state, stop)
+    write_card(run, state, draw_final_pictures(run, parts, state.parameters))
+    run.accelerator.end_training()
+    if args.push_to_hub:
+        push(run)
+    print_results(run)
+
+
+if __name__ == "__main__":
+    main(parse_args())
+# endregion shared: main
