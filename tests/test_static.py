@@ -870,6 +870,9 @@ def test_a_saved_command_line_parses_with_its_script(path: Path, tmp_path: Path,
     monkeypatch.chdir(tmp_path)  # the folders that the command line names are made here, not in the project
     for flag in {"--instance_data_dir", "--cond_data_dir"} & set(words):
         (tmp_path / words[words.index(flag) + 1]).mkdir(parents=True)
+    for picture in (word for word in words if word.endswith(".png")):
+        (tmp_path / picture).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / picture).touch()
     (tmp_path / "tiny_flux2").mkdir(exist_ok=True)
     (tmp_path / "tiny_flux2" / "model_index.json").touch()
     args = arguments.parse_args([f"@{path}"])

@@ -13,6 +13,7 @@ same pairs.
 import argparse
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +24,7 @@ UNSEEN_PAIRS = 4  # not to be trained on: to look at the LoRA with
 SHAPES = ((1, 1), (3, 4), (4, 3), (9, 16))  # height : width of the data set's pictures
 
 
-def draw_pair(scene: Scene, instruction: str, after: Scene | None, size: int) -> tuple[Image.Image, Image.Image]:
+def draw_pair(scene: Scene, after: Scene | None, size: int) -> tuple[Image.Image, Image.Image]:
     """(reference, target) of an edit; without a scene afterwards it is the same scene at night."""
     return draw_scene(scene, size), draw_night(scene, size) if after is None else draw_scene(after, size)
 
@@ -39,9 +40,9 @@ def draw_folders(folder: Path, count: int, size: int, seed: int) -> None:
     """`count` pairs of the night edit as reference/NNN.png and target/NNN.png, and some more that are unseen."""
     rng = random.Random(seed)
     for number in range(count + UNSEEN_PAIRS):
-        scene, unseen = random_scene(rng), number >= count
+        scene, unseen = replace(random_scene(rng), light="daylight"), number >= count
         names = ("unseen", "unseen_target") if unseen else ("reference", "target")
-        for name, picture in zip(names, draw_pair(scene, NIGHT, None, size), strict=True):
+        for name, picture in zip(names, draw_pair(scene, None, size), strict=True):
             path = folder / name / f"{number - count * unseen:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
@@ -55,7 +56,7 @@ def draw_dataset(folder: Path, count: int, size: int, seed: int) -> None:
     for number in range(count):
         scene, shape = random_scene(rng), SHAPES[number % len(SHAPES)]
         instruction, after = random_edit(scene, rng) if number % 2 else (NIGHT, None)
-        pair = [crop_to_shape(picture, shape) for picture in draw_pair(scene, instruction, after, size)]
+        pair = [crop_to_shape(picture, shape) for picture in draw_pair(scene, after, size)]
         for name, picture in zip(("file_name", "output"), pair, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=92)
