@@ -2607,7 +2607,8 @@ def push(run: Run) -> None:
     """
     folder = run.output_dir
     files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
-    files += sorted((folder / "samples").rglob("*.png"))
+    # samples/given holds copies of the user's own pictures: they stay here
+    files += sorted(path for path in (folder / "samples").rglob("*.png") if "given" not in path.parts)
     add = huggingface_hub.CommitOperationAdd
     operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
     operations.append(add("config.args", write_config(run, basenames=True).encode()))
@@ -2617,6 +2618,7 @@ def push(run: Run) -> None:
         log.info(f"hub: uploaded {len(operations)} files: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
         names = " ".join(f"--include {name}" for name in (LORA_FILE, COMFYUI_FILE, "README.md", "'samples/**'"))
+        names += " --exclude 'samples/given/**'"
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
                     f"    hf upload {run.hub_repo} {shlex.quote(str(folder))} {names}")  # fmt: skip
 
