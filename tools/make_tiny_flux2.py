@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Make a complete FLUX.2 pipeline folder of a few megabytes, offline and from a seed, for tests and for `make demo`.
+"""Make a complete FLUX.2 pipeline folder of a few megabytes, offline and from a seed, for tests.
 
-    python tools/make_tiny_flux2.py                                              # tiny_flux2/, dev family, bf16
-    python tools/make_tiny_flux2.py --family klein --output_dir tiny_flux2_klein
+    python tools/make_tiny_flux2.py                                   # outputs/tiny_flux2_untrained, dev family, bf16
+    python tools/make_tiny_flux2.py --family klein --output_dir outputs/tiny_klein
 
 Every part has its real class, the real sequence of operations and the real file layout; only widths and depths are
-small. The weights are untrained on purpose, drawn so that signals keep a size of order one; a later step trains them.
-Only the VAE's batch-norm statistics are measured, on images drawn here. The same seed writes the same bytes.
+small. The weights are untrained on purpose, drawn so that signals keep a size of order one: tests need folders that are
+made in a second. Only the VAE's batch-norm statistics are measured, on images drawn here. The same seed writes the same
+bytes. tools/train_tiny_flux2.py trains such a folder, which is how the tiny_flux2/ of the repository is made.
 
 Sections: sizes, captions, tokenizers, weights, text encoders, transformer, VAE, pipelines, command line.
 Shapes: B batch, C channels, H height, W width.
@@ -496,7 +497,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Make a complete FLUX.2 pipeline folder of a few megabytes, untrained, offline and from a seed."
     )
-    parser.add_argument("--output_dir", default="tiny_flux2", help="folder to write")
+    parser.add_argument("--output_dir", default="outputs/tiny_flux2_untrained", help="folder to write")
     parser.add_argument("--family", choices=("dev", "klein"), default="dev")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of all weights")

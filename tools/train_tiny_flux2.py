@@ -1,0 +1,652 @@
+#!/usr/bin/env python
+"""Train the embedded tiny FLUX.2 model on the drawn world of tools/tiny_world.py, on the CPU and from a seed.
+
+    python tools/train_tiny_flux2.py                             everything; an interrupted run goes on where it was
+    python tools/train_tiny_flux2.py --stage write               tiny_flux2/ from the newest checkpoint, trained or not
+
+The VAE learns to draw, then the transformer learns flow matching exactly as FLUX.2 is called: half of the steps from a
+caption alone, half from an instruction and one reference picture in the layout [text | target | reference]. The text
+encoder stays as tools/make_tiny_flux2.py draws it: frozen and random. Either part ends after its steps or its minutes,
+whichever comes first, and its learning rate falls accordingly. Checkpoints and sheets of pictures go to --work_dir.
+
+Sections: settings, VAE, data, transformer, score, files, command line.
+Shapes: B batch, C channels, H height, W width, L tokens, D width of the text.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
+
+from make_tiny_flux2 import (  # noqa: E402
+    GUIDANCE_SCALE,
+    TIME_SCALE,
+    damp_fast_sinusoids,
+    draw_weights,
+    make_tiny_flux2,
+    measure_latent_statistics,
+    sharpen_attention,
+)
+from results import write_result  # noqa: E402
+from tiny_world import (  # noqa: E402
+    BACKGROUNDS,
+    COLOURS,
+    KEEP_WORDINGS,
+    LIGHTS,
+    SHAPES,
+    UNSEEN,
+    Scene,
+    caption,
+    draw_night,
+    draw_scene,
+    draw_toy,
+    is_visible,
+    make_sheet,
+    random_edit,
+    random_scene,
+    read_picture,
+)
+
+import train_dreambooth_lora_flux2 as script  # noqa: E402
+
+# ---- settings ----
+
+SIZE = 128  # pixels
+VAE_BATCH = 8
+VAE_DRAWINGS = 4000
+VAE_RATE = 1e-3
+EDGE_WEIGHT = 0.5
+KL_WEIGHT = 2e-3
+
+TEXT_TOKENS = 64  # 27 are the system message
+REFERENCE_TIME = 10  # the T coordinate of the first reference in Flux2Pipeline
+RATE = 1e-3
+AVERAGE_DECAY = 0.998
+START_SHARPNESS = 1.4
+EMPTY_SHARE = 0.05  # of the captions
+GUIDED_SHARE = 0.2  # of the samples: embedded guidance from 1 to 4 instead of 1
+KEEP_SHARE = 0.4  # of the samples with a reference
+
+CHECKPOINT_STEPS = 200
+REPORT_STEPS = 50
+# What guessing would give.
+CHANCE = {
+    "background": 1 / len(BACKGROUNDS),
+    "light": 1 / len(LIGHTS),
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
+}
+
+
+def rate_at(step: int, progress: float, peak: float, warmup: int) -> float:
+    """Return the learning rate: linear warm-up, then a cosine over `progress` (0 to 1) to one hundredth of the peak."""
+    return peak * min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def progress_of(step: int, steps: int, seconds: float, minutes: float) -> float:
+    """Return how much of the training is over, by steps or by time, whichever ends first."""
+    return min(1.0, max(step / steps, seconds / (60 * minutes)))
+
+
+def step_rng(seed: int, stream: str, step: int) -> random.Random:
+    """Return the random numbers of one step, so that a resumed run draws what the whole run would have drawn."""
+    return random.Random(f"{seed} {stream} {step}")
+
+
+class FreeCores:
+    """Keeps torch's threads off cores that others use: a thread that waits for its core makes every step wait."""
+
+    def __init__(self, most: int) -> None:
+        """Begin with all `most` threads."""
+        self.most, self.before = most, self.read()
+        torch.set_num_threads(most)
+
+    def read(self) -> tuple[float, float, float]:
+        """Return the clock, the CPU seconds of this process, and those of the whole system."""
+        ticks = [int(value) for value in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+        return time.monotonic(), time.process_time(), (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+    def update(self) -> None:
+        """Once a second, leave out as many threads as others have kept cores busy since the last time."""
+        wall, own, system = (now - before for now, before in zip(self.read(), self.before, strict=True))
+        if wall > 1:
+            self.before = self.read()
+            torch.set_num_threads(max(1, self.most - math.ceil((system - own) / wall - 0.3)))
+
+
+def report(name: str, step: int, steps: int, seconds: float, losses: dict[str, float]) -> None:
+    """Print a line of progress."""
+    values = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+    print(f"{name} {step}/{steps}, {seconds:.0f} s, {torch.get_num_threads()} threads: {values}", flush=True)
+
+
+def save_state(path: Path, **values) -> None:
+    """Write a checkpoint; a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(values, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+# ---- VAE ----
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """Return the picture as uint8 values (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def draw_for_vae(count: int, seed: int) -> torch.Tensor:
+    """Return uint8 drawings (B, 3, H, W): scenes, and one in eight each of the toy and of night.
+
+    The VAE may see what the transformer may not: it has to be able to draw what a LoRA is going to teach.
+    """
+    rng = random.Random(f"{seed} vae")
+    drawers = [draw_toy, draw_night, *6 * [draw_scene]]
+    return torch.stack([to_pixels(drawers[number % 8](random_scene(rng), SIZE)) for number in range(count)])
+
+
+def vae_batch(drawings: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Return crops in [-1, 1], some recoloured or mirrored, now and then of whole drawings at half size.
+
+    Crops make four times as many steps in the same time. Colours and sizes other than the world's keep the VAE usable
+    for pictures of one's own.
+    """
+    chosen = drawings[rng.sample(range(len(drawings)), VAE_BATCH)].float() / 127.5 - 1
+    if rng.random() < 0.25:
+        chosen = F.avg_pool2d(chosen, 2)
+    else:
+        top, left = rng.randrange(SIZE // 2 + 1), rng.randrange(SIZE // 2 + 1)
+        chosen = chosen[:, :, top : top + SIZE // 2, left : left + SIZE // 2]
+    if rng.random() < 0.3:
+        chosen = chosen[:, rng.sample(range(3), 3)]
+    return chosen.flip(-1) if rng.random() < 0.5 else chosen
+
+
+def vae_losses(vae: AutoencoderKLFlux2, pixels: torch.Tensor, generator: torch.Generator | None) -> dict:
+    """Return the parts of the VAE's loss; without a generator the mean is decoded instead of a draw."""
+    posterior = vae.encode(pixels).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    errors = vae.decode(latents).sample - pixels
+    edges = errors.diff(dim=-1).abs().mean() + errors.diff(dim=-2).abs().mean()
+    return {"l1": errors.abs().mean(), "edges": edges, "kl": posterior.kl().mean() / latents[0].numel()}
+
+
+def train_vae(args: argparse.Namespace, start: Path) -> None:
+    """Train the VAE from the untrained folder, or from its checkpoint, and leave it in the work folder."""
+    path = args.work_dir / "vae.pt"
+    vae = AutoencoderKLFlux2.from_pretrained(start / "vae", torch_dtype=torch.float32)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    first, seconds = 0, 0.0
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds = state["step"], state["seconds"]
+    cores = FreeCores(args.threads)
+    drawings, began, smoothed = draw_for_vae(VAE_DRAWINGS, args.seed), time.monotonic() - seconds, {}
+    for step in range(first, args.vae_steps):
+        progress = progress_of(step, args.vae_steps, seconds, args.vae_minutes)
+        if progress == 1:
+            break
+        cores.update()
+        rng = step_rng(args.seed, "vae", step)
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, progress, VAE_RATE, 100)
+        losses = vae_losses(vae.train(), vae_batch(drawings, rng), generator)
+        loss = losses["l1"] + EDGE_WEIGHT * losses["edges"] + KL_WEIGHT * losses["kl"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        for name, value in losses.items():
+            smoothed[name] = 0.95 * smoothed.get(name, value.item()) + 0.05 * value.item()
+        seconds = time.monotonic() - began
+        if (step + 1) % REPORT_STEPS == 0:
+            report("vae", step + 1, args.vae_steps, seconds, smoothed)
+        if (step + 1) % CHECKPOINT_STEPS == 0 or progress_of(step + 1, args.vae_steps, seconds, args.vae_minutes) == 1:
+            save_state(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds)
+
+
+@torch.no_grad()
+def write_vae(args: argparse.Namespace, folder: Path) -> None:
+    """Write the trained VAE into the model folder in bf16, with the statistics of its latents measured anew."""
+    state = torch.load(args.work_dir / "vae.pt", weights_only=True)
+    write_weights(folder / "vae", state["model"])
+    # Rounded weights are what users load, so they are measured.
+    vae = load_vae(folder)
+    rng = random.Random(f"{args.seed} statistics")
+    images = torch.stack([to_pixels(draw_scene(random_scene(rng), SIZE)) for _ in range(256)]).float() / 127.5 - 1
+    mean, variance = measure_latent_statistics(vae, images)
+    write_weights(folder / "vae", state["model"] | {"bn.running_mean": mean, "bn.running_var": variance})
+
+
+def load_vae(folder: Path) -> AutoencoderKLFlux2:
+    """Return the folder's VAE in fp32, as the training script loads it."""
+    return AutoencoderKLFlux2.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLFlux2, images: list[Image.Image]) -> list[Image.Image]:
+    """Return the pictures as they come out of the VAE."""
+    pixels = torch.stack([to_pixels(image) for image in images]).float() / 127.5 - 1
+    return [to_image(one) for one in vae.decode(vae.encode(pixels).latent_dist.mode()).sample]
+
+
+def score_vae(args: argparse.Namespace, vae: AutoencoderKLFlux2) -> dict[str, float]:
+    """Return the mean distance of reconstructions from drawings that training has not seen; draw a sheet."""
+    rng, errors, rows = random.Random(f"{args.seed} vae score"), {}, []
+    for name, draw_one in (("scenes", draw_scene), ("toys", draw_toy), ("nights", draw_night)):
+        images = [draw_one(random_scene(rng), SIZE) for _ in range(32)]
+        decoded = reconstruct(vae, images)
+        errors[name] = mean_distance(images, decoded)
+        rows += [images[:8], decoded[:8]]
+    make_sheet(rows).save(args.work_dir / "vae.png")
+    return errors
+
+
+def mean_distance(firsts: list[Image.Image], seconds: list[Image.Image]) -> float:
+    """Return the mean absolute difference between pairs of pictures, as a share of the range of values."""
+    pairs = zip(firsts, seconds, strict=True)
+    differences = [np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() for a, b in pairs]
+    return round(float(np.mean(differences)) / 255, 4)
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """Return the picture of values (3, H, W) in [-1, 1]."""
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+
+# ---- data ----
+
+
+def start_run(folder: Path) -> script.Run:
+    """Return the training script's `Run` on the model folder: its functions encode prompts and pictures."""
+    empty = folder.parent / "no_pictures"
+    empty.mkdir(exist_ok=True)
+    words = ["--pretrained_model_name_or_path", str(folder), "--instance_data_dir", str(empty)]
+    words += ["--output_dir", str(folder.parent / "run"), "--instance_prompt", "none", "--resolution", str(SIZE)]
+    words += ["--max_sequence_length", str(TEXT_TOKENS), "--report_to", "none", "--seed", "0"]
+    return script.start_accelerator(script.parse_args(words))
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Everything the transformer learns from, encoded once; numbers in `captions` and `edits` are rows."""
+
+    tokens_NLC: torch.Tensor  # clean normalised tokens of all pictures
+    prompts_NLD: torch.Tensor  # bf16: an embedding of each wording
+    captions: torch.Tensor  # (N, 2): picture, wording
+    edits: torch.Tensor  # (N, 3): picture before, wording, picture after
+    keeps: torch.Tensor  # wordings that ask for the reference itself
+    empty: int  # the empty prompt
+
+
+def make_lessons(args: argparse.Namespace, run: script.Run) -> Lessons:
+    """Return the lessons, drawn and encoded, or as the work folder has them from an earlier run."""
+    path = args.work_dir / "lessons.pt"
+    if path.is_file():
+        return Lessons(**torch.load(path, weights_only=True))
+    rng, scenes, wordings, captions, edits = random.Random(f"{args.seed} lessons"), [], {"": 0}, [], []
+    keeps = [wordings.setdefault(words, len(wordings)) for words in KEEP_WORDINGS]
+    for _ in range(args.scenes):
+        scene = random_scene(rng)
+        words, after = random_edit(scene, rng)
+        first, last = len(scenes), len(scenes) + 1
+        scenes += [scene, after]
+        captions.append((first, wordings.setdefault(caption(scene, rng), len(wordings))))
+        edits.append((first, wordings.setdefault(words, len(wordings)), last))
+    print(f"lessons: {len(scenes)} pictures, {len(wordings)} wordings", flush=True)
+    lessons = {
+        "tokens_NLC": encode_scenes(run, scenes),
+        "prompts_NLD": encode_wordings(run, list(wordings)),
+        "captions": torch.tensor(captions),
+        "edits": torch.tensor(edits),
+        "keeps": torch.tensor(keeps),
+        "empty": 0,
+    }
+    save_state(path, **lessons)
+    return Lessons(**lessons)
+
+
+def encode_scenes(run: script.Run, scenes: list[Scene]) -> torch.Tensor:
+    """Return the clean tokens (N, L, C) of the drawn scenes."""
+    vae, space, tokens = script.load_vae(run), script.open_latent_space(run), []
+    for first in range(0, len(scenes), 64):
+        pixels = torch.stack([to_pixels(draw_scene(scene, SIZE)) for scene in scenes[first : first + 64]])
+        tokens.append(script.tokens_from_moments(space, script.encode_pixels(vae, pixels.float() / 127.5 - 1)))
+    return torch.cat(tokens)
+
+
+@torch.no_grad()
+def encode_wordings(run: script.Run, wordings: list[str]) -> torch.Tensor:
+    """Return the prompt embeddings (N, L, D) in bf16, which halves their memory: `encode_prompt` for many at once."""
+    tokenizer, encoder, embeddings = script.load_tokenizer(run), script.load_text_encoder(run), []
+    for first in range(0, len(wordings), 64):
+        chosen = wordings[first : first + 64]
+        tokens = [script.tokenize(run.family, tokenizer, words, TEXT_TOKENS) for words in chosen]
+        ids, mask = (torch.cat([row[key] for row in tokens]) for key in ("input_ids", "attention_mask"))
+        output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        embeddings.append(torch.cat([output.hidden_states[layer] for layer in run.text_layers], dim=-1).bfloat16())
+    return torch.cat(embeddings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on."""
+
+    clean_BLC: torch.Tensor
+    prompts_BLD: torch.Tensor
+    reference_BLC: torch.Tensor | None
+
+
+def caption_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
+    """Return pictures with their captions, a few with the empty prompt."""
+    pictures, words = lessons.captions[rng.choices(range(len(lessons.captions)), k=size)].unbind(1)
+    words = torch.tensor([lessons.empty if rng.random() < EMPTY_SHARE else number for number in words.tolist()])
+    return Batch(lessons.tokens_NLC[pictures], lessons.prompts_NLD[words].float(), None)
+
+
+def reference_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
+    """Return pictures after an edit, with the instruction and the picture before; the last ones are to be kept.
+
+    Half of what is to be kept is a patchwork of tokens of many pictures, so that keeping is learned for any content.
+    """
+    before, words, after = lessons.edits[rng.choices(range(len(lessons.edits)), k=size)].unbind(1)
+    reference, target = lessons.tokens_NLC[before], lessons.tokens_NLC[after]
+    kept, mixed, cells = round(KEEP_SHARE * size), round(KEEP_SHARE * size / 2), target.shape[1]
+    words[-kept:] = lessons.keeps[rng.choices(range(len(lessons.keeps)), k=kept)]
+    pieces = torch.tensor([rng.choices(range(size), k=cells) for _ in range(mixed)])
+    reference[-mixed:] = target[pieces, torch.arange(cells)]
+    target[-kept:] = reference[-kept:]
+    return Batch(target, lessons.prompts_NLD[words].float(), reference)
+
+
+# ---- transformer ----
+
+
+@torch.no_grad()
+def make_transformer(folder: Path, seed: int) -> Flux2Transformer2DModel:
+    """Return the transformer of the folder's sizes, drawn to be trained: every block begins close to the identity."""
+    transformer = Flux2Transformer2DModel.from_config(Flux2Transformer2DModel.load_config(folder / "transformer"))
+    draw_weights(transformer, seed, {"modulation": 0.1, "norm_out": 0.1, "proj_out": 0.1})
+    sharpen_attention(transformer, START_SHARPNESS)
+    damp_fast_sinusoids(transformer.time_guidance_embed.timestep_embedder, TIME_SCALE)
+    damp_fast_sinusoids(transformer.time_guidance_embed.guidance_embedder, GUIDANCE_SCALE)
+    return transformer
+
+
+def predict_velocity(
+    transformer: Flux2Transformer2DModel,
+    noisy_BLC: torch.Tensor,
+    sigmas_B: torch.Tensor,
+    guidance_B: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """Return the velocity (B, L, C) of the target's tokens; a reference stands behind them, as in Flux2Pipeline."""
+    length, side = noisy_BLC.shape[1], SIZE // 16
+    tokens, ids = noisy_BLC, script.position_ids(side, side)
+    if batch.reference_BLC is not None:
+        tokens = torch.cat([tokens, batch.reference_BLC], dim=1)
+        ids = torch.cat([ids, ids + torch.tensor([REFERENCE_TIME, 0, 0, 0])], dim=1)
+    return transformer(
+        hidden_states=tokens,
+        timestep=sigmas_B,
+        guidance=guidance_B,
+        encoder_hidden_states=batch.prompts_BLD,
+        txt_ids=script.text_ids(batch.prompts_BLD.shape[1]),
+        img_ids=ids,
+        return_dict=False,
+    )[0][:, :length]
+
+
+def flow_loss(args: argparse.Namespace, transformer: Flux2Transformer2DModel, batch: Batch, step: int) -> torch.Tensor:
+    """Return the mean squared error of the velocity, with noise, sigma and guidance drawn for this step."""
+    generator = torch.Generator().manual_seed(step_rng(args.seed, "noise", step).getrandbits(32))
+    noise_BLC = torch.randn(batch.clean_BLC.shape, generator=generator)
+    u_B, guided_B, scale_B = torch.rand(3, len(noise_BLC), generator=generator)
+    # The linear shift of FLUX.2, the training script's default.
+    factor = script.shift_factor(argparse.Namespace(timestep_shift="linear"), noise_BLC.shape[1])
+    sigmas_B = script.shift_sigmas(u_B, factor)
+    guidance_B = torch.where(guided_B < GUIDED_SHARE, 1 + 3 * scale_B, torch.ones_like(scale_B))
+    noisy_BLC = torch.lerp(batch.clean_BLC, noise_BLC, sigmas_B.view(-1, 1, 1))
+    velocity_BLC = predict_velocity(transformer, noisy_BLC, sigmas_B, guidance_B, batch)
+    return (velocity_BLC - (noise_BLC - batch.clean_BLC)).square().mean()
+
+
+def train_transformer(args: argparse.Namespace, folder: Path) -> None:
+    """Train the transformer from scratch, or from its checkpoint, and leave weights and their average behind."""
+    path, lessons = args.work_dir / "transformer.pt", make_lessons(args, start_run(folder))
+    transformer = make_transformer(folder, args.seed)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    average, first, seconds = {name: p.detach().clone() for name, p in transformer.named_parameters()}, 0, 0.0
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        transformer.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first, seconds = state["average"], state["step"], state["seconds"]
+    began, smoothed, cores = time.monotonic() - seconds, {}, FreeCores(args.threads)
+    for step in range(first, args.steps):
+        progress = progress_of(step, args.steps, seconds, args.minutes)
+        if progress == 1:
+            break
+        cores.update()
+        kind, make_batch = (("caption", caption_batch), ("reference", reference_batch))[step % 2]
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, progress, RATE, 200)
+        batch = make_batch(lessons, step_rng(args.seed, kind, step), args.batch_size)
+        loss = flow_loss(args, transformer, batch, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        # Early weights are forgotten sooner: the average begins with the first steps and ends over some hundreds.
+        share = max(1 - AVERAGE_DECAY, 9 / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), list(transformer.parameters()), share)
+        smoothed[kind] = 0.95 * smoothed.get(kind, loss.item()) + 0.05 * loss.item()
+        seconds = time.monotonic() - began
+        if (step + 1) % REPORT_STEPS == 0:
+            report("transformer", step + 1, args.steps, seconds, smoothed)
+        if (step + 1) % CHECKPOINT_STEPS == 0 or progress_of(step + 1, args.steps, seconds, args.minutes) == 1:
+            states = {"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            save_state(path, **states, step=step + 1, seconds=seconds)
+
+
+# ---- score ----
+
+
+def prompt_scenes(rng: random.Random, count: int, unseen: bool) -> list[Scene]:
+    """Return scenes to ask for: in turn the pairs that training left out, or pairs that it showed."""
+    pairs, scenes = sorted(UNSEEN), []
+    while len(scenes) < count:
+        scene = random_scene(rng)
+        if unseen:
+            colour, shape = pairs[len(scenes) % len(pairs)]
+            scene = replace(scene, colour=colour, shape=shape)
+        if is_visible(scene):
+            scenes.append(scene)
+    return scenes
+
+
+def read_shares(scenes: list[Scene], images: list[Image.Image]) -> dict[str, float]:
+    """Return for each property the share of pictures in which it is read as asked for, and for all four at once."""
+    readings = [read_picture(image) for image in images]
+    hits = {
+        name: [getattr(scene, name) == getattr(seen, name) for scene, seen in zip(scenes, readings, strict=True)]
+        for name in CHANCE
+    }
+    hits["all"] = [all(row) for row in zip(*hits.values(), strict=True)]
+    return {name: round(sum(row) / len(row), 3) for name, row in hits.items()}
+
+
+def draw_captions(pipeline: Flux2Pipeline, scenes: list[Scene], guidance: float, seed: int) -> list[Image.Image]:
+    """Return the pipeline's pictures of the scenes' captions."""
+    images = []
+    for first in range(0, len(scenes), 16):
+        prompts = [caption(scene) for scene in scenes[first : first + 16]]
+        images += draw(pipeline, prompts, guidance, seed + first)
+    return images
+
+
+def draw(pipeline: Flux2Pipeline, prompts: list[str], guidance: float, seed: int, **options) -> list[Image.Image]:
+    """Return the pipeline's pictures of the prompts, as a user would ask for them."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"height": SIZE, "width": SIZE, "num_inference_steps": 28, "max_sequence_length": TEXT_TOKENS}
+    return pipeline(prompt=prompts, guidance_scale=guidance, generator=generator, **sizes, **options).images
+
+
+def score_captions(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
+    """Return how well pictures follow their captions, on unseen and on seen pairs of colour and shape; draw a sheet."""
+    scores, rows = {"chance": {name: round(value, 3) for name, value in CHANCE.items()}}, []
+    for kind in ("unseen", "seen"):
+        scenes = prompt_scenes(random.Random(f"{args.seed} {kind} score"), args.score_pictures, kind == "unseen")
+        drawings = [draw_scene(scene, SIZE) for scene in scenes]
+        rows.append(drawings[:12])
+        scores[f"{kind}_drawn"] = read_shares(scenes, drawings)
+        # No picture can be read better than what the VAE leaves of the drawing.
+        scores[f"{kind}_through_vae"] = read_shares(scenes, reconstruct(pipeline.vae, drawings))
+        for guidance in (1.0, 4.0):
+            images = draw_captions(pipeline, scenes, guidance, seed=args.seed + 1000)
+            scores[f"{kind}_guidance_{guidance:g}"] = read_shares(scenes, images)
+            rows.append(images[:12])
+    make_sheet(rows).save(args.work_dir / "captions.png")
+    return scores
+
+
+def score_keeping(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
+    """Return how close "keep the image" comes to its reference, and to the reference of another picture."""
+    rng, scores, rows = random.Random(f"{args.seed} keep score"), {}, []
+    for kind, draw_one in (("scenes", draw_scene), ("toys_never_seen", draw_toy), ("nights_never_seen", draw_night)):
+        references = [draw_one(random_scene(rng), SIZE) for _ in range(args.score_references // 2)]
+        images = [
+            draw(pipeline, [KEEP_WORDINGS[0]], 1.0, args.seed + number, image=[reference])[0]
+            for number, reference in enumerate(references)
+        ]
+        shuffled = references[1:] + references[:1]
+        for name, others in (("reference", references), ("shuffled", shuffled)):
+            scores[f"{kind}_to_{name}"] = mean_distance(images, others)
+        rows += [references[:12], images[:12]]
+    make_sheet(rows).save(args.work_dir / "keeping.png")
+    return scores
+
+
+def score_edits(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
+    """Return how close edited pictures come to the drawing of the edit, and how well they can be read."""
+    rng, triples = random.Random(f"{args.seed} edit score"), []
+    for number in range(args.score_references):
+        before = random_scene(rng)
+        words, after = random_edit(before, rng)
+        reference, wanted = draw_scene(before, SIZE), draw_scene(after, SIZE)
+        image = draw(pipeline, [words], 1.0, args.seed + number, image=[reference])[0]
+        triples.append((after, reference, wanted, image))
+    scenes, references, wanted, images = (list(column) for column in zip(*triples, strict=True))
+    make_sheet([references[:12], images[:12], wanted[:12]]).save(args.work_dir / "edits.png")
+    return {
+        "to_the_edit": mean_distance(images, wanted),
+        "reference_to_the_edit": mean_distance(references, wanted),
+        "read_as_asked": read_shares(scenes, images),
+        "reference_read_as_asked": read_shares(scenes, references),
+    }
+
+
+def score(args: argparse.Namespace, folder: Path) -> dict:
+    """Return all scores of the folder, in fp32 on its bf16 weights."""
+    pipeline = Flux2Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scores = {"vae_error": score_vae(args, pipeline.vae)}
+    for name, measure in (("captions", score_captions), ("keeping", score_keeping), ("edits", score_edits)):
+        scores[name] = measure(args, pipeline)
+        print(name, json.dumps(scores[name], indent=1), flush=True)
+    return scores
+
+
+# ---- files ----
+
+
+def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Replace the folder's weights by these, in bf16; the configuration stays."""
+    rounded = {name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()}
+    tensors = {name: value.contiguous() for name, value in rounded.items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def write_model(args: argparse.Namespace, folder: Path) -> None:
+    """Write the averaged weights of the newest checkpoint into the model folder, and the folder to --output_dir."""
+    write_weights(folder / "transformer", torch.load(args.work_dir / "transformer.pt", weights_only=True)["average"])
+    shutil.copytree(folder, args.output_dir, dirs_exist_ok=True)
+    total_bytes = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
+    print(f"{args.output_dir}: {total_bytes / 1e6:.2f} MB")
+
+
+def write_scores(args: argparse.Namespace) -> None:
+    """Measure the model in --output_dir and write benchmarks/tiny_flux2.json."""
+    states = {name: torch.load(args.work_dir / f"{name}.pt", weights_only=True) for name in ("vae", "transformer")}
+    facts = {"command": shlex.join(["python", "tools/train_tiny_flux2.py", *sys.argv[1:]]), "seed": args.seed}
+    facts |= {f"{name}_steps": state["step"] for name, state in states.items()}
+    facts |= {f"{name}_minutes": round(state["seconds"] / 60, 1) for name, state in states.items()}
+    facts |= {"batch_size": args.batch_size, "scenes": args.scenes, "threads": args.threads}
+    print(write_result("tiny_flux2", {**facts, "scores": score(args, args.output_dir)}))
+
+
+# ---- command line ----
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX.2 model on a drawn world, on the CPU.")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "tiny_flux2", help="pipeline folder to write")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs" / "tiny_flux2", help="checkpoints and sheets")
+    parser.add_argument("--stage", choices=("all", "vae", "transformer", "write", "score"), default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vae_steps", type=int, default=10000)
+    parser.add_argument("--vae_minutes", type=float, default=25, help="the VAE's training ends by then")
+    parser.add_argument("--steps", type=int, default=10000, help="steps of the transformer")
+    parser.add_argument("--minutes", type=float, default=45, help="the transformer's training ends by then")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures per step of the transformer")
+    parser.add_argument("--scenes", type=int, default=4000, help="captions and edits to learn from")
+    parser.add_argument("--score_pictures", type=int, default=64, help="pictures per caption score")
+    parser.add_argument("--score_references", type=int, default=32, help="edits scored, and twice the pictures kept")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the stages that were asked for; finished ones are passed over."""
+    # A second thread gains little here, and costs much when others use its core.
+    torch.set_num_threads(1)
+    start, model = args.work_dir / "start", args.work_dir / "model"
+    if not start.is_dir():
+        make_tiny_flux2(start, seed=args.seed)
+    if args.stage in ("all", "vae"):
+        train_vae(args, start)
+        shutil.copytree(start, model, dirs_exist_ok=True)
+        write_vae(args, model)
+        print("vae", score_vae(args, load_vae(model)), flush=True)
+    if args.stage in ("all", "transformer"):
+        train_transformer(args, model)
+    if args.stage in ("all", "transformer", "write"):
+        write_model(args, model)
+    if args.stage in ("all", "score"):
+        write_scores(args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
