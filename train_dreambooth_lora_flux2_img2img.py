@@ -1117,7 +1117,7 @@ def metadata_columns(args: Args, folder: Path, columns: list[str]) -> tuple[str,
     target = next(filter(None, (find_column(name, columns) for name in names)), None)
     references = {name: find_column(name, columns) for name in args.cond_image_column or []}
     missing = [f"--cond_image_column {name}" for name, column in references.items() if column is None]
-    missing += [] if target else [f"--image_column: {' or '.join(names)}"]
+    missing += [] if target else [f"--image_column {' or '.join(names)}"]
     if missing:
         raise UserError(f"{missing[0]}: not in {metadata_file(folder)}; columns: {', '.join(columns)}")
     found = [name for name in columns if re.fullmatch(r"(.+_)?file_names?", name) and name != target]

@@ -78,7 +78,8 @@ def test_exactly_weights_card_samples_and_settings_are_uploaded(pushed):
     hub, folder, _ = pushed
     kept = {WEIGHTS, "comfyui_lora.safetensors", "README.md", "config.args"}
     local = files_below(folder)
-    assert set(hub.files) == kept | {name for name in local if name.startswith("samples/")}
+    samples = {name for name in local if name.startswith("samples/") and not name.startswith("samples/given/")}
+    assert set(hub.files) == kept | samples
     assert any(name.startswith("samples/step-") for name in hub.files) and "samples/contact_sheet.png" in hub.files
     # there was something to leave out
     assert {name.split("/")[0] for name in local - set(hub.files)} >= {"cache", "logs", "checkpoint-1", "metrics.jsonl"}
