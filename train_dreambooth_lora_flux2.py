@@ -839,7 +839,9 @@ class Source:
         """The file's bytes. Raises OSError."""
         if self.path is not None:
             return self.path.read_bytes()
-        cell = self.cell() or {"bytes": b""}
+        cell = self.cell() or {"bytes": None, "path": None}
+        if cell["bytes"] is None and not cell["path"]:
+            return b""
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def cell(self) -> dict[str, Any] | None:
@@ -918,6 +920,8 @@ def read_metadata(folder: Path) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, lines))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
+    if long := [number for number, row in enumerate(rows, start=2) if isinstance(row, dict) and None in row]:
+        raise UserError(f"{path}: line {long[0]} has more cells than columns; put texts with commas in quotes")
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f'{path}: every line must be an object like {{"file_name": ..., "text": ...}}')
     return rows
@@ -1137,11 +1141,12 @@ def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row
         bad |= problems
         if not problems:
             good.append((row, [(source, sha256, (height, width)) for source, sha256, (height, width, _) in found]))
-    count, listed = f"{len(bad)} picture(s)", "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
+    count, left_out = f"{len(bad)} picture(s)", len(rows) - len(good)
+    listed = "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
     if bad and (args.on_bad_image == "error" or not good):
         raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{listed}")
     if bad:
-        log.warning(f"data: {count} are skipped:{listed}")
+        log.warning(f"data: {count} are skipped, and with them {left_out} of {len(rows)} rows:{listed}")
     return good
 
 
@@ -2608,7 +2613,9 @@ def push(run: Run) -> None:
     folder = run.output_dir
     files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
     # samples/given holds copies of the user's own pictures: they stay here
-    files += sorted(path for path in (folder / "samples").rglob("*.png") if "given" not in path.parts)
+    files += sorted(
+        path for path in (folder / "samples").rglob("*.png") if "given" not in path.relative_to(folder).parts
+    )
     add = huggingface_hub.CommitOperationAdd
     operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
     operations.append(add("config.args", write_config(run, basenames=True).encode()))

@@ -510,8 +510,8 @@ def check_own(args: Args) -> Iterator[str]:
 
 
 def split_paths(text: str) -> list[str]:
-    """The files of one --validation_image: one path, or several with commas between."""
-    return [text] if os.path.isfile(text) else text.split(",")
+    """The files of one --validation_image: one path, several with commas between, or '' for none."""
+    return [text] if os.path.isfile(text) else list(filter(None, text.split(",")))
 
 
 # differs: there are folders of references too
@@ -857,7 +857,9 @@ class Source:
         """The file's bytes. Raises OSError."""
         if self.path is not None:
             return self.path.read_bytes()
-        cell = self.cell() or {"bytes": b""}
+        cell = self.cell() or {"bytes": None, "path": None}
+        if cell["bytes"] is None and not cell["path"]:
+            return b""
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def cell(self) -> dict[str, Any] | None:
@@ -985,6 +987,8 @@ def read_metadata(folder: Path) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, lines))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
+    if long := [number for number, row in enumerate(rows, start=2) if isinstance(row, dict) and None in row]:
+        raise UserError(f"{path}: line {long[0]} has more cells than columns; put texts with commas in quotes")
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f'{path}: every line must be an object like {{"file_name": ..., "text": ...}}')
     return rows
@@ -1096,7 +1100,10 @@ def list_rows(args: Args) -> list[Row]:
         rows = match_folders(args)
     else:
         rows = list_metadata_rows(args) or list_folder_pictures(args)
-    if plain := sum(not row.references for row in rows):
+    if len(counts := Counter(len(row.references) for row in rows)) > 1:
+        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
+        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
+    if plain := counts[0]:
         level = log.info if plain < len(rows) else log.warning
         level(f"data: {plain} of {len(rows)} rows have no reference and train as text-to-image")
     return rows
@@ -1110,18 +1117,24 @@ def find_column(name: str, columns: list[str]) -> str | None:
 def metadata_columns(args: Args, folder: Path, columns: list[str]) -> tuple[str, list[str]]:
     """(column of the targets, columns of the references) of a metadata file.
 
-    References are --cond_image_column, else every `*_file_name` column beside the target's. Raises UserError.
+    The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
+    References are --cond_image_column, else every other `*_file_name` column. Raises UserError.
     """
-    usual = ("image", "file_name", "target", "output", "edited")
-    names = usual if args.image_column == "image" else (args.image_column,)
-    target = next(filter(None, (find_column(name, columns) for name in names)), None)
     references = {name: find_column(name, columns) for name in args.cond_image_column or []}
-    missing = [f"--cond_image_column {name}" for name, column in references.items() if column is None]
-    missing += [] if target else [f"--image_column {' or '.join(names)}"]
-    if missing:
-        raise UserError(f"{missing[0]}: not in {metadata_file(folder)}; columns: {', '.join(columns)}")
-    found = [name for name in columns if re.fullmatch(r"(.+_)?file_names?", name) and name != target]
-    return target, list(references.values()) or found
+    wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
+    if args.image_column == "image":
+        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")))
+        targets = [name for name in usual if name in columns and name not in references.values()]
+        wanted += [] if targets else ["every row needs a 'file_name', or an --image_column"]
+    else:
+        targets = list(filter(None, [find_column(args.image_column, columns)]))
+        wanted += [] if targets else [f"--image_column {args.image_column} is not there"]
+    if wanted:
+        raise UserError(f"{metadata_file(folder)}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
+    if len(targets) > 1:
+        raise UserError(f"{metadata_file(folder)}: is {' or '.join(targets)} the target? Give --image_column")
+    found = [name for name in columns if re.fullmatch(r"(.+_)?file_names?", name) and name != targets[0]]
+    return targets[0], list(references.values()) or found
 
 
 def list_metadata_rows(args: Args) -> list[Row]:
@@ -1132,8 +1145,10 @@ def list_metadata_rows(args: Args) -> list[Row]:
         raise UserError(f"--cond_image_column: {folder} has no metadata.jsonl or metadata.csv")
     columns = list(dict.fromkeys(str(key) for row in metadata for key in row))
     target, reference_columns = metadata_columns(args, folder, columns) if metadata else ("", [])
-    captions = metadata_captions(folder, metadata, args.caption_column) if reference_columns else []
-    for number, (row, caption) in enumerate(zip(metadata, captions, strict=False), start=1):
+    if not reference_columns and target in ("", "file_name"):
+        return []
+    captions = metadata_captions(folder, metadata, args.caption_column)
+    for number, (row, caption) in enumerate(zip(metadata, captions, strict=True), start=1):
         cells = [row.get(column) for column in reference_columns]
         names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if name]
         try:
@@ -1143,8 +1158,9 @@ def list_metadata_rows(args: Args) -> list[Row]:
             problems += f"\n    row {number}: {error}"
     if problems:
         raise UserError(f"{folder}: rows of the metadata cannot be used:{problems}")
-    if rows:
-        log.info(f"data: {len(rows)} rows in {folder}: {target}, references from {', '.join(reference_columns)}")
+    unused = len(list_pictures(folder)) - len({source for row in rows for source in pictures_of_row(row)})
+    references = f"references from {', '.join(reference_columns) or 'no column'}"
+    log.info(f"data: {len(rows)} rows in {folder}: {target}, {references}; {unused} pictures are in no row")
     return rows
 
 
@@ -1165,7 +1181,7 @@ def match_folders(args: Args) -> list[Row]:
     """
     folder = Path(os.path.abspath(args.instance_data_dir))
     others = [Path(os.path.abspath(other)) for other in args.cond_data_dir]
-    listed = {folder / row.picture.name: row for row in list_folder_pictures(args)}
+    listed = {row.picture.path: row for row in list_folder_pictures(args)}
     paths = [path for path in listed if not any(path.is_relative_to(other) for other in others)]
     pictures, found = by_stem(folder, paths), [by_stem(other, list_pictures(other)) for other in others]
     without = [str(path) for stem, path in pictures.items() if not any(stem in stems for stems in found)]
@@ -1177,9 +1193,9 @@ def match_folders(args: Args) -> list[Row]:
         )
     rows = []
     for stem, path in pictures.items():
-        partners = [(other, stems[stem]) for other, stems in zip(others, found, strict=True) if stem in stems]
-        references = (Source(f"{other.name}/{path.relative_to(other)}", path=path) for other, path in partners)
-        rows.append(replace(listed[path], references=tuple(references)))
+        partners = [stems[stem] for stems in found if stem in stems]
+        references = tuple(Source(os.path.relpath(partner), path=partner) for partner in partners)
+        rows.append(replace(listed[path], references=references))
     return rows
 
 
@@ -1210,9 +1226,9 @@ def column_references(table: Any, column: str) -> list[list[Source]]:
 
     cells = table.data.column(column)  # lengths and gaps from the table itself: no picture is read
     if not hasattr(table.features[column], "feature"):
-        pictures, filled = column_pictures(table, "cond_image_column", column), cells.is_valid().to_pylist()
+        pictures = column_pictures(table, "cond_image_column", column)
         named = [replace(picture, name=f"{picture.name}, {column}") for picture in pictures]
-        return [[picture] if full else [] for picture, full in zip(named, filled, strict=True)]
+        return [[picture] if full else [] for picture, full in zip(named, filled_cells(cells), strict=True)]
     lengths = [length for chunk in cells.chunks for length in chunk.value_lengths().to_pylist()]
     lists = table.select_columns(column).cast_column(column, datasets.List(datasets.Image(decode=False)))
     references: list[list[Source]] = [[] for _ in lengths]
@@ -1221,21 +1237,40 @@ def column_references(table: Any, column: str) -> list[list[Source]]:
     return references
 
 
+def filled_cells(cells: Any) -> list[bool]:
+    """Whether each cell of an arrow column holds a picture; some writers leave a struct of nulls instead of none."""
+    filled: list[bool] = []
+    for chunk in cells.chunks:
+        parts = (
+            chunk.flatten() if hasattr(chunk, "field") else [chunk]
+        )  # bytes and path; their nulls include the cell's
+        filled += map(any, zip(*(part.is_valid().to_pylist() for part in parts), strict=True))
+    return filled
+
+
 # differs: rows of the text-to-image script have no references
 def pictures_of_row(row: Row) -> tuple[Source, ...]:
     """Every picture that is checked with the row."""
     return row.picture, *row.references
 
 
+def reference_problem(size: Size) -> str | None:
+    """Why a reference of (height, width) cannot be used, or None; the pipelines refuse the same."""
+    height, width = size
+    if min(size) < MIN_REFERENCE_SIDE:
+        return f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
+    if max(size) > MAX_REFERENCE_ASPECT * min(size):
+        return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+    return None
+
+
 # differs: references have to be of a certain size
 def row_problems(args: Args, sizes: list[tuple[str, Size]]) -> dict[str, str]:
-    """Why a row of good pictures (name, size) cannot be trained on, by picture; the pipelines refuse the same."""
+    """Why a row of good pictures (name, size), target first, cannot be trained on, by picture."""
     problems, (_, target) = {}, sizes[0]
     for name, (height, width) in sizes[1:]:
-        if min(height, width) < MIN_REFERENCE_SIDE:
-            problems[name] = f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
-        elif max(height, width) > MAX_REFERENCE_ASPECT * min(height, width):
-            problems[name] = f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+        if problem := reference_problem((height, width)):
+            problems[name] = problem
         elif args.align_cond_image and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
             problems[name] = (f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}: "
                               "no --align_cond_image pair")  # fmt: skip
@@ -1338,11 +1373,12 @@ def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row
         bad |= problems
         if not problems:
             good.append((row, [(source, sha256, (height, width)) for source, sha256, (height, width, _) in found]))
-    count, listed = f"{len(bad)} picture(s)", "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
+    count, left_out = f"{len(bad)} picture(s)", len(rows) - len(good)
+    listed = "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
     if bad and (args.on_bad_image == "error" or not good):
         raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{listed}")
     if bad:
-        log.warning(f"data: {count} are skipped:{listed}")
+        log.warning(f"data: {count} are skipped, and with them {left_out} of {len(rows)} rows:{listed}")
     return good
 
 
@@ -1526,6 +1562,14 @@ def whole_tokens(size: Size, cell: int) -> Size:
 # differs: references are an image-to-image matter
 def check_own_data(run: Run, samples: list[Sample]) -> None:
     """Logs groups and lengths, warns of what would be learned by accident, decodes the validation pictures."""
+    large = [s.target for s in samples if s.references and math.prod(s.target) > REFERENCE_AREA]
+    if large and run.args.align_cond_image:
+        raise UserError(
+            f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as "
+            f"{large[0]}; the pipelines bring such references down, out of line: choose smaller sizes"
+        )
+    if not any(sample.references for sample in samples) and (run.args.align_cond_image or run.args.cond_dropout):
+        log.info("note: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     groups, batch = Counter(sample.geometry for sample in samples), run.args.train_batch_size
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
     longest = max(groups, key=lambda sizes: sum(map(math.prod, sizes)))
@@ -1533,13 +1577,15 @@ def check_own_data(run: Run, samples: list[Sample]) -> None:
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
         log.warning(
-            f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other noise"
+            f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other noise; "
+            "--train_batch_size 1 with --gradient_accumulation_steps mixes rows"
         )
-    cut = [s for s in samples if s.references and math.prod(cover_size(s.size, s.target)) > 1.1 * math.prod(s.target)]
+    cut = [s for s in samples if s.references and math.prod(s.target) < 0.9 * math.prod(cover_size(s.size, s.target))]
     if cut and not run.args.align_cond_image:
         log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
                     "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
-    for row, prompt in enumerate(final_prompts(run.args)):
+    prompts = run.args.validation_prompt or final_prompts(run.args)
+    for row, prompt in enumerate(prompts):
         sizes = [f"{picture.width} x {picture.height}" for picture in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
@@ -1553,10 +1599,8 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
             pictures.append(decode_picture(path.read_bytes()))
         except (OSError, ValueError) as error:
             raise UserError(f"--validation_image {path}: {error}") from None
-        size = pictures[-1].height, pictures[-1].width
-        unaligned = argparse.Namespace(align_cond_image=False)
-        if problems := row_problems(unaligned, [("", size), (str(path), size)]):
-            raise UserError(f"--validation_image {path}: {problems[str(path)]}")
+        if problem := reference_problem((pictures[-1].height, pictures[-1].width)):
+            raise UserError(f"--validation_image {path}: {problem}")
     return pictures
 
 
@@ -2258,7 +2302,7 @@ def encode_references(
 # differs: references stand behind the noisy tokens
 def predict_velocity(
     args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int, references: list[tuple[torch.Tensor, ...]] = (),
+    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int, references: tuple | list = (),
 ) -> torch.Tensor:  # fmt: skip
     """The transformer's velocity (B, L, C) for noisy tokens of a grid of rows and columns.
 
@@ -2632,6 +2676,7 @@ def sheet_columns(
     It is known when a training row has the same references and the prompt as caption.
     """
     given, titles = run.output_dir / "samples" / "given", {}
+    shutil.rmtree(given, ignore_errors=True)  # of other prompts, before a resumed run changed them
     for row, prompt in enumerate(prompts):
         pictures = {
             f"reference {k}": picture for k, picture in enumerate(validation_references(run.args, row), start=1)
@@ -2735,7 +2780,7 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
 # differs: the text-to-image script has no picture to give
 def card_inputs(run: Run) -> tuple[str, dict[str, Any]]:
     """(import lines, arguments) of the card's snippet that are this script's."""
-    (height, width), _ = validation_inputs(run, 0, choose_buckets(run))
+    height, width = parse_sizes(run.args.validation_size)[0] if run.args.validation_size else choose_buckets(run)[0]
     reference, options = 'load_image("reference.png")', {}
     if run.args.align_cond_image:  # trained at one size with its picture
         reference, options = f"{reference}.resize(({width}, {height}))", {"height": height, "width": width}
@@ -2888,7 +2933,9 @@ def push(run: Run) -> None:
     folder = run.output_dir
     files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
     # samples/given holds copies of the user's own pictures: they stay here
-    files += sorted(path for path in (folder / "samples").rglob("*.png") if "given" not in path.parts)
+    files += sorted(
+        path for path in (folder / "samples").rglob("*.png") if "given" not in path.relative_to(folder).parts
+    )
     add = huggingface_hub.CommitOperationAdd
     operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
     operations.append(add("config.args", write_config(run, basenames=True).encode()))

@@ -241,6 +241,23 @@ def test_a_second_run_removes_the_references_that_the_first_one_showed(edit, mix
     assert not (folder / "samples" / "given").exists()
 
 
+def test_a_validation_picture_that_vanishes_costs_pictures_and_nothing_else(i2i, edit, mixed, tmp_path, monkeypatch):
+    """Deleted while training: the LoRA and its card are written all the same."""
+    image = shutil.copy(mixed / "references" / "first1.jpg", tmp_path / "v.jpg")
+    monkeypatch.setattr(i2i, "save_results", lambda *given, go_on=i2i.save_results: (image.unlink(), go_on(*given)))
+    folder = edit("--validation_prompt", "x", "--validation_image", image, *DRAW)
+    assert (folder / LORA).is_file() and "load_image" in (folder / "README.md").read_text()
+
+
+def test_a_resumed_run_shows_no_reference_of_prompts_that_were_changed(edit, mixed):
+    """The sheet's references are those of its prompts."""
+    images = [mixed / "references" / f"{name}.jpg" for name in ("first1", "second4")]
+    flags = ("--validation_prompt", "x", *DRAW, "--validation_steps", "2")
+    edit(*flags, "--validation_image", f"{images[0]},{images[1]}", "--max_train_steps", "2")
+    folder = edit(*flags, "--validation_image", images[0], "--resume_from_checkpoint", "latest")
+    assert files_of(folder / "samples" / "given") == {"reference-1/prompt-0_image-0.png"}
+
+
 # ----------------------------------------------------------------------------------------------------------------- card
 
 

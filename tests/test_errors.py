@@ -395,11 +395,10 @@ def test_a_bad_metadata_file_is_an_error_that_says_why(failure, tmp_path, conten
     assert has(failure("--instance_data_dir", folder), "meta", named)
 
 
-@of_one_script(("t2i", "'file_name'"), ("i2i", "--image_column image or file_name or target"))
-def test_a_metadata_file_without_a_column_of_pictures_says_what_is_looked_for(failure, tmp_path, own):
+def test_a_metadata_file_without_a_column_of_pictures_says_what_is_looked_for(failure, tmp_path):
     folder = draw_photos(tmp_path / "meta", 1)
     (folder / "metadata.jsonl").write_text('{"text": "a toy"}')
-    assert has(failure("--instance_data_dir", folder), "metadata.jsonl", own)
+    assert has(failure("--instance_data_dir", folder), "metadata.jsonl", "every row needs a 'file_name'")
 
 
 def test_a_caption_file_that_is_not_utf_8_is_an_error_that_names_it(failure, tmp_path):

@@ -1,6 +1,7 @@
 """References of the image-to-image script: prepared, encoded and placed as the installed pipelines do at inference."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -289,7 +290,8 @@ def write_metadata(folder: Path, *rows: dict) -> None:
 def listed(i2i, folder: Path, *flags) -> list[tuple]:
     """(target, caption, references) of the rows, by name."""
     rows = i2i.list_rows(arguments(i2i, "--instance_data_dir", folder, *flags))
-    return [(row.picture.name, row.caption, [source.name for source in row.references]) for row in rows]
+    shown = os.path.relpath(folder.parent) + os.sep  # references in folders of their own are named by their path
+    return [(r.picture.name, r.caption, [source.name.removeprefix(shown) for source in r.references]) for r in rows]
 
 
 def test_metadata_with_file_name_columns_gives_rows_with_several_one_and_no_reference(i2i, pairs):
@@ -320,6 +322,54 @@ def test_metadata_columns_can_be_named_and_hold_lists(i2i, pairs):
     assert listed(i2i, pairs, *flags, "--cond_image_column", "other", "file_name") == [
         ("t0.jpg", "x", ["a1.jpg", "a0.jpg", "b0.jpg"]), ("t1.jpg", "y", ["a2.jpg"]),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"file_name": "a0.jpg", "output_file_name": "t0.jpg"}, ()),
+        ({"target_file_name": "t0.jpg", "file_name": "a0.jpg"}, ()),
+        ({"target_file_name": "t0.jpg", "output_file_name": "a0.jpg"}, ()),
+    ],
+)
+def test_two_columns_that_could_be_the_target_are_a_question_and_no_guess(i2i, pairs, row, flags):
+    """A guess would train the edit backwards; naming either side answers it."""
+    write_metadata(pairs, {**row, "text": "x"})
+    with pytest.raises(i2i.UserError, match=r"_file_name the target\? Give --image_column|file_name or .* the target"):
+        listed(i2i, pairs, *flags)
+    target, reference = (next(name for name, file in row.items() if file == wanted) for wanted in ("t0.jpg", "a0.jpg"))
+    assert listed(i2i, pairs, "--cond_image_column", reference) == [("t0.jpg", "x", ["a0.jpg"])]
+    assert listed(i2i, pairs, "--image_column", target) == [("t0.jpg", "x", ["a0.jpg"])]
+
+
+def test_a_column_called_image_is_no_picture_of_a_metadata_file(i2i, pairs):
+    """file_name is; the other column may hold a description, as the text-to-image script takes it."""
+    write_metadata(pairs, {"file_name": "t0.jpg", "image": "some description", "text": "x"})
+    assert ("t0.jpg", "x", []) in listed(i2i, pairs)
+
+
+def test_rows_without_references_have_their_target_where_the_flag_says(i2i, pairs):
+    write_metadata(pairs, {"output": "t0.jpg", "text": "x"})
+    with log_lines() as lines:
+        assert listed(i2i, pairs, "--image_column", "output") == [("t0.jpg", "x", [])]
+    assert any("6 pictures are in no row" in line for line in lines)
+
+
+def test_the_numbers_of_references_per_row_are_told(i2i, pairs):
+    """A row with a gap has fewer; the next reference takes its place."""
+    rows = [{"file_name": f"t{n}.jpg", "text": "x", "a_file_name": f"a{n}.jpg" if n else None, "b_file_name": "b0.jpg"}
+            for n in range(3)]  # fmt: skip
+    write_metadata(pairs, *rows)
+    with log_lines() as lines:
+        assert [len(references) for _, _, references in listed(i2i, pairs)] == [1, 2, 2]
+    assert any("references per row: 1: 1 rows, 2: 2 rows" in line for line in lines)
+
+
+def test_a_csv_row_with_an_unquoted_comma_is_an_error_that_names_its_line(i2i, pairs):
+    """Otherwise half of the caption would be lost without a word."""
+    (pairs / "metadata.csv").write_text("file_name,cond_file_name,text\nt0.jpg,a0.jpg,make it, night\n")
+    with pytest.raises(i2i.UserError, match=r"metadata\.csv: line 2 has more cells than columns"):
+        listed(i2i, pairs)
 
 
 @pytest.mark.parametrize("column", ["image_file_name", "target_file_name", "output_file_name", "edited_file_name"])
@@ -481,6 +531,17 @@ def test_columns_with_lists_and_several_columns_add_up(i2i, tmp_path, photo_path
     assert [source.name for source in rows[0].references] == [f"row 0, many {item}" for item in range(3)]
 
 
+def test_a_struct_of_nulls_is_no_picture(i2i, tmp_path, photo_paths):
+    """As writers other than `datasets` leave an empty cell."""
+    photo = {"bytes": Path(photo_paths[0]).read_bytes(), "path": None}
+    table = datasets.Dataset.from_dict({"image": [photo, photo], "cond_image": [{"bytes": None, "path": None}, photo]})
+    (tmp_path / "d").mkdir()
+    table.to_parquet(tmp_path / "d" / "train.parquet")
+    rows = rows_of(i2i, tmp_path / "d", tmp_path, "--cond_image_column", "cond_image")
+    assert [len(row.references) for row in rows] == [0, 1]
+    assert replace(rows[0].picture, table=[{"image": {"bytes": None, "path": None}}], row=0).read() == b""
+
+
 def test_reference_columns_are_found_by_usual_names_only_where_they_hold_pictures(i2i, tmp_path, photo_paths):
     """A column `source` with a web address is no reference."""
     image, text = datasets.Image(), datasets.Value("string")
@@ -516,8 +577,9 @@ def test_an_empty_reference_is_named_and_its_row_can_be_skipped(i2i, tiny, folde
     flags = ("--instance_data_dir", target, "--cond_data_dir", first)
     with pytest.raises(i2i.UserError, match=r"first/b\.jpeg: empty file \(0 bytes\)"):
         checked(i2i, tiny, tmp_path, *flags)
-    _, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--on_bad_image", "skip")
+    _, samples, lines = checked(i2i, tiny, tmp_path, *flags, "--on_bad_image", "skip")
     assert [sample.source.name for sample in samples] == ["a.jpg", str(Path("sub/c.jpg"))]
+    assert any("1 picture(s) are skipped, and with them 1 of 3 rows" in line for line in lines)
 
 
 def test_all_bad_references_are_in_one_list_with_the_bad_targets(i2i, tiny, folders, tmp_path):
@@ -582,6 +644,43 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     if run.args.cache_latents:
         i2i.cache_latents(run, space, [*samples, *(picture for sample in samples for picture in sample.references)])
     return i2i.TrainingSet(run, space, samples, "instance")
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_visit_gives_an_aligned_reference_the_crop_and_the_flip_of_its_target(i2i, tiny, tmp_path, scale):
+    """Through the listing, the check and the visit: a reference that is its target stays it, at every random crop."""
+    draw_photo(tmp_path / "t" / "a.png", (170, 90), 0)
+    picture = Image.open(tmp_path / "t" / "a.png")
+    (tmp_path / "r").mkdir()
+    picture.resize((170 * scale, 90 * scale), Image.Resampling.NEAREST).save(tmp_path / "r" / "a.png")
+    flags = ("--instance_data_dir", tmp_path / "t", "--cond_data_dir", tmp_path / "r", "--align_cond_image")
+    run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--random_flip")
+    assert samples[0].references[0].pair_size == (90, 170)
+    data, seen = i2i.TrainingSet(run, i2i.open_latent_space(run), samples, "instance"), set()
+    for position in range(6):
+        visit = data[0, position]
+        (reference,) = visit["references"]
+        seen.add(visit["pixels"].sum().item())
+        difference = (reference - visit["pixels"]).abs()
+        assert difference.max() == 0 if scale == 1 else difference.mean() < 0.05
+    assert len(seen) == 6
+
+
+def test_captions_and_references_are_dropped_independently(i2i, tiny, folders, tmp_path):
+    """All four combinations come up."""
+    data = visit_set(i2i, tiny, folders, tmp_path, "--cond_dropout", "0.5", "--caption_dropout", "0.5")
+    visits = [data[position % 3, position] for position in range(40)]
+    assert len({(bool(visit["references"]), bool(visit["caption"])) for visit in visits}) == 4
+
+
+def test_aligned_pairs_above_a_megapixel_are_refused(i2i, tiny, tmp_path):
+    """The pipelines would bring the reference down, and nothing would be aligned any more."""
+    for name in ("t", "r"):
+        draw_photo(tmp_path / name / "a.jpg", (166, 100), 0)
+    flags = ("--instance_data_dir", tmp_path / "t", "--cond_data_dir", tmp_path / "r", "--align_cond_image")
+    checked(i2i, tiny, tmp_path, *flags, "--aspect_ratio_buckets", "784,1312")
+    with pytest.raises(i2i.UserError, match=r"--align_cond_image: 1 targets .*\(800, 1328\)"):
+        checked(i2i, tiny, tmp_path, *flags, "--aspect_ratio_buckets", "800,1328")
 
 
 def test_references_are_dropped_with_the_probability_asked_for_and_by_the_position_alone(i2i, tiny, folders, tmp_path):
@@ -763,9 +862,9 @@ def test_a_validation_reference_that_the_pipeline_would_refuse_ends_the_check(
     """Before a model is loaded, not at the first validation."""
     target, _, _ = folders
     noise_picture(size).save(tmp_path / "v.png")
-    flags = ("--instance_data_dir", target, "--validation_prompt", "x", "--validation_image", tmp_path / "v.png")
+    flags = ("--instance_data_dir", target, "--validation_prompt", "x", "y", "--final_validation_prompt", "z")
     with pytest.raises(i2i.UserError, match=reason) as error:
-        checked(i2i, tiny, tmp_path, *flags)
+        checked(i2i, tiny, tmp_path, *flags, "--validation_image", "", tmp_path / "v.png")
     assert f"--validation_image {tmp_path / 'v.png'}" in str(error.value)
 
 
