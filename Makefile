@@ -1,7 +1,7 @@
 # Needs make and Python >= 3.11; everything else is installed into $(VENV) on first use and re-used afterwards.
-#   make demo     train a LoRA on the CPU on the embedded tiny model
-#   make check    lint, format, static and unit tests
-#   make test     every test that needs no GPU
+#   make demo           train a LoRA on the CPU on the embedded tiny model; demo-edit: the same for an edit
+#   make check          lint, format, static and unit tests
+#   make test           every test that needs no GPU; test-learning: the longer proofs that training learns
 # Another interpreter: make demo PYTHON=python3.12. An environment that exists already: make test VENV=path/to/venv.
 
 PYTHON ?= python3
@@ -15,10 +15,12 @@ RUN_STAMP := $(VENV)/.installed-flux
 DEV_STAMP := $(VENV)/.installed-dev
 DEMO_PHOTOS := outputs/demo/photos
 LAST_DEMO_PHOTO := $(DEMO_PHOTOS)/toy-5.jpg
+DEMO_PAIRS := outputs/demo/night
+LAST_DEMO_PAIR := $(DEMO_PAIRS)/unseen_target/003.png
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo check test format clean
+.PHONY: help demo demo-edit check test test-learning format clean
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
@@ -40,12 +42,20 @@ $(DEV_STAMP): requirements_dev.txt $(RUN_STAMP)
 	@touch $@
 
 # The photos are written one after the other: when the last one is there, all are.
-$(LAST_DEMO_PHOTO): tools/draw_demo_photos.py | $(RUN_STAMP)
+$(LAST_DEMO_PHOTO): tools/draw_demo_photos.py tools/tiny_world.py | $(RUN_STAMP)
 	$(BIN)/python tools/draw_demo_photos.py $(DEMO_PHOTOS)
 
 demo: $(RUN_STAMP) $(LAST_DEMO_PHOTO)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
 	  train_dreambooth_lora_flux2.py @configs/runs/demo_cpu.args
+	$(BIN)/python tools/demo_result.py outputs/demo/lora $(DEMO_PHOTOS)
+
+$(LAST_DEMO_PAIR): tools/draw_edit_pairs.py tools/tiny_world.py | $(RUN_STAMP)
+	$(BIN)/python tools/draw_edit_pairs.py $(DEMO_PAIRS)
+
+demo-edit: $(RUN_STAMP) $(LAST_DEMO_PAIR)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
+	  train_dreambooth_lora_flux2_img2img.py @configs/runs/demo_edit_cpu.args
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -54,7 +64,10 @@ check: $(DEV_STAMP)
 	$(PYTEST) -m "not e2e and not launch and not gpu" tests
 
 test: $(DEV_STAMP)
-	$(PYTEST) --durations=25 -m "not gpu" tests
+	$(PYTEST) --durations=25 -m "not gpu and not learning" tests
+
+test-learning: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 LEARNING_JSON=benchmarks/learning.json $(BIN)/python -m pytest -q -s tests/test_learning.py
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
