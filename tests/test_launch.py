@@ -166,7 +166,7 @@ def test_a_run_that_does_not_push_asks_nothing_of_the_network(demo):
 def test_the_settings_of_a_run_are_the_words_of_the_same_run(demo, t2i):
     _, folder, _ = demo
     args = t2i.parse_args([f"@{folder / 'config.args'}", "--overwrite_output_dir"])
-    assert (args.max_train_steps, args.rank, args.seed, args.resolution) == (4, 8, 0, 64)
+    assert (args.max_train_steps, args.rank, args.seed, args.resolution) == (4, 32, 0, 128)
     assert args.output_dir == str(folder)
 
 
