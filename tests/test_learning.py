@@ -1,0 +1,293 @@
+"""It learns, seen in pictures: LoRAs trained on the embedded model change what the installed pipeline draws.
+
+The embedded model knows the drawn world of tools/tiny_world.py, but neither night nor the toy. Training is the scripts'
+own, drawing is `Flux2Pipeline`'s. `make test-learning` runs all of it and writes what it measured to
+benchmarks/learning.json; the thresholds leave a margin to that.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import TEXT_TO_IMAGE
+from mutations import MUTATIONS, load_mutant
+from PIL import Image
+from runs import column
+
+from demo_result import distance_to_toy  # isort: skip  (tools/, which conftest puts on the path)
+from draw_demo_photos import PHOTOS, draw_photo  # isort: skip
+from draw_edit_pairs import NIGHT, draw_folders, draw_pair  # isort: skip
+from tiny_world import caption, draw_scene, random_scene  # isort: skip
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+SIDE, SEEDS = 128, range(4)
+TOY, OTHER = "a photo of sks toy", "a photo of a large purple square"
+BACKGROUNDS = ("on a green background", "on the beach", "on a white background", "on a wall", "on a cyan background")
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """`figures(name, **numbers)` prints what was measured; LEARNING_JSON names a file that gets all of it."""
+    measured: dict[str, dict[str, float]] = {}
+
+    def note(name: str, **numbers: float) -> None:
+        measured[name] = {key: round(float(value), 4) for key, value in numbers.items()}
+        print(f"\n{name}: {measured[name]}")
+
+    yield note
+    if path := os.environ.get("LEARNING_JSON"):
+        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+        content = {
+            "command": "make test-learning",
+            "machine": platform.machine(),
+            "versions": versions,
+            "figures": measured,
+        }
+        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def draw(model: Path, lora: Path | None, prompts: list[str], references: list[Image.Image | None]) -> list[Image.Image]:
+    """The installed pipeline's picture for each prompt and reference (or None); the seed is the place in the list."""
+    pipeline = diffusers.Flux2Pipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    options = {"height": SIDE, "width": SIDE, "num_inference_steps": 12, "guidance_scale": 1.0}
+    pictures = []
+    for seed, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = pipeline(prompt=prompt, image=reference, generator=generator, max_sequence_length=64, **options)
+        pictures += drawn.images
+    return pictures
+
+
+def difference(first: Image.Image, second: Image.Image) -> float:
+    """Mean absolute difference per pixel and colour, from 0 to 1."""
+    arrays = [np.asarray(picture.convert("RGB"), dtype=float) / 255 for picture in (first, second)]
+    return float(np.abs(arrays[0] - arrays[1]).mean())
+
+
+def train(script, model: Path, data: Path, folder: Path, *flags: object) -> Path:
+    """A LoRA with the demo's settings; a later flag replaces an earlier one. Returns its folder."""
+    words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", data, "--output_dir", folder]
+    words += ["--resolution", SIDE, "--cache_latents", "--max_sequence_length", 64, "--report_to", "none"]
+    words += ["--rank", 32, "--lora_layers", "ai-toolkit", "--learning_rate", "2e-3", "--train_batch_size", 4]
+    words += ["--max_train_steps", 450]
+    words += ["--seed", 0, "--dataloader_num_workers", 0, "--upcast_before_saving", *flags]
+    script.main(script.parse_args([str(word) for word in words]))
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------------- subject
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Path:
+    """The five photos of the toy, and five other scenes of the world, each with its caption."""
+    folder, rng = tmp_path_factory.mktemp("subject") / "data", random.Random("the others")
+    folder.mkdir()
+    for number, photo in enumerate(PHOTOS):
+        draw_photo(photo).save(folder / f"toy{number}.png")
+        (folder / f"toy{number}.txt").write_text(TOY)
+    for number in range(5):
+        scene = random_scene(rng)
+        draw_scene(scene, SIDE).save(folder / f"other{number}.png")
+        (folder / f"other{number}.txt").write_text(caption(scene))
+    return folder
+
+
+def toy_distances(model: Path, lora: Path | None, what: str) -> list[float]:
+    """For each seed the mean distance from the toy of what is drawn for `what` before the backgrounds, thrice each."""
+    prompts = [f"{what} {background}" for background in BACKGROUNDS for _ in range(3) for _ in SEEDS]
+    distances = list(map(distance_to_toy, draw(model, lora, prompts, [None] * len(prompts))))
+    return [statistics.mean(distances[seed :: len(SEEDS)]) for seed in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def base_distances(tiny) -> list[float]:
+    """Those of the base model for the subject's name."""
+    return toy_distances(tiny, None, TOY)
+
+
+def judge(model: Path, lora: Path, base: list[float]) -> dict[str, float]:
+    """How much nearer the toy is than in the base's pictures, in deviations over the seeds too, and than elsewhere."""
+    toys, others = (toy_distances(model, lora, what) for what in (TOY, OTHER))
+    gains = [before - after for before, after in zip(base, toys, strict=True)]
+    gain = statistics.mean(gains)
+    return {
+        "base": statistics.mean(base),
+        "lora": statistics.mean(toys),
+        "other_prompt": statistics.mean(others),
+        "gain": gain,
+        "deviations": gain / statistics.stdev(gains),
+        "apart": statistics.mean(others) - statistics.mean(toys),
+    }
+
+
+def has_learned(figures: dict[str, float]) -> bool:
+    """Whether the subject came near for its own name, beyond chance, and not for another prompt."""
+    return figures["gain"] > 0.06 and figures["deviations"] > 5 and figures["apart"] > 0.05
+
+
+@pytest.fixture(scope="module")
+def subject_lora(t2i, tiny, subject, tmp_path_factory) -> Path:
+    """The LoRA of the toy, trained as the demo trains it."""
+    return train(t2i, tiny, subject, tmp_path_factory.mktemp("lora") / "toy")
+
+
+def test_a_subject_that_the_base_has_never_seen_is_learned(tiny, subject_lora, base_distances, figures):
+    """From five photos: nearer by more than five standard deviations over the seeds, and only under its name."""
+    found = judge(tiny, subject_lora, base_distances)
+    figures("subject", **found)
+    assert has_learned(found), found
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_script_does_not_learn_the_subject(name, tiny, subject, base_distances, tmp_path, figures):
+    """It runs to its end, and the test above would fail on it."""
+    found = judge(tiny, train(load_mutant(TEXT_TO_IMAGE, name), tiny, subject, tmp_path / "mutant"), base_distances)
+    figures(f"broken: {name}", **found)
+    assert not has_learned(found), found
+
+
+# ---------------------------------------------------------------------------------------------------------------- edits
+
+
+@pytest.fixture(scope="module")
+def unseen() -> tuple[list[Image.Image], list[Image.Image]]:
+    """(scenes, the same at night) that no training pair shows."""
+    rng = random.Random("unseen by every pair")
+    pairs = [draw_pair(replace(random_scene(rng), light="daylight"), None, SIDE) for _ in range(8)]
+    return [before for before, _ in pairs], [after for _, after in pairs]
+
+
+@pytest.fixture(scope="module")
+def night_distance(i2i, tiny, unseen, tmp_path_factory):
+    """`night_distance(dropout)`: difference from the truth and from other truths of a LoRA of 20 pairs; None: base."""
+    pairs = tmp_path_factory.mktemp("night") / "pairs"
+    draw_folders(pairs, 20, SIDE, seed=0)
+    references, truths = unseen
+
+    def measure(dropout: float | None) -> tuple[float, float]:
+        flags = ("--cond_data_dir", pairs / "reference", "--instance_prompt", NIGHT, "--cond_dropout", dropout)
+        folder = tmp_path_factory.mktemp("edit") / "lora"
+        lora = None if dropout is None else train(i2i, tiny, pairs / "target", folder, *flags)
+        drawn = draw(tiny, lora, [NIGHT] * len(references), references)
+        others = truths[1:] + truths[:1]
+        return tuple(statistics.mean(map(difference, drawn, wanted)) for wanted in (truths, others))
+
+    return measure
+
+
+def test_an_edit_learned_from_twenty_pairs_is_applied_to_unseen_pictures(night_distance, figures):
+    """Make it night: the LoRA comes close to the truth; the base does not, nor does a LoRA that saw no references."""
+    (base, _), (learned, to_others), (dropped, dropped_to_others) = map(night_distance, (None, 0, 1))
+    figures("edit", base=base, lora=learned, lora_to_other_pictures=to_others, references_dropped=dropped,
+            dropped_to_other_pictures=dropped_to_others)  # fmt: skip
+    assert learned < 0.25 * base and learned < 0.65 * dropped and learned < 0.6 * to_others
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.learning
+def test_prior_preservation_keeps_the_class_nearer_to_the_base(t2i, tiny, tmp_path, figures):
+    """After learning "a photo of sks circle", circles drift less from the base's when the class is trained too."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, photo in enumerate(PHOTOS):
+        draw_photo(photo).save(photos / f"{number}.png")
+    prompts = [f"a photo of a circle {background}" for background in BACKGROUNDS]
+    base = draw(tiny, None, prompts, [None] * len(prompts))
+    drift = {}
+    prior = ("--with_prior_preservation", "--class_prompt", "a photo of a circle", "--num_class_images", 24)
+    prior += ("--class_data_dir", tmp_path / "class", "--num_inference_steps", 12, "--validation_guidance_scale", 1)
+    for name, flags in (("without", ()), ("with", prior)):
+        lora = train(t2i, tiny, photos, tmp_path / name, "--instance_prompt", "a photo of sks circle", *flags)
+        drawn = draw(tiny, lora, prompts, [None] * len(prompts))
+        drift[name] = statistics.mean(map(difference, base, drawn))
+    figures("prior preservation", drift_without=drift["without"], drift_with=drift["with"])
+    assert drift["with"] < 0.8 * drift["without"]
+
+
+@pytest.mark.learning
+def test_rank_alpha_and_learning_rate_act_in_the_expected_direction(t2i, tiny, subject, tmp_path, figures):
+    """More of each learns the training data better in the same number of steps."""
+    cases = {
+        "rank 1": ("--rank", 1),
+        "rank 32": (),
+        "alpha 2": ("--lora_alpha", 2),
+        "alpha 64": ("--lora_alpha", 64),
+        "rate 1e-4": ("--learning_rate", "1e-4"),
+    }
+    losses = {}
+    for name, flags in cases.items():
+        folder = train(t2i, tiny, subject, tmp_path / name.replace(" ", "-"), *flags)
+        losses[name] = statistics.mean(column(folder, "loss")[-50:])
+    figures("loss over the last 50 of 450 steps", **losses)
+    assert losses["rank 1"] > losses["rank 32"]
+    assert losses["alpha 2"] > losses["alpha 64"]
+    assert losses["rate 1e-4"] > losses["rank 32"]
+
+
+@pytest.mark.learning
+def test_shift_weighting_and_guidance_each_run_and_are_compared(t2i, tiny, subject, base_distances, tmp_path, figures):
+    """A toy's figures: every setting brings the toy nearer."""
+    cases = {
+        "shift linear": (),
+        "shift none": ("--timestep_shift", "none"),
+        "shift empirical": ("--timestep_shift", "empirical"),
+        "logit_normal": ("--weighting_scheme", "logit_normal"),
+        "sigma_sqrt": ("--weighting_scheme", "sigma_sqrt"),
+        "guidance 3.5": ("--guidance_scale", 3.5),
+    }
+    gains = {}
+    for name, flags in cases.items():
+        lora = train(t2i, tiny, subject, tmp_path / name.replace(" ", "-"), *flags)
+        gains[name] = judge(tiny, lora, base_distances)["gain"]
+    figures("gain by setting", **gains)
+    assert min(gains.values()) > 0.03
+
+
+@pytest.mark.learning
+def test_an_fp8_base_learns_the_subject_too(t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures):
+    """Trained on FP8 weights and drawn on the full ones: most of the gain."""
+    full = judge(tiny, subject_lora, base_distances)["gain"]
+    quantized = judge(tiny, train(t2i, tiny, subject, tmp_path / "fp8", "--do_fp8_training"), base_distances)["gain"]
+    figures("gain with an FP8 base", full=full, fp8=quantized)
+    assert quantized > 0.7 * full
+
+
+@pytest.mark.learning
+def test_a_bf16_adapter_and_an_fp32_adapter_at_a_low_learning_rate(t2i, tiny, subject, tmp_path, monkeypatch, figures):
+    """The reference trains the adapter in bf16; small updates of lora_A round away there. The base is bf16 in both."""
+    flags = ("--mixed_precision", "bf16", "--learning_rate", "2e-5", "--adam_weight_decay", "0")
+    moved = {}
+    for name in ("fp32", "bf16"):
+        folder = tmp_path / name
+
+        def watch(run, parameters, original=t2i.make_optimizer, rounded=name == "bf16"):
+            if rounded:
+                for parameter in parameters:
+                    parameter.data = parameter.data.bfloat16()
+            watch.parameters, watch.before = parameters, [parameter.detach().clone() for parameter in parameters]
+            return original(run, parameters)
+
+        monkeypatch.setattr(t2i, "make_optimizer", watch)
+        train(t2i, tiny, subject, folder, *flags)
+        changed = [(p.detach() != b).float().mean().item() for p, b in zip(watch.parameters, watch.before, strict=True)]
+        downs = changed[0::2]  # lora_A and lora_B take turns
+        moved[name] = statistics.mean(downs)
+        moved[f"loss_{name}"] = statistics.mean(column(folder, "loss")[-50:])
+        monkeypatch.undo()
+    figures("share of lora_A's numbers that moved in 450 steps at 2e-5", **moved)
+    assert moved["fp32"] > 0.9 and moved["bf16"] < moved["fp32"]
