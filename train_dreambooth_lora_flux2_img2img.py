@@ -1194,7 +1194,7 @@ def match_folders(args: Args) -> list[Row]:
     rows = []
     for stem, path in pictures.items():
         partners = [stems[stem] for stems in found if stem in stems]
-        references = tuple(Source(os.path.relpath(partner), path=partner) for partner in partners)
+        references = tuple(Source(str(partner), path=partner) for partner in partners)
         rows.append(replace(listed[path], references=references))
     return rows
 

@@ -290,7 +290,7 @@ def write_metadata(folder: Path, *rows: dict) -> None:
 def listed(i2i, folder: Path, *flags) -> list[tuple]:
     """(target, caption, references) of the rows, by name."""
     rows = i2i.list_rows(arguments(i2i, "--instance_data_dir", folder, *flags))
-    shown = os.path.relpath(folder.parent) + os.sep  # references in folders of their own are named by their path
+    shown = str(folder.parent) + os.sep  # references in folders of their own are named by their path
     return [(r.picture.name, r.caption, [source.name.removeprefix(shown) for source in r.references]) for r in rows]
 
 
