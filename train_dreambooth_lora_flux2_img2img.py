@@ -2473,6 +2473,7 @@ class TrainState:
     schedule: Any
     fingerprint: dict[str, Any]
     step: int = 0  # optimizer steps done
+    whole: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
 
@@ -2516,6 +2517,8 @@ def eight_bit_maps(optimizer: Any, device: torch.device) -> dict[str, torch.Tens
 
 def save_checkpoint(run: Run, state: TrainState) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
+    if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
+        raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
     final = run.output_dir / f"checkpoint-{state.step}"
     temporary, old = run.output_dir / f".tmp-checkpoint-{os.getpid()}", run.output_dir / f".tmp-old-{final.name}"
     try:
@@ -3199,15 +3202,18 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     loss = sum(row_losses) / (run.args.train_batch_size * accumulation)
     values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
     values |= loss_by_sigma(row_losses, sigmas, weights)
+    state.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
         values |= apply_update(state)
         state.skipped = 0
     else:
+        state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
         state.skipped += 1
         log.warning(f"step {state.step + 1}: not finite, the weights stay as they are; samples: {', '.join(names)}")
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     state.step += 1
+    state.whole = True
     return {**values, "seconds": time.perf_counter() - started}
 
 
@@ -3302,10 +3308,25 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
 def watch(state: TrainState, values: dict[str, Any]) -> None:
     """Raises NotFinite after ten skipped steps in a row; says loudly when the LoRA does not move."""
     if state.skipped >= 10:
-        raise NotFinite(f"step {state.step}: ten steps in a row were not finite; the last checkpoint is good. Lower "
-                        "--learning_rate, and look at the samples named above")  # fmt: skip
+        raise NotFinite(f"step {state.step}: ten steps in a row were not finite. Look at the samples named above; if "
+                        "they are good, start anew with a lower --learning_rate")  # fmt: skip
     if state.step == 50 and values.get("lora_norm") == 0.0:
         log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
+
+
+@contextlib.contextmanager
+def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
+    """Saves the last whole step as a checkpoint when training breaks off by an exception, and lets that go on."""
+    try:
+        yield
+    except Exception:
+        saved = run.output_dir / f"checkpoint-{state.step}"
+        if state.whole and state.step and verify_checkpoint(saved):
+            try:
+                log.info(f"checkpoint: training broke off, step {state.step} is kept in {save_checkpoint(run, state)}")
+            except Exception as error:  # the failure that is told at the end must be the first one
+                log.warning(f"checkpoint: step {state.step} was not saved ({error})")
+        raise
 
 
 def try_save_checkpoint(run: Run, state: TrainState) -> None:
@@ -3442,7 +3463,8 @@ def main(args: Args) -> None:
     parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
     state = set_up_training(run, parts)
     with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-        train(run, parts, state, stop)
+        with keep_progress(run, state):
+            train(run, parts, state, stop)
         save_results(run, state, stop)
     write_card(run, state, draw_final_pictures(run, parts, state.parameters))
     run.accelerator.end_training()
