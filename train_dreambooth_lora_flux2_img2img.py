@@ -55,6 +55,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -602,7 +603,6 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.training_utils import compute_density_for_timestep_sampling, generate_aspect_ratio_buckets
-from huggingface_hub.utils import http_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -1667,28 +1667,82 @@ def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
     """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
 
-    The answer is a saved tensor: read with `weights_only`, capped in size, never redirected, checked for shape and
-    finite numbers. The token goes to https hosts of the Hub and to loopback only.
+    The answer is a saved tensor: read with `weights_only`, capped in size, packed and unpacked, checked for shape and
+    finite numbers.
     """
-    url = run.args.remote_text_encoder_url
-    advice = "to encode on this machine instead, leave --remote_text_encoder out (add --offload if memory is short)"
     expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    headers = {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
-    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": 60.0, "follow_redirects": False}
+    most = 4 * math.prod(expected) + 1_000_000
     try:
-        response = http_backoff("POST", url, **request)
-        if response.status_code != 200:
-            raise ValueError(f"status {response.status_code} {response.reason_phrase}")
-        if len(response.content) > 4 * math.prod(expected) + 1_000_000:
-            raise ValueError(f"{len(response.content)} bytes are too many")
-        embedding = torch.load(io.BytesIO(response.content), weights_only=True, map_location="cpu")
+        body = ask_remote_encoder(run.args, prompt, most)
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:  # torch.load would unpack a thousand times the size
+            if (size := sum(entry.file_size for entry in archive.infolist())) > most:
+                raise ValueError(f"{size} bytes when unpacked, more than {most}")
+        embedding = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
         if not torch.is_tensor(embedding) or tuple(embedding.shape) != expected:
             raise ValueError(f"{getattr(embedding, 'shape', type(embedding))} is not a tensor of shape {expected}")
-        if not embedding.is_floating_point() or not embedding.isfinite().all():
+        if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
             raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
+        here = command_line(run.args, remote_text_encoder=False, remote_text_encoder_url=None, offload=True)
+        raise UserError(f"{run.args.remote_text_encoder_url}: no usable answer ({type(error).__name__}: {error}).\n"
+                        f"The same with the text encoder on this machine:\n    {here}") from None  # fmt: skip
     return embedding[0].to(run.dtype)
+
+
+REMOTE_WAITS = (1, 2, 4, 8, 16)  # seconds between tries, where the server asks for no other wait
+REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte; for one prompt, tries and waits included
+
+
+def ask_remote_encoder(args: Args, prompt: str, most: int) -> bytes:
+    """The body of the server's answer, at most `most` bytes. Raises ValueError, or what the connection raises.
+
+    A busy or paused server and a broken connection are tried again. Redirects are not followed: the token goes to
+    https hosts of the Hub and to loopback only.
+    """
+    headers = {"Accept-Encoding": "identity"}  # the bytes that are counted are all there are
+    headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(args)) else {}
+    request = {"json": {"prompt": prompt}, "headers": headers, "follow_redirects": False}
+    url, end = args.remote_text_encoder_url, time.monotonic() + REMOTE_PATIENCE
+    waits = iter(REMOTE_WAITS)
+    while True:
+        wait = next(waits, math.inf)
+        try:
+            request["timeout"] = max(0.1, min(REMOTE_SILENCE, end - time.monotonic()))
+            with huggingface_hub.get_session().stream("POST", url, **request) as response:
+                if response.status_code == 200:
+                    return read_capped(response, most, end)
+                problem = f"status {response.status_code} {response.reason_phrase}"
+                if response.status_code not in (408, 429, 500, 502, 503, 504):
+                    raise ValueError(problem)
+                asked = response.headers.get("Retry-After", "")
+            if asked.isdecimal() and wait < math.inf:
+                wait, problem = int(asked), f"{problem}, Retry-After {asked} s"
+        except (OSError, ValueError):  # offline mode, a refusal, too long an answer: another try would end the same
+            raise
+        except Exception as error:  # the HTTP library's own: timeouts, broken connections
+            problem = f"{type(error).__name__}: {error}"
+        if time.monotonic() + wait > end:
+            raise ValueError(problem)
+        log.info(f"text: {url}: {problem}; asked again in {wait} s")
+        time.sleep(wait)
+
+
+def read_capped(response: Any, most: int, end: float) -> bytes:
+    """The body as it comes in. Raises ValueError as soon as it is longer than `most` bytes or `end` has come."""
+    body = bytearray()
+    for piece in response.iter_raw():
+        body += piece
+        if len(body) > most:
+            raise ValueError(f"more than {most} bytes")
+        if time.monotonic() > end:
+            raise ValueError(f"only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
+    return bytes(body)
+
+
+def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
+    """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
+    cache = PromptCache(run)
+    encode_prompts(run, [prompt for prompt in prompts if not cache.path(prompt).is_file()][:1])
 
 
 def remote_token(args: Args) -> str | None:
@@ -2796,21 +2850,32 @@ def write_config(run: Run, basenames: bool = False) -> str:
 
     With `basenames` paths lose their folders: this is the copy that leaves the machine.
     """
-    left_out = {*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
     precision = "bf16" if run.dtype == torch.bfloat16 else "no"
-    lines = []
-    for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
-        if name in left_out or value is None:
+    values = {**vars(run.args), "seed": run.seed, "mixed_precision": precision}
+    for name in (*ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run"):
+        values[name] = None
+    return "".join(f"{line}\n" for line in flag_lines(values, basenames))
+
+
+def command_line(args: Args, **changes: Any) -> str:
+    """The command that starts this script with these flags but for the `changes`, defaults and secrets left out."""
+    values = {name: value for name, value in {**vars(args), **changes}.items() if value != DEFAULTS[name]}
+    return " ".join(["python", shlex.quote(__file__), *flag_lines(values)])
+
+
+def flag_lines(values: dict[str, Any], basenames: bool = False) -> Iterator[str]:
+    """`--name value` in shell quoting for each flag that is not None and no secret."""
+    for name, value in values.items():
+        if name in SECRET_FLAGS or value is None:
             continue
         if isinstance(value, bool):
-            lines += [f"--{name}"] if value else [f"--no-{name}"] * (DEFAULTS[name] is True)
+            yield from [f"--{name}"] if value else [f"--no-{name}"] * (DEFAULTS[name] is True)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
             words = [without_folders(word) for word in words]
         quoted = " ".join(map(shlex.quote, words))
-        lines.append(f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}")
-    return "\n".join(lines) + "\n"
+        yield f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}"
 
 
 def without_folders(path: str) -> str:
@@ -3423,6 +3488,8 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     prompts = len(set(all_prompts(run, samples)))
     need = prompts * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
+    if run.args.remote_text_encoder:
+        probe_remote_encoder(run, all_prompts(run, samples))
     steps = total_steps(run, len(samples))
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
 

@@ -6,8 +6,11 @@ import io
 import json
 import os
 import threading
+import time
 import urllib.parse
+import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,12 +42,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back; `cut` announces the whole body, sends half of it and closes the connection."""
+    """What goes back; `cut` announces the whole body, sends half of it and closes the connection.
+
+    `more` are pieces sent behind the body, one by one, when a header says that they come.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False
+    more: Iterable[bytes] = ()
 
 
 def json_reply(content: object, status: int = 200, **headers: str) -> Reply:
@@ -68,8 +75,11 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(reply.body[: len(reply.body) // 2] if reply.cut else reply.body)
+        if self.command == "HEAD":
+            return
+        self.wfile.write(reply.body[: len(reply.body) // 2] if reply.cut else reply.body)
+        for piece in reply.more:
+            self.wfile.write(piece)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_CONNECT = handle_request
 
@@ -142,12 +152,21 @@ class Bomb:
         return os.mkdir, (str(self.folder),)
 
 
-def saved(content: object) -> bytes:
+def saved(content: object, **options: bool) -> bytes:
     """The bytes that torch.save writes."""
     import torch
 
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def deflated(body: bytes) -> bytes:
+    """The same zip archive with its files compressed: a thousandth, if they are zeros."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(body)) as source, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
     return buffer.getvalue()
 
 
@@ -165,6 +184,8 @@ class RemoteEncoder(Loopback):
         self.times = 10**6
         self.bomb_folder: Path | None = None  # what the pickle bomb makes if it goes off
         self.redirect_to = ""
+        self.retry_after = ""  # what a busy or paused server asks for
+        self.sent = 0  # bytes of an endless answer
         self.predict_url = f"{self.url}/predict"
 
     @property
@@ -189,13 +210,21 @@ class RemoteEncoder(Loopback):
         self.times -= 1
         return self.faulty(self.fault, good)
 
+    def pieces(self, piece: bytes, pause: float) -> Iterator[bytes]:
+        """The same piece again and again, until the test is over or 1 GB is sent."""
+        started = time.monotonic()
+        while self.sent < 10**9 and time.monotonic() - started < REPLY_LIMIT and not self.released.wait(pause):
+            yield piece
+            self.sent += len(piece)
+
     def faulty(self, fault: str, good) -> Reply:
         """The reply of a server that is broken in the given way."""
         if fault == "hang":
             self.released.wait(REPLY_LIMIT)
+        wish = {"Retry-After": self.retry_after} if self.retry_after else {}
         replies = {
-            "503": lambda: Reply(503, b"Space is paused"),
-            "429": lambda: Reply(429, b"slow down", {"Retry-After": "3"}),
+            "503": lambda: Reply(503, b"Space is paused", wish),
+            "429": lambda: Reply(429, b"slow down", wish or {"Retry-After": "3"}),
             "404": lambda: Reply(404, b"no such endpoint"),
             "hang": lambda: Reply(504),
             "cut": lambda: Reply(200, saved(good), cut=True),
@@ -205,7 +234,13 @@ class RemoteEncoder(Loopback):
             "list": lambda: Reply(200, saved([good])),
             "integers": lambda: Reply(200, saved(good.long())),
             "nan": lambda: Reply(200, saved(good.clone().index_fill_(1, good.new_tensor([3]).long(), float("nan")))),
+            "complex": lambda: Reply(200, saved(good.cfloat())),
+            "overflow": lambda: Reply(200, saved(good.double() * 1e300)),
             "huge": lambda: Reply(200, bytes(16 * self.length * self.width + 4_000_000)),
+            "endless": lambda: Reply(200, headers={"Content-Length": str(10**12)}, more=self.pieces(bytes(65536), 0)),
+            "drip": lambda: Reply(200, headers={"Content-Length": str(10**6)}, more=self.pieces(b"x", 0.02)),
+            "packed": lambda: Reply(200, deflated(saved(good.new_zeros(1, 100 * self.length, self.width)))),
+            "legacy": lambda: Reply(200, saved(good, _use_new_zipfile_serialization=False)),
             "bomb": lambda: Reply(200, saved(Bomb(self.bomb_folder))),
             "redirect": lambda: Reply(307, b"", {"Location": self.redirect_to}),
         }

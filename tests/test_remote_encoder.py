@@ -1,16 +1,19 @@
 """The remote text encoder: what is asked and sent to whom, what comes back, and how a server can fail."""
 
 import json
+import shlex
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from runs import files_of, forbid
 from servers import Loopback, RemoteEncoder
 
 TOKEN = "hf_canary_token_of_the_tests"
-LOCAL_ALTERNATIVE = "leave --remote_text_encoder out"
+LOCAL_ALTERNATIVE = "The same with the text encoder on this machine:"
 
 
 @pytest.fixture
@@ -26,35 +29,43 @@ def encoder(monkeypatch):
 
 
 @pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """The waits between retries, which are recorded instead of waited."""
-    from huggingface_hub.utils import _http
+def waits(script, monkeypatch) -> list[float]:
+    """The waits between tries: the script's clock goes on by them, but nobody waits."""
 
     class Clock:
-        """The time module, but for sleeping."""
+        """The time module with a sleep that takes no time."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(time, name)
+
+        def monotonic(self) -> float:
+            return time.monotonic() + sum(recorded)
 
         def sleep(self, seconds: float) -> None:
             recorded.append(seconds)
 
     recorded: list[float] = []
-    monkeypatch.setattr(_http, "time", Clock())
+    monkeypatch.setattr(script, "time", Clock())
     return recorded
 
 
 @pytest.fixture
-def run_with(script, tiny, photos, tmp_path):
-    """What `encode_prompts` and its helpers need, made by the script's own start from a command line."""
+def arguments(script, tiny, photos, reference_flags, tmp_path):
+    """Makes the parsed command line of a run that asks the given server."""
 
-    def make(encoder: RemoteEncoder, *flags: str):
+    def make(encoder: RemoteEncoder, *flags: str | Path):
         words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
-        words += ["--output_dir", tmp_path / "out", "--report_to", "none", "--resolution", "64"]
+        words += ["--output_dir", tmp_path / "out", "--report_to", "none", "--resolution", "64", *reference_flags]
         words += ["--remote_text_encoder", "--remote_text_encoder_url", encoder.predict_url]
-        return script.start_accelerator(script.parse_args([str(word) for word in [*words, *flags]]))
+        return script.parse_args([str(word) for word in [*words, *flags]])
 
     return make
+
+
+@pytest.fixture
+def run_with(script, arguments):
+    """What `encode_prompts` and its helpers need, made by the script's own start from a command line."""
+    return lambda encoder, *flags: script.start_accelerator(arguments(encoder, *flags))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,9 +145,14 @@ FAULTS = {  # fault, what the message must name
     "width": ["1, 512, 95", "1, 512, 96"],
     "list": ["list", "(1, 512, 96)"],
     "integers": ["int64"],
+    "complex": ["complex64"],
     "nan": ["finite"],
-    "huge": ["bytes"],
+    "overflow": ["finite"],
+    "huge": ["more than 1196608 bytes"],
+    "packed": ["bytes when unpacked"],
+    "legacy": ["zip"],
     "redirect": ["307"],
+    "cut": [],
 }
 
 
@@ -147,6 +163,28 @@ def test_a_server_that_fails_is_a_user_error_with_the_local_alternative(script, 
     assert [part for part in [encoder.predict_url, LOCAL_ALTERNATIVE, *FAULTS[fault]] if part not in message] == []
 
 
+def test_what_is_no_passing_trouble_is_not_asked_again(script, run_with, encoder, waits):
+    for fault in ("404", "redirect", "nan", "huge", "text"):
+        encoder.fault, encoder.redirect_to = fault, "http://127.0.0.1:9/predict"
+        refusal(script, run_with(encoder))
+    assert waits == [] and len(encoder.requests) == 5
+
+
+def test_the_local_command_in_the_message_is_the_users_own_without_the_server(script, arguments, encoder):
+    """It parses to the same settings with --offload, whatever is quoted in it, and tells no token."""
+    own = ["--hub_token", TOKEN, "--instance_prompt", "it's a \"toy\"", "--gradient_checkpointing", "0.5",
+           "--no-hub_private", "--logit_mean=-1.5", "--validation_prompt", "a toy", "a toy's box"]  # fmt: skip
+    args = arguments(encoder, *own)
+    encoder.fault = "404"
+    message = refusal(script, script.start_accelerator(args))
+    assert TOKEN not in message and "127.0.0.1" not in message.partition(LOCAL_ALTERNATIVE)[2]
+    python, path, *words = shlex.split(message.partition(LOCAL_ALTERNATIVE)[2])
+    assert python == "python" and Path(path).samefile(script.__file__)
+    changed = {"offload": True, "hub_token": None, "remote_text_encoder": False,
+               "remote_text_encoder_url": script.DEFAULTS["remote_text_encoder_url"]}  # fmt: skip
+    assert vars(script.parse_args(words)) == {**vars(args), **changed}
+
+
 def test_a_paused_server_is_asked_again_a_few_times_with_growing_waits(script, run_with, encoder, waits):
     encoder.fault = "503"
     refusal(script, run_with(encoder))
@@ -154,10 +192,11 @@ def test_a_paused_server_is_asked_again_a_few_times_with_growing_waits(script, r
     assert waits == sorted(waits) and 1 <= sum(waits) < 60
 
 
-def test_a_server_that_recovers_is_good_enough(script, run_with, encoder, waits):
-    encoder.fault, encoder.times = "503", 2
+@pytest.mark.parametrize("fault", ["503", "429", "cut"])
+def test_a_server_that_recovers_is_good_enough(script, run_with, encoder, waits, fault):
+    encoder.fault, encoder.times = fault, 2
     prompts = script.encode_prompts(run_with(encoder), ["a red toy"])
-    assert torch.equal(prompts.get("a red toy"), encoder.embedding("a red toy")[0])
+    assert torch.equal(prompts.get("a red toy"), encoder.embedding("a red toy")[0]) and len(encoder.requests) == 3
 
 
 def test_the_wait_that_a_busy_server_asks_for_is_kept(script, run_with, encoder, waits):
@@ -166,29 +205,69 @@ def test_the_wait_that_a_busy_server_asks_for_is_kept(script, run_with, encoder,
     assert len(waits) == 1 and 3 <= waits[0] <= 5
 
 
+def test_a_server_that_asks_to_wait_for_a_day_is_not_waited_for(script, run_with, encoder, waits):
+    encoder.fault, encoder.retry_after = "429", "86400"
+    assert "86400" in refusal(script, run_with(encoder))
+    assert waits == [] and len(encoder.requests) == 1
+
+
+def test_waits_that_are_asked_for_again_and_again_come_to_an_end(script, run_with, encoder, waits):
+    encoder.fault, encoder.retry_after = "503", "100"
+    refusal(script, run_with(encoder))
+    assert sum(waits) <= script.REMOTE_PATIENCE <= 600 and len(encoder.requests) == len(waits) + 1
+
+
+def test_a_date_to_wait_for_counts_as_no_wish(script, run_with, encoder, waits):
+    encoder.fault, encoder.times, encoder.retry_after = "429", 1, "Fri, 31 Dec 2100 23:59:59 GMT"
+    script.encode_prompts(run_with(encoder), ["a red toy"])
+    assert waits == [script.REMOTE_WAITS[0]]
+
+
 def test_a_server_that_hangs_is_given_up_after_a_timeout(script, run_with, encoder, waits, monkeypatch):
-    asked, backoff = [], script.http_backoff
-
-    def impatient(*args: object, timeout: float, **options: object) -> object:
-        asked.append(timeout)
-        return backoff(*args, timeout=0.2, **options)
-
-    monkeypatch.setattr(script, "http_backoff", impatient)
+    assert script.REMOTE_SILENCE <= 120
+    monkeypatch.setattr(script, "REMOTE_SILENCE", 0.1)
     encoder.fault = "hang"
+    started = time.monotonic()
     message = refusal(script, run_with(encoder))
-    assert LOCAL_ALTERNATIVE in message and encoder.predict_url in message
-    assert 0 < asked[0] <= 120
+    assert LOCAL_ALTERNATIVE in message and encoder.predict_url in message and "Timeout" in message
+    assert time.monotonic() - started < 10
 
 
-def test_a_connection_that_breaks_off_is_a_user_error_with_the_local_alternative(script, run_with, encoder, waits):
-    encoder.fault = "cut"
-    assert LOCAL_ALTERNATIVE in refusal(script, run_with(encoder))
+def test_a_server_that_sends_byte_by_byte_is_given_up_too(script, run_with, encoder, monkeypatch):
+    """No byte is late, yet the whole answer would take for ever."""
+    monkeypatch.setattr(script, "REMOTE_PATIENCE", 0.5)
+    encoder.fault, started = "drip", time.monotonic()
+    message = refusal(script, run_with(encoder))
+    assert "bytes in 0.5 s" in message and time.monotonic() - started < 10
+
+
+def test_an_endless_answer_is_cut_off_while_it_comes_in(script, run_with, encoder):
+    """Not after it is in memory: the server tells how much it got rid of."""
+    encoder.fault = "endless"
+    assert "more than" in refusal(script, run_with(encoder))
+    encoder.released.set()
+    assert 0 < encoder.sent < 64_000_000
+
+
+def test_a_packed_answer_would_have_been_unpacked_by_torch(encoder):
+    """The reason for the check: torch.load inflates what it finds."""
+    import io
+
+    body = encoder.faulty("packed", encoder.embedding("a red toy")).body
+    assert len(body) < 100_000 and torch.load(io.BytesIO(body), weights_only=True).nbytes > 4_000_000
 
 
 def test_a_server_that_is_not_there_is_a_user_error_with_the_local_alternative(script, run_with, encoder, waits):
     with RemoteEncoder() as gone:
         run = run_with(gone)
     assert LOCAL_ALTERNATIVE in refusal(script, run)
+
+
+def test_offline_mode_says_so_at_once(script, run_with, encoder, waits, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode" in refusal(script, run_with(encoder)) and waits == []
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(script, run_with, encoder, tmp_path):
@@ -206,19 +285,37 @@ def test_the_pickle_of_the_test_above_would_run_in_a_careless_loader(encoder, tm
     assert (tmp_path / "exploded").is_dir()
 
 
-def test_a_failing_server_is_noticed_before_any_model_is_loaded(
-    script, encoder, waits, tiny, photos, tmp_path, monkeypatch
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_failing_server_is_noticed_before_a_model_is_loaded_or_the_output_folder_is_begun(
+    script, arguments, encoder, waits, tmp_path, monkeypatch, dry_run
 ):
-    loaded = []
-    for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(script, name, lambda *_, name=name: loaded.append(name))
+    forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "prepare_output")
+    forbid(monkeypatch, script, "open_latent_space")  # of a model on the Hub this downloads the VAE
+    earlier = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"of a run before")
     encoder.fault = "503"
-    words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy",
-             "--output_dir", tmp_path / "out", "--report_to", "none", "--resolution", "64", "--remote_text_encoder",
-             "--remote_text_encoder_url", encoder.predict_url]  # fmt: skip
+    flags = ["--overwrite_output_dir", "--validation_prompt", "a toy on grass", *["--dry_run"] * dry_run]
     with pytest.raises(script.UserError, match="503"):
-        script.main(script.parse_args([str(word) for word in words]))
-    assert loaded == []
+        script.main(arguments(encoder, *flags))
+    assert earlier.read_bytes() == b"of a run before"
+    assert {path.parts[0] for path in map(Path, files_of(tmp_path / "out"))} <= {earlier.name, "cache"}
+    assert set(encoder.prompts) == {"a toy"}, "one prompt is enough to find out"
+
+
+def test_the_probe_asks_for_one_prompt_which_is_then_not_asked_again(script, run_with, encoder):
+    run = run_with(encoder)
+    script.probe_remote_encoder(run, ["a red toy", "a blue toy"])
+    assert encoder.prompts == ["a red toy"]
+    script.encode_prompts(run, ["a red toy", "a blue toy"])
+    assert encoder.prompts == ["a red toy", "a blue toy"]
+
+
+def test_a_server_is_not_asked_when_everything_is_cached(script, run_with, encoder):
+    script.encode_prompts(run_with(encoder), ["a red toy"])
+    encoder.fault = "503"
+    script.probe_remote_encoder(run_with(encoder), ["a red toy"])
+    assert len(encoder.requests) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
