@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -74,6 +75,10 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 class UserError(ValueError):
     """Something the user can put right: the message says what is wrong, where, and what to do. Exit code 2."""
+
+
+class CannotWrite(UserError, OSError):
+    """A file that cannot be written, on a full disk for instance."""
 
 
 @dataclass(frozen=True)
@@ -1113,11 +1118,17 @@ class PictureIndex:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary name beside it; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = error.strerror or error
+        raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
 
 
 def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row, list[tuple[Source, str, Size]]]]:
@@ -1942,7 +1953,7 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
                 factor = scale if name.endswith("lora_B.weight") else 1.0
                 tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
             header = lora_metadata(run, parameters, header_alpha)
-            (folder / file).write_bytes(safetensors_bytes(tensors, header))
+            write_atomically(folder / file, safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
@@ -2284,11 +2295,17 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder; Windows has none for folders, and its file systems order the rename themselves."""
+    """fsync of a file or folder; Windows has none for folders, and its file systems order the rename themselves.
+
+    Some network drives have none either; what is saved to them is as safe as they make it.
+    """
     if os.name != "nt":
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
         finally:
             os.close(descriptor)
 
@@ -2327,18 +2344,23 @@ class Progress(contextlib.AbstractContextManager):
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
         """`done` of `total` are behind us when the phase begins."""
         self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.started, terminal = time.monotonic(), False
+        self.last_line = self.started
+        with contextlib.suppress(AttributeError, ValueError):  # stderr may be closed, or none
+            terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
 
     def __exit__(self, *_: Any) -> None:
         """Ends the phase's bar."""
-        self.bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()
 
     def advance(self, note: str = "") -> None:
         """One more is done; `note` stands behind the bar."""
         self.done += 1
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update()
         now = time.monotonic()
         if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
             self.last_line = now
@@ -2350,8 +2372,9 @@ class LogHandler(logging.Handler):
     """Writes lines above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line to stderr."""
-        tqdm.write(f"{time.strftime('%H:%M:%S')} {record.getMessage()}", file=sys.stderr)
+        """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {record.getMessage()}", file=sys.stderr)
 
 
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
@@ -2450,6 +2473,20 @@ def validation_loss(run: Run, parts: TrainingParts) -> float:
     return sum(losses) / len(losses)
 
 
+def track_pictures(run: Run, pictures: list[PIL.Image.Image], step: int) -> None:
+    """Sends the pictures of a validation to the trackers that take such; one that fails does not stop the rest."""
+    try:
+        for tracker in run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for row, picture in enumerate(pictures):  # one by one: their sizes may differ
+                    images = {f"validation/{row}": np.asarray(picture)[None]}
+                    tracker.log_images(images, step=step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": pictures}, step=step)
+    except Exception as error:  # whatever a tracker raises
+        warn_once(run, "trackers", f"pictures of step {step} were not logged ({error})")
+
+
 def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
     """Pictures, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
     parts.transformer.eval()
@@ -2459,13 +2496,7 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
         steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
         columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
         draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
-        for tracker in run.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for row, picture in enumerate(pictures):  # one by one: their sizes may differ
-                    images = {f"validation/{row}": np.asarray(picture)[None]}
-                    tracker.log_images(images, step=state.step, dataformats="NHWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": pictures}, step=state.step)
+        track_pictures(run, pictures, state.step)
         return {"validation_loss": validation_loss(run, parts)}
     except Exception as error:  # pictures are not worth a run
         log.warning(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
@@ -2597,7 +2628,10 @@ pipeline(prompt={prompt!r}, {arguments}).images[0].save("picture.png")
 
 
 def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs."""
+    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
+
+    If it cannot be written, that is a warning.
+    """
     base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
     data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
     head = huggingface_hub.ModelCardData(
@@ -2622,7 +2656,10 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
         dtype=dtype, repo=repo, file=LORA_FILE, prompt=prompt, title=title, base_text=base_text, script=script,
         imports=imports, arguments=", ".join(f"{name}={value}" for name, value in options.items()),
     )  # fmt: skip
-    write_atomically(run.output_dir / "README.md", text.encode())
+    try:
+        write_atomically(run.output_dir / "README.md", text.encode())
+    except OSError as error:  # a card is not worth a run
+        log.warning(f"card: {error}")
 
 
 def escape_markdown(text: str) -> str:
@@ -2630,21 +2667,54 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 
 
+def warn_once(run: Run, subject: str, problem: Any) -> None:
+    """A warning of what is not worth a run, the first time that it happens."""
+    if subject not in run.told:
+        run.told.add(subject)
+        log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
+
+
 def track(run: Run, values: dict[str, Any], step: int) -> None:
     """Sends numbers to the trackers; one that fails does not stop training."""
     try:
         run.accelerator.log(values, step=step)
     except Exception as error:  # whatever a tracker raises
-        log.warning(f"trackers: step {step} was not logged ({error})")
+        warn_once(run, "trackers", f"step {step} was not logged ({error})")
+
+
+def end_trackers(run: Run) -> None:
+    """Closes the trackers; what one of them fails to send now does not stop the run."""
+    try:
+        run.accelerator.end_training()
+    except Exception as error:  # whatever a tracker raises
+        log.warning(f"trackers: not closed ({error})")
+
+
+def write_metrics(run: Run, values: dict[str, Any]) -> None:
+    """Adds a line to metrics.jsonl, whole or not at all; a failure is a warning."""
+    line, written = (json.dumps(values) + "\n").encode(), 0  # floats are written so that they read back exactly
+    try:
+        with (run.output_dir / "metrics.jsonl").open("ab", buffering=0) as stream:
+            before = stream.tell()
+            written = stream.write(line)
+            if written < len(line):
+                stream.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
 
 
 def trim_metrics(run: Run, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again."""
-    path = run.output_dir / "metrics.jsonl"
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    """Drops the lines after `step`, which a resumed run writes again, and lines that are damaged."""
+    path, kept = run.output_dir / "metrics.jsonl", []
+    try:
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept += [line] if json.loads(line)["step"] <= step else []
+        if path.is_file():
+            write_atomically(path, b"".join(line + b"\n" for line in kept))
+    except OSError as error:
+        warn_once(run, "metrics.jsonl", error)
 
 
 def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
@@ -2673,23 +2743,31 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
     return [(prompt, f"samples/final/strength-1.0/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
+HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
+
+
+def open_hub(args: Args) -> huggingface_hub.HfApi:
+    """The Hub, which by itself would be waited for without an end."""
+    huggingface_hub.get_session().timeout = HUB_SILENCE
+    return huggingface_hub.HfApi(token=args.hub_token)
+
+
 def push(run: Run) -> None:
     """Uploads weights, card, samples and configuration in one commit; never checkpoints, logs or caches.
 
     A failure is a warning with the line that does it by hand: the result is on disk.
     """
     folder = run.output_dir
-    files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
-    # samples/given holds copies of the user's own pictures: they stay here
-    files += sorted(
-        path for path in (folder / "samples").rglob("*.png") if "given" not in path.relative_to(folder).parts
-    )
-    add = huggingface_hub.CommitOperationAdd
-    operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
-    operations.append(add("config.args", write_config(run, basenames=True).encode()))
     try:
-        api = huggingface_hub.HfApi(token=run.args.hub_token)
-        url = api.create_commit(run.hub_repo, operations, commit_message="FLUX.2 LoRA").commit_url
+        files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
+        # samples/given holds copies of the user's own pictures: they stay here
+        files += sorted(
+            path for path in (folder / "samples").rglob("*.png") if "given" not in path.relative_to(folder).parts
+        )
+        add = huggingface_hub.CommitOperationAdd
+        operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
+        operations.append(add("config.args", write_config(run, basenames=True).encode()))
+        url = open_hub(run.args).create_commit(run.hub_repo, operations, commit_message="FLUX.2 LoRA").commit_url
         log.info(f"hub: uploaded {len(operations)} files: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
         names = " ".join(f"--include {name}" for name in (LORA_FILE, COMFYUI_FILE, "README.md", "'samples/**'"))
@@ -2721,6 +2799,7 @@ class Run:
     resume: Checkpoint | None
     started: float  # time.monotonic()
     hub_repo: str | None = None  # made when the checks have passed
+    told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
 
 
 @dataclass(frozen=True)
@@ -2777,11 +2856,16 @@ class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Turns a known failure into SystemExit when this file is the program."""
-        for known, code in self.codes if __name__ == "__main__" else ():
+        if __name__ != "__main__":
+            return
+        for known, code in self.codes:
             if isinstance(error, known):
                 hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
-                print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
+                secure_streams()
                 raise SystemExit(code) from None
+        secure_streams()
 
 
 @dataclass
@@ -2818,8 +2902,28 @@ class StopSignals:
             self.received = signal.SIGTERM
 
 
+def secure_streams() -> None:
+    """Makes sure that what is printed cannot end the run, and cannot land in a file.
+
+    A closed descriptor would be given to the next file that is opened, with all that is printed. A stream that cannot
+    be flushed at the end, to a closed pipe or a full disk, would turn the exit code into 120.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, stream.fileno())
+                os.close(nothing)
+
+
 def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar; the libraries only when something is wrong."""
+    secure_streams()
     log.setLevel(logging.INFO)
     log.propagate, log.handlers = False, log.handlers or [LogHandler()]
     for library in (transformers, diffusers):
@@ -2897,7 +3001,7 @@ def create_hub_repo(args: Args) -> str | None:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     try:
-        return huggingface_hub.create_repo(name, token=args.hub_token, private=args.hub_private, exist_ok=True).repo_id
+        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
     except Exception as error:  # the network has no common base of errors
         raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
 
@@ -3042,8 +3146,7 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
             if stop.received is None and validation_is_due(run, samples, state.step):
                 values |= validate(run, parts, state)
             values |= peak_memory(run)
-            with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
+            write_metrics(run, values)
             track(run, values, state.step)
             watch(state, values)
             if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.received is None:
@@ -3090,16 +3193,28 @@ def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
             write_atomically(run.output_dir / path.name, path.read_bytes())
             flush_to_disk(run.output_dir / path.name)
     except OSError as error:
-        raise SaveFailed(f"the last save failed ({error}); free space in {run.output_dir}, then resume") from error
+        kept = keep_lora(run, state) if stop.received is None else []
+        kept += [str(folder) for folder in list_checkpoints(run.output_dir)[-1:]]
+        raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
+                         f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
     if stop.received is not None:
         words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
         words = [word for word in words if word != "--overwrite_output_dir"] + ["--resume_from_checkpoint", "latest"]
         log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    python {shlex.join(words)}")
-        run.accelerator.end_training()
+        end_trackers(run)
         raise Stopped(128 + stop.received)
     write_card(run, state, [])
     if (run.output_dir / COMFYUI_FILE).is_file():
         log.info(f"result: {run.output_dir / COMFYUI_FILE} is for ComfyUI, which ignores alpha in the header")
+
+
+def keep_lora(run: Run, state: TrainState) -> list[str]:
+    """Writes the LoRA alone, a fraction of the checkpoint that did not fit; returns its path, or nothing."""
+    try:
+        save_lora(run, state.parameters, run.output_dir)
+        return [str(run.output_dir / LORA_FILE)]
+    except OSError:
+        return []
 
 
 def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
@@ -3149,7 +3264,10 @@ def prepare_output(run: Run) -> Run:
     public = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
     settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
     settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
-    run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+    try:
+        run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+    except Exception as error:  # whatever a tracker raises; the numbers are in metrics.jsonl too
+        log.warning(f"trackers: {run.args.report_to} did not start ({error}); the run goes on")
     return replace(run, hub_repo=hub_repo)
 
 
@@ -3217,7 +3335,7 @@ def main(args: Args) -> None:
             train(run, parts, state, stop)
         save_results(run, state, stop)
     write_card(run, state, draw_final_pictures(run, parts, state.parameters))
-    run.accelerator.end_training()
+    end_trackers(run)
     if args.push_to_hub:
         push(run)
     print_results(run)

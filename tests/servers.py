@@ -257,7 +257,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(Loopback):
     """As much of the Hub as creating a repository, one commit and downloading a model ask for.
 
-    `fault` is None, "create" (403) or "commit" (500). What was committed lies in `files`, what was asked in `requests`.
+    `fault` is None, "create" (403), "commit" (500) or "hang" (no answer to what is posted). What was committed lies in
+    `files`, what was asked in `requests`.
     """
 
     def __init__(self) -> None:
@@ -284,6 +285,8 @@ class Hub(Loopback):
     def answer(self, request: Request) -> Reply:
         """Finds the route by the shape of the path."""
         path = request.path
+        if self.fault == "hang" and request.method == "POST":
+            self.released.wait(REPLY_LIMIT)
         routes = (
             (path == "/api/repos/create", self.create),
             (path == "/api/validate-yaml", lambda _: json_reply({"errors": [], "warnings": []})),

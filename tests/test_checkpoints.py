@@ -354,16 +354,19 @@ def test_a_save_that_fails_keeps_the_old_checkpoint_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("how", ["fsync", "write"])
-def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpoint(
+def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpoint_and_the_lora(
     script, quick, monkeypatch, tmp_path, how
 ):
-    """SaveFailed (exit code 4), checkpoint 2 still good, no final LoRA."""
+    """SaveFailed (exit code 4) says what is kept: checkpoint 2 is still good, and the LoRA alone has room."""
     full_disk(script, monkeypatch, 3, how)
-    with pytest.raises(script.SaveFailed):
+    with pytest.raises(script.SaveFailed) as caught:
         quick("--checkpointing_steps", "2")
     folder = tmp_path / "out"
     assert checkpoints(folder) == [2] and script.verify_checkpoint(folder / "checkpoint-2") is None
-    assert not (folder / LORA).exists() and nothing_temporary_in(folder)
+    assert nothing_temporary_in(folder)
+    assert all(str(folder / name) in str(caught.value) for name in (LORA, "checkpoint-2"))
+    quick("--max_train_steps", "3", output="quiet")
+    assert sha256(folder / LORA) == sha256(tmp_path / "quiet" / LORA)
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping

@@ -1,15 +1,23 @@
 """What goes wrong from outside: numbers that are not finite, exceptions, full disks, closed terminals, a silent Hub."""
 
+import errno
 import functools
+import json
 import math
+import os
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, run_python
-from runs import LORA, column, command_line, lora
+from PIL import Image
+from runs import LORA, column, command_line, lora, metrics, sha256
 from safetensors.torch import load_file, save_file
+from servers import Hub, point_to
 
 pytestmark = pytest.mark.e2e
 
@@ -205,3 +213,286 @@ def test_a_save_that_fails_while_a_run_breaks_off_does_not_hide_why_it_did(scrip
     with pytest.raises(RuntimeError, match="the device is lost"):
         quick()
     assert "step 2 was not saved" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def full_disk_for(monkeypatch, part: str) -> list[str]:
+    """From now on nothing with `part` in its path can be written; returns the list of the refusals."""
+    refused: list[str] = []
+
+    def guard(owner, name, place):
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def write(*args, **kwargs):
+            if part in str(args[place]) and not (name == "open" and "r" in [*args[1:], "r"][0]):
+                refused.append(str(args[place]))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[place]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, write)
+
+    for owner, name, place in ((Path, "write_bytes", 0), (Path, "write_text", 0), (Path, "open", 0)):
+        guard(owner, name, place)
+    guard(Image.Image, "save", 1)
+    return refused
+
+
+DRAWS = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def quiet(script, tiny, photos, reference_flags, tmp_path_factory):
+    """The folder of a run of three steps with pictures to which nothing happens."""
+    folder = tmp_path_factory.mktemp("quiet") / "out"
+    script.main(script.parse_args(command_line(tiny, photos, folder, "--seed", "0", *reference_flags, *THREE)))
+    return folder
+
+
+THREE = ("--max_train_steps", "3", "--cache_latents", *DRAWS, "--validation_steps", "3")
+
+
+@pytest.mark.parametrize("part", ["index.json", "config.args", "prompts/", "latents/"])
+def test_a_disk_that_is_full_before_training_is_one_message_that_says_where_and_what_to_do(
+    script, train, monkeypatch, tmp_path, part
+):
+    """Exit code 2: nothing is lost yet; nothing half-written is left."""
+    refused = full_disk_for(monkeypatch, part)
+    with pytest.raises(script.UserError) as caught:
+        train(*THREE)
+    assert refused and f"{part}" in str(caught.value) and "free space" in str(caught.value)
+    assert "No space left" in str(caught.value) and list(tmp_path.rglob(".*.tmp")) == []
+
+
+def test_a_disk_that_is_full_of_class_pictures_is_one_message_too(t2i, tiny, photos, monkeypatch, tmp_path):
+    """Those that are there stay."""
+    full_disk_for(monkeypatch, "class-00001")
+    words = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy")
+    words = command_line(
+        tiny, photos, tmp_path / "out", *words, "--num_class_images", "2", "--num_inference_steps", "1"
+    )
+    with pytest.raises(t2i.UserError, match="free space"):
+        t2i.main(t2i.parse_args(words))
+    assert [path.name for path in (tmp_path / "class").iterdir()] == ["class-00000.png"]
+
+
+BESIDE = {  # what cannot be written, and how often that is said
+    "metrics.jsonl": 1,
+    "README.md": 2,
+    "samples/step": 2,
+    "contact_sheet": 3,
+    "samples/final": 1,
+    ".tmp-checkpoint": 1,
+}
+
+
+@pytest.mark.parametrize("part", BESIDE)
+def test_what_cannot_be_written_beside_the_lora_is_a_warning_and_the_lora_is_that_of_a_quiet_run(
+    script, train, quiet, cache, monkeypatch, capsys, part
+):
+    """Checkpoints on the way are in it: the run goes on without."""
+    flags = ("--latents_cache_dir", cache, *THREE)
+    with monkeypatch.context() as patch:
+        refused = full_disk_for(patch, part)
+        if part == ".tmp-checkpoint":  # the last one has room again
+            flags = (*flags, "--checkpointing_steps", "2")
+            before_step(script, patch, 2, lambda _: patch.undo())
+        folder = train(*flags)
+    assert refused and sha256(folder / LORA) == sha256(quiet / LORA)
+    told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(told) == BESIDE[part], told
+    if part != "metrics.jsonl":
+        assert [line["loss"] for line in metrics(folder)] == [line["loss"] for line in metrics(quiet)]
+
+
+def test_a_final_lora_that_does_not_fit_is_still_in_the_last_checkpoint(script, quick, monkeypatch, tmp_path):
+    """Exit code 4, with the place of what is kept."""
+    refused = full_disk_for(monkeypatch, f"out/.{LORA}")
+    with pytest.raises(script.SaveFailed, match="checkpoint-3") as caught:
+        quick()
+    assert refused and "No space left" in str(caught.value) and (script.SaveFailed, 4) in script.ExitCodes.codes
+    assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-3") is None
+    assert list((tmp_path / "out").glob(".*")) == []
+
+
+def test_a_metrics_file_on_a_disk_that_is_really_full_is_one_warning(quick, tmp_path, capsys):
+    """/dev/full refuses every byte, as a full disk does."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
+    folder = quick()
+    assert capsys.readouterr().err.count("metrics.jsonl: step 1 was not written") == 1
+    assert (folder / LORA).is_file()
+
+
+def test_a_line_that_fits_the_disk_in_part_is_taken_back(script, tmp_path):
+    """Half a line would spoil the next one, and the resume that reads the file."""
+    run = script.Args(output_dir=tmp_path, told=set())
+    script.write_metrics(run, {"step": 1, "loss": 0.5})
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, limits[1]))
+    try:
+        script.write_metrics(run, {"step": 2, "loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    script.write_metrics(run, {"step": 3, "loss": 0.125})
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 3] and run.told == {"metrics.jsonl"}
+
+
+def test_a_damaged_line_of_the_metrics_file_does_not_stop_a_resume(quick, tmp_path):
+    """A machine that lost its power leaves such."""
+    folder = quick("--max_train_steps", "2")
+    with (folder / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 2, "lo\x00\x00\xff{}\n[1]\n')
+    quick("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_drive_without_fsync_can_be_saved_to(script, quick, monkeypatch, number):
+    """Some network drives have none, for folders at least; any other failure of it counts."""
+
+    def refuse(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(script.os, "fsync", refuse)
+    folder = quick("--max_train_steps", "1")
+    assert script.verify_checkpoint(folder / "checkpoint-1") is None and (folder / LORA).is_file()
+    number = errno.EIO  # any other failure counts
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        script.flush_to_disk(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers and streams
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["start", "store_init_configuration", "log", "finish"])
+def test_a_tracker_that_fails_anywhere_is_one_warning_and_the_lora_is_that_of_a_quiet_run(
+    quick, monkeypatch, capsys, call
+):
+    """Its service is down, or its disk is full."""
+    from accelerate.tracking import TensorBoardTracker
+
+    quiet = quick(output="quiet")
+    monkeypatch.setattr(TensorBoardTracker, call, fail)
+    folder = quick("--report_to", "tensorboard")
+    assert (folder / LORA).read_bytes() == (quiet / LORA).read_bytes()
+    assert capsys.readouterr().err.count("the device is lost") == 1
+
+
+@pytest.mark.parametrize("how", ["a pipe that nobody reads", "closed"])
+def test_log_lines_that_go_nowhere_do_not_end_a_program(t2i, tiny, photos, cache, tmp_path, how):
+    """Exit code 0, and the LoRA is there; a closed stream's number must not go to a file with all that is printed."""
+    words = command_line(tiny, photos, tmp_path / "out", "--seed", "0", "--max_train_steps", "2")
+    words += ["--latents_cache_dir", str(cache), "--cache_latents"]
+    command = [sys.executable, str(ROOT / Path(t2i.__file__).name), *words]
+    if how == "closed":
+        ended = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&- 2>&-', *command], timeout=120, check=False)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        ended = subprocess.run(command, stderr=writer, timeout=120, check=False)
+        os.close(writer)
+    assert ended.returncode == 0
+    assert t2i.verify_checkpoint(tmp_path / "out" / "checkpoint-2") is None and (tmp_path / "out" / LORA).is_file()
+
+
+def test_a_usage_error_keeps_its_exit_code_when_nobody_can_read_it(t2i, tiny, photos, tmp_path):
+    """The data folder is empty: exit code 2, also into a log file on a full disk."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "empty").mkdir()
+    words = command_line(tiny, photos, tmp_path / "out", "--instance_data_dir", tmp_path / "empty")
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, str(ROOT / Path(t2i.__file__).name), *words]
+        assert subprocess.run(command, stderr=full, timeout=120, check=False).returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(script, monkeypatch, tmp_path):
+    """A loopback Hub; it is waited for a fifth of a second, and between tries not at all."""
+    from huggingface_hub.utils import _http
+
+    class Clock:
+        """The time module, but for sleeping."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(time, name)
+
+        def sleep(self, seconds: float) -> None:
+            """Does not."""
+
+    monkeypatch.setattr(_http, "time", Clock())
+    with Hub() as server:
+        point_to(monkeypatch, server, tmp_path / "hub_cache", "hf_canary_token_of_the_tests")
+        yield server
+        _http.close_session()
+
+
+def test_the_hub_is_waited_for_two_minutes_and_not_for_ever(script, hub):
+    """The library itself would wait without an end."""
+    script.open_hub(script.Args(hub_token=None)).whoami()
+    from huggingface_hub import get_session
+
+    assert script.HUB_SILENCE == 120 and get_session().timeout.read == 120
+
+
+def test_a_hub_that_hangs_at_the_upload_is_a_warning_with_the_line_that_does_it_by_hand(
+    script, quick, hub, monkeypatch, capsys
+):
+    """The result is on disk before the first byte goes out."""
+    monkeypatch.setattr(script, "HUB_SILENCE", 0.2)
+
+    def hang(*args, original=script.end_trackers):
+        hub.fault = "hang"
+        original(*args)
+
+    monkeypatch.setattr(script, "end_trackers", hang)
+    started = time.monotonic()
+    folder = quick("--push_to_hub", "--max_train_steps", "1")
+    assert time.monotonic() - started < 20
+    printed = capsys.readouterr().err
+    assert f"hf upload tester/out {folder}" in printed and "Timeout" in printed and hub.files == {}
+    assert (folder / LORA).is_file() and (folder / "README.md").is_file()
+
+
+def test_a_hub_that_hangs_at_the_start_is_an_error_before_anything_is_loaded(script, quick, hub, monkeypatch):
+    """A repository that cannot be made is a mistake that shows at once."""
+    monkeypatch.setattr(script, "HUB_SILENCE", 0.2)
+    monkeypatch.setattr(script, "load_transformer", fail)
+    hub.fault = "hang"
+    with pytest.raises(script.UserError, match="--push_to_hub: cannot create out"):
+        quick("--push_to_hub")
+
+
+def test_a_hub_that_is_down_after_training_is_a_warning(script, quick, hub, monkeypatch, capsys):
+    """The machine lost its network while training."""
+
+    def down(*args, original=script.end_trackers):
+        hub.server.server_close()
+        original(*args)
+
+    monkeypatch.setattr(script, "end_trackers", down)
+    folder = quick("--push_to_hub", "--max_train_steps", "1")
+    assert "hf upload tester/out" in capsys.readouterr().err and (folder / LORA).is_file()
+
+
+def test_a_result_that_cannot_be_read_back_for_the_upload_is_a_warning(script, quick, hub, monkeypatch, capsys):
+    """A drive that went away after the result was written must not end the run with a traceback."""
+    monkeypatch.setattr(script.huggingface_hub, "CommitOperationAdd", fail)
+    quick("--push_to_hub", "--max_train_steps", "1")
+    assert "hub: the upload failed" in capsys.readouterr().err
+    assert json.dumps(hub.commits) == "[]"

@@ -282,7 +282,8 @@ def test_a_tracker_that_fails_is_a_warning_and_training_goes_on(quick, monkeypat
     monkeypatch.setattr(TensorBoardTracker, "log_images", fail)
     folder = quick("--report_to", "tensorboard", *EVERY_STEP, "--skip_final_inference")
     assert column(folder, "step") == [1, 2, 3]
-    assert capsys.readouterr().err.count("no route to the board") >= 4
+    assert all(value > 0 for value in column(folder, "validation_loss"))
+    assert capsys.readouterr().err.count("no route to the board") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- card
