@@ -58,7 +58,7 @@ import time
 import urllib.parse
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -211,7 +211,7 @@ SHARED_FLAGS = {
         flag("latents_cache_dir", str, None, "where latents and prompt embeddings are kept; None: OUTPUT_DIR/cache"),
         flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
         flag("do_fp8_training", bool, False, "FP8 weights and matmuls in the frozen blocks: half their memory"),
-        flag("bnb_quantization_config_path", str, None, "JSON with a bitsandbytes configuration for the frozen base"),
+        flag("bnb_quantization_config_path", str, None, "JSON of bitsandbytes settings: frozen blocks in NF4 or int8"),
         flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
         flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
     ],
@@ -253,11 +253,19 @@ SHARED_FLAGS = {
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "cond_data_dir", "output_dir",
-              "cache_dir", "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name",
-              "validation_image")  # fmt: skip
+              "cache_dir", "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name", "validation_image",
+              "bnb_quantization_config_path")  # fmt: skip
 SECRET_FLAGS = ("hub_token",)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
+# Settings of bitsandbytes, by the names that BitsAndBytesConfig gives them, and the values that training works with.
+BNB_SETTINGS = {
+    "load_in_4bit": "true false", "load_in_8bit": "true false", "quant_method": '"bitsandbytes"',
+    "_load_in_4bit": "true false", "_load_in_8bit": "true false",
+    "bnb_4bit_quant_type": '"nf4" "fp4"', "bnb_4bit_use_double_quant": "true false",
+    "bnb_4bit_compute_dtype": '"bfloat16" "float32"', "bnb_4bit_quant_storage": '"uint8"',
+    "llm_int8_has_fp16_weight": "false", "llm_int8_enable_fp32_cpu_offload": "false", "llm_int8_skip_modules": "null",
+}  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
 
@@ -390,13 +398,45 @@ def check_model(args: Args) -> Iterator[str]:
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
     if args.bnb_quantization_config_path:
-        yield "--bnb_quantization_config_path: not in this version yet; leave it out, --do_fp8_training halves the base"
+        yield from check_quantization(args)
     if args.init_lora_from and not Path(args.init_lora_from).is_file():
         yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
     if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
         yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+
+
+def check_quantization(args: Args) -> Iterator[str]:
+    """Problems of --bnb_quantization_config_path and of the file that it names."""
+    where = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
+    if args.do_fp8_training:
+        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
+    try:
+        settings = read_quantization(args)
+    except (OSError, ValueError) as error:
+        yield f"{where}: not to be read as JSON ({error}); see configs/quantization/nf4.json"
+        return
+    for name, value in settings.items():
+        allowed, shown = BNB_SETTINGS.get(name), json.dumps(value)
+        if name == "llm_int8_threshold":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+                yield f"{where}: {name} is {shown}; use a number, 0 or more"
+        elif allowed is None:
+            near = difflib.get_close_matches(name, BNB_SETTINGS, n=1) or [", ".join(BNB_SETTINGS)]
+            yield f"{where}: '{name}' is no setting for the frozen base; nearest: {near[0]}"
+        elif shown not in allowed.split():
+            yield f"{where}: {name} is {shown}; use {allowed.replace(' ', ' or ')}"
+    if (settings.get("load_in_4bit") is True) == (settings.get("load_in_8bit") is True):
+        yield f'{where}: set exactly one of "load_in_4bit" and "load_in_8bit" to true'
+
+
+def read_quantization(args: Args) -> dict[str, Any]:
+    """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
+    settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError("it holds no JSON object")
+    return settings
 
 
 def check_text(args: Args) -> Iterator[str]:
@@ -423,6 +463,7 @@ def check_packages(args: Args) -> Iterator[str]:
     wanted = {tracker: f"--report_to {tracker}" for tracker in report_to(args) if tracker in TRACKERS}
     wanted |= {"prodigyopt": "--optimizer prodigy"} if args.optimizer == "prodigy" else {}
     wanted |= {"bitsandbytes": "--use_8bit_adam"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    wanted |= {"bitsandbytes": "--bnb_quantization_config_path"} if args.bnb_quantization_config_path else {}
     wanted |= {"datasets": "--dataset_name"} if args.dataset_name else {}
     for package, reason in wanted.items():
         if importlib.util.find_spec(package) is None:
@@ -587,7 +628,8 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
-for _name in ("torchao", "torch.utils._pytree"):  # news from libraries to their own maintainers, at import
+# news from libraries to their own maintainers, at import and at each step
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -724,11 +766,30 @@ def find_family(model: ModelFiles) -> ModelFamily:
     if not matches:
         known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
         raise UserError(f"{model.name}: is a {index.get('_class_name')}; this script trains {known}")
-    if config.get("quantization_config"):
-        raise UserError(f"{model.name}: the transformer is stored quantised, which this version does not train on yet")
     if model.is_distilled:
         log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
     return next((family for family in matches if family.text_width == config.get("joint_attention_dim")), matches[-1])
+
+
+def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
+    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
+
+    Raises UserError for what is stored in another format, or would be quantised twice.
+    """
+    stored = model.config("transformer").get("quantization_config")
+    if not stored:
+        return read_quantization(args) if args.bnb_quantization_config_path else None
+    if stored.get("quant_method") != "bitsandbytes":
+        raise UserError(
+            f"{model.name}: the transformer is stored quantised by {stored.get('quant_method')}; this script trains on "
+            "bitsandbytes' formats and on unquantised checkpoints, which --bnb_quantization_config_path quantises"
+        )
+    for name in ("bnb_quantization_config_path", "do_fp8_training"):
+        if getattr(args, name):
+            raise UserError(f"--{name}: leave it out, {model.name} is stored quantised already")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{model.name} is stored quantised: install `pip install bitsandbytes`")
+    return stored
 
 
 def public_name(model: ModelFiles) -> str:
@@ -1659,7 +1720,8 @@ def load_text_encoder(run: Run) -> nn.Module:
     if spread:
         options["device_map"] = "auto"
     encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
-    return (encoder if spread else encoder.to(run.device)).eval().requires_grad_(False)
+    stored = getattr(config, "quantization_config", None)  # then transformers has put it on the device already
+    return (encoder if spread or stored else encoder.to(run.device)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -2114,13 +2176,81 @@ class FP8Linear(nn.Linear):
         return FP8Product.apply(hidden, self.weight, self.scales)
 
 
-def quantize_blocks(transformer: Flux2Transformer2DModel, device: torch.device) -> None:
-    """Replaces the Linear layers of the blocks, one by one; embedders, modulation and last layer stay as they are."""
+def bnb_linear(
+    settings: dict[str, Any], linear: nn.Linear, device: torch.device, stored: dict[str, torch.Tensor] | None = None
+) -> nn.Linear:
+    """A frozen layer of bitsandbytes in the place of `linear`: its weight quantised on `device`, or a stored one.
+
+    `stored` holds what bitsandbytes saves of a layer, by the names that follow the layer's own.
+    """
+    import bitsandbytes.nn as bnb
+
+    assert linear.bias is None, "FLUX.2 has none"
+    if settings.get("load_in_8bit"):
+        shared = {"has_fp16_weights": False, "threshold": float(settings.get("llm_int8_threshold", 6.0))}
+        layer = bnb.Linear8bitLt(linear.in_features, linear.out_features, bias=False, device="meta", **shared)
+        if stored:
+            values = stored["weight"].to(device)
+            layer.weight = bnb.Int8Params(values, requires_grad=False, CB=values, SCB=stored["SCB"].to(device))
+        else:
+            layer.weight = bnb.Int8Params(linear.weight.detach(), requires_grad=False).to(device)
+        return layer
+    dtype = settings.get("bnb_4bit_compute_dtype")  # None: computes in the dtype of its input
+    layer = bnb.Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta",
+                           compute_dtype=getattr(torch, dtype) if dtype else None)  # fmt: skip
+    if stored:
+        layer.weight = bnb.Params4bit.from_prequantized(stored.pop("weight"), stored, device=device, module=layer)
+    else:
+        format = {"quant_type": settings.get("bnb_4bit_quant_type", "fp4"),
+                  "compress_statistics": settings.get("bnb_4bit_use_double_quant", False)}  # fmt: skip
+        layer.weight = bnb.Params4bit(linear.weight.detach(), module=layer, **format).to(device)
+    # on some CPUs drawing a picture would repack the weight in place, and no gradient passes a repacked one
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def replace_linears(root: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Puts `make(name, linear)` in the place of every Linear layer below `root`; each goes before the next is made."""
+    for name in [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]:
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, make(name, root.get_submodule(name)))
+
+
+def quantize_blocks(run: Run, transformer: Flux2Transformer2DModel) -> None:
+    """Replaces the Linear layers of the blocks; embedders, modulation and last layer stay as they are.
+
+    Each is moved to the device and quantised before the next one, so that the whole model never lies there in bf16.
+    """
     for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
-        for name, module in list(blocks.named_modules()):
-            if isinstance(module, nn.Linear):
-                parent, _, child = name.rpartition(".")
-                setattr(blocks.get_submodule(parent), child, FP8Linear(module, device))
+        if run.args.do_fp8_training:
+            replace_linears(blocks, lambda _, linear: FP8Linear(linear, run.device))
+        elif run.quantization:
+            replace_linears(blocks, lambda _, linear: bnb_linear(run.quantization, linear, run.device))
+
+
+def stored_linear(run: Run, tensors: dict[str, torch.Tensor], name: str, linear: nn.Linear) -> nn.Linear:
+    """The layer as it is stored; what bitsandbytes keeps of it leaves `tensors`."""
+    keys = [key for key in tensors if key.startswith(f"{name}.")]
+    if len(keys) < 2:  # a weight alone: not quantised
+        return linear
+    stored = {key.removeprefix(f"{name}."): tensors.pop(key) for key in keys}
+    return bnb_linear(run.quantization, linear, run.device, stored)
+
+
+def load_stored_quantized(run: Run) -> Flux2Transformer2DModel:
+    """A transformer in a format of bitsandbytes, as it is stored. Not by diffusers, whose loader wants a GPU for it."""
+    folder, variant, tensors = run.model.part("transformer"), run.model.variant, {}
+    for path in folder.glob("*.safetensors"):
+        if f".{variant}" in path.name if variant else path.name.count(".") == 1:
+            tensors |= load_file(path)
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel.from_config(run.model.config("transformer"))
+    replace_linears(transformer, functools.partial(stored_linear, run, tensors))
+    rest = {name: tensor.to(run.dtype) for name, tensor in tensors.items()}
+    transformer.load_state_dict(rest, strict=False, assign=True)
+    if missing := [name for name, parameter in transformer.named_parameters() if parameter.is_meta]:
+        raise UserError(f"{run.model.name}: {len(missing)} weights are missing, for instance {missing[0]}")
+    return transformer
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -2137,16 +2267,20 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype, on the device; with --do_fp8_training its blocks are in FP8."""
-    options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
-    transformer = Flux2Transformer2DModel.from_pretrained(run.model.part("transformer"), **options)
+    """The frozen transformer in the compute dtype, on the device; its blocks quantised if the run asks for that."""
+    stored = run.model.config("transformer").get("quantization_config")
+    if stored:
+        transformer = load_stored_quantized(run)
+    else:
+        options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+        transformer = Flux2Transformer2DModel.from_pretrained(run.model.part("transformer"), **options)
     if run.args.attention_backend:
         try:
             transformer.set_attention_backend(run.args.attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"--attention_backend {run.args.attention_backend}: {error}") from None
-    if run.args.do_fp8_training:
-        quantize_blocks(transformer, run.device)
+    if not stored:
+        quantize_blocks(run, transformer)
     return transformer.to(run.device).requires_grad_(False)
 
 
@@ -2507,7 +2641,7 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
         guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
         prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
         prior_loss_weight lr_power cond_dropout align_cond_image do_fp8_training"""
-    result = {"text_encoder_out_layers": list(run.text_layers)}
+    result = {"text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization}
     result |= {name: vars(run.args).get(name) for name in names.split()}
     if run.args.timestep_shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
@@ -3114,6 +3248,7 @@ class Run:
     family: ModelFamily
     text_layers: tuple[int, ...]
     cell: int  # pixels per token side
+    quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
@@ -3298,6 +3433,7 @@ def start_accelerator(args: Args) -> Run:
         seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        quantization=find_quantization(args, model),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(),
     )  # fmt: skip

@@ -111,9 +111,9 @@ WRONG_FLAGS = {
     "too long a text": (["--max_sequence_length", "1024"], ["--max_sequence_length", "1024", "512"]),
     "a shift that is neither name nor number": (["--timestep_shift", "some"], ["--timestep_shift some", "linear"]),
     "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
-    "NF4": (
+    "NF4 settings that are not there": (
         ["--bnb_quantization_config_path", "nf4.json"],
-        ["--bnb_quantization_config_path", "not in this version", "--do_fp8_training"],
+        ["--bnb_quantization_config_path nf4.json", "not to be read", "configs/quantization/nf4.json"],
     ),
     "a sharded text encoder on one process": (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "--offload"]),
     "an unknown tracker": (["--report_to", "tensorbored"], ["--report_to tensorbored", "tensorboard", "wandb"]),

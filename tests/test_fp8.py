@@ -58,7 +58,7 @@ def test_the_weight_is_kept_in_fp8_with_a_scale_per_row_and_nothing_else(script)
 
 
 def test_a_token_does_not_depend_on_its_neighbours(script):
-    """Scales belong to tokens: alone or in a batch beside a giant, output and gradient are the same."""
+    """Scales belong to tokens: alone or in a batch beside a giant, output and gradient are the same to rounding."""
     quantized = script.FP8Linear(outlier_linear(128, 64), torch.device("cpu"))
     hidden, gradient = torch.randn(6, 128), torch.randn(6, 64)
     hidden[3], gradient[4] = 1e4, 1e4
@@ -69,8 +69,8 @@ def test_a_token_does_not_depend_on_its_neighbours(script):
         alone = hidden[row : row + 1].clone().requires_grad_(True)
         single = quantized(alone)
         single.backward(gradient[row : row + 1])
-        torch.testing.assert_close(single, output[0, row : row + 1], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(alone.grad, batch.grad[row : row + 1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(single, output[0, row : row + 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.grad, batch.grad[row : row + 1], rtol=1e-4, atol=1e-5)
 
 
 class MatmulCounter(TorchDispatchMode):

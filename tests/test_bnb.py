@@ -1,0 +1,404 @@
+"""--bnb_quantization_config_path and checkpoints stored quantised: frozen weights in NF4 or 8 bit, the adapter in fp32.
+
+bitsandbytes computes both formats on the CPU, forward and backward: nothing here is pretended.
+"""
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import bitsandbytes.nn as bnb
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.quantizers.bitsandbytes import bnb_quantizer
+from runs import assert_same_run, column, forbid, lora, spy
+from test_fp8 import lora_gradients, relative_error, run_transformer
+from unit_parts import start_run
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "quantization"
+KINDS = ("nf4", "int8")
+# Relative error of output and input gradient against fp32, for normal weights. Seen: NF4 0.096 with its compute in
+# bf16, 8 bit 0.010.
+ERRORS = {"nf4": (0.05, 0.11), "int8": (0.005, 0.012)}
+
+
+def flags_of(kind: str) -> tuple[str, str]:
+    """The flag with the shipped file of this format."""
+    return "--bnb_quantization_config_path", str(CONFIGS / f"{kind}.json")
+
+
+def settings_of(kind: str) -> dict:
+    """What the shipped file holds."""
+    return json.loads((CONFIGS / f"{kind}.json").read_text())
+
+
+def normal_linear(inputs: int, outputs: int) -> torch.nn.Linear:
+    """A frozen Linear without bias and with normal weights."""
+    linear = torch.nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    linear.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5)
+    return linear
+
+
+def frozen_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The Linear modules that are not the adapter's, by the names of the plain model."""
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name.replace(".base_layer", ""): module for name, module in linears.items() if ".lora_" not in name}
+
+
+def base_bytes(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that is saved of the base: weights, scales, quantisation tables."""
+    state = transformer.state_dict()
+    return {name: tensor.clone() for name, tensor in state.items() if ".lora_" not in name}
+
+
+# ------------------------------------------------------------------------------------------------------- single layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_output_and_input_gradient_are_within_the_error_of_the_format(script, kind, dtype, training):
+    """Against fp32, while training and while drawing; the dtype of the input comes back."""
+    linear = normal_linear(512, 384)
+    quantized = script.bnb_linear(settings_of(kind), linear, torch.device("cpu")).train(training)
+    generator = torch.Generator().manual_seed(1)
+    hidden, gradient = torch.randn(2, 50, 512, generator=generator), torch.randn(2, 50, 384, generator=generator)
+    given = hidden.to(dtype).requires_grad_(True)
+    output = quantized(given)
+    output.backward(gradient.to(dtype))
+    assert output.dtype == given.grad.dtype == dtype and output.shape == (2, 50, 384)
+    errors = relative_error(output, hidden @ linear.weight.T), relative_error(given.grad, gradient @ linear.weight)
+    low, high = ERRORS[kind]
+    assert all(low < error < high for error in errors), errors
+
+
+def test_the_storage_is_what_the_format_says(script):
+    """Two numbers a byte in NF4, one in int8; frozen, without bias."""
+    linear = normal_linear(512, 256)
+    four, eight = (script.bnb_linear(settings_of(kind), linear, torch.device("cpu")) for kind in KINDS)
+    assert isinstance(four, bnb.Linear4bit) and isinstance(four.weight, bnb.Params4bit)
+    assert four.weight.dtype == torch.uint8 and four.weight.numel() == 512 * 256 // 2
+    assert four.weight.quant_state.quant_type == "nf4" and four.weight.quant_state.nested
+    assert isinstance(eight, bnb.Linear8bitLt) and isinstance(eight.weight, bnb.Int8Params)
+    assert eight.weight.dtype == torch.int8 and eight.weight.shape == (256, 512)
+    assert eight.state.threshold == 6.0 and not eight.state.has_fp16_weights
+    for layer in (four, eight):
+        assert [name for name, _ in layer.named_parameters()] == ["weight"] and not layer.weight.requires_grad
+
+
+def test_drawing_a_picture_does_not_repack_a_weight(script):
+    """On a CPU with AVX-512 bitsandbytes would, in place, and from then on no gradient passed the layer."""
+    layer = script.bnb_linear(settings_of("nf4"), normal_linear(128, 128), torch.device("cpu"))
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.eval()(torch.randn(4, 128))
+    assert layer.support_avx512bf16_for_cpu is False and torch.equal(before, layer.weight)
+    hidden = torch.randn(4, 128, requires_grad=True)
+    layer.train()(hidden).sum().backward()
+    assert hidden.grad.abs().max() > 0
+
+
+def test_settings_left_out_are_those_of_bitsandbytes_and_compute_follows_the_input(script):
+    """FP4 without nested scales; the compute dtype is the input's when no other is asked for."""
+    layer = script.bnb_linear({"load_in_4bit": True}, normal_linear(128, 64), torch.device("cpu"))
+    assert layer.weight.quant_state.quant_type == "fp4" and not layer.weight.quant_state.nested
+    layer(torch.randn(2, 128))
+    assert layer.compute_dtype == torch.float32
+    asked = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    assert script.bnb_linear(asked, normal_linear(128, 64), torch.device("cpu")).compute_dtype == torch.bfloat16
+    assert script.bnb_linear({"load_in_8bit": True}, normal_linear(128, 64), torch.device("cpu")).state.threshold == 6.0
+
+
+# ------------------------------------------------------------------------------------------------------ the transformer
+
+
+def with_random_lora(script, run) -> torch.nn.Module:
+    """The run's transformer in eval mode, with an adapter that has an effect."""
+    transformer = script.load_transformer(run).eval()
+    for name, parameter in script.add_lora(run, transformer).items():
+        parameter.data.normal_(std=0.05, generator=script.make_generator(0, name))
+    return transformer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_are_quantised_and_everything_else_keeps_its_precision(script, tiny, tmp_path, kind):
+    """Embedders, modulation and the last layer; the adapter stays fp32 and is all that is trained."""
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", "bf16", *flags_of(kind))
+    transformer = with_random_lora(script, run)
+    kinds = {name: type(module) for name, module in frozen_layers(transformer).items()}
+    inside = {name for name in kinds if name.startswith(("transformer_blocks.", "single_transformer_blocks."))}
+    assert len(inside) == 2 * 12 + 4 * 2 and len(kinds) > len(inside)
+    assert {kinds[name] for name in inside} == {bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt}
+    assert {cls for name, cls in kinds.items() if name not in inside} == {torch.nn.Linear}
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32} and len(trained) == 48
+    assert all(".lora_" in name for name in trained)
+    stored = {p.dtype for name, p in transformer.named_parameters() if name not in trained}
+    assert stored == {torch.bfloat16, torch.uint8 if kind == "nf4" else torch.int8}
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("nf4", 0.25, 0.30), ("int8", 0.50, 0.54)])
+def test_frozen_blocks_take_the_share_of_bf16_that_the_format_promises(script, tiny, tmp_path, kind, low, high):
+    """Weights, scales and tables together. The tables are shared out over small layers here."""
+    sizes = []
+    for flags in ((), flags_of(kind)):
+        transformer = script.load_transformer(start_run(script, tiny, tmp_path, "--mixed_precision", "bf16", *flags))
+        blocks = torch.nn.ModuleList([*transformer.transformer_blocks, *transformer.single_transformer_blocks])
+        tables = ("quant_map", "quant_state", "weight_format")
+        tensors = [tensor for name, tensor in blocks.state_dict().items() if not any(word in name for word in tables)]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    assert low < sizes[1] / sizes[0] < high
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_weight_is_gone_before_the_next_but_one_is_quantised(script, tiny, tmp_path, monkeypatch, kind):
+    """So the unquantised blocks never lie on the device together, nor beside the quantised ones in host memory."""
+    originals, alive = [], []
+
+    def watch(settings, linear, device, stored=None, original=script.bnb_linear):
+        alive.append(sum(weight() is not None for weight in originals))
+        originals.append(weakref.ref(linear.weight))
+        return original(settings, linear, device, stored)
+
+    monkeypatch.setattr(script, "bnb_linear", watch)
+    script.load_transformer(start_run(script, tiny, tmp_path, *flags_of(kind)))
+    assert len(alive) == 32 and max(alive) <= 1, alive
+
+
+@pytest.mark.parametrize(("kind", "worst", "cosine"), [("nf4", 0.5, 0.85), ("int8", 0.08, 0.99)])
+def test_the_whole_model_is_near_the_unquantised_one_in_output_and_lora_gradient(
+    script, tiny, tmp_path, kind, worst, cosine
+):
+    """Errors of six blocks add up; directions agree. Checkpointing changes nothing."""
+    plain, quantized = (with_random_lora(script, start_run(script, tiny, tmp_path, *f)) for f in ((), flags_of(kind)))
+    with torch.no_grad():
+        error = relative_error(run_transformer(quantized), run_transformer(plain))
+    first, second = lora_gradients(plain), lora_gradients(quantized.train())
+    quantized.enable_gradient_checkpointing()
+    torch.testing.assert_close(lora_gradients(quantized), second, rtol=1e-5, atol=1e-7)
+    similarity = torch.nn.functional.cosine_similarity(first, second, dim=0).item()
+    assert 0 < error < worst and similarity > cosine, (error, similarity)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("kind", "distance"), [("nf4", 0.06), ("int8", 0.012)])
+def test_training_follows_the_unquantised_run_and_leaves_the_base_as_it_was(
+    script, train, monkeypatch, kind, distance, validation_reference
+):
+    """Losses within a few per cent, with accumulation, checkpointing and pictures on the way; no bit of the base."""
+    flags = ("--max_train_steps", "6", "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2")
+    plain, before = train(*flags, output="a"), []
+    loaded = spy(monkeypatch, script, "load_transformer")
+
+    def watch(run, transformer, original=script.add_lora):
+        before.append(base_bytes(transformer))
+        return original(run, transformer)
+
+    monkeypatch.setattr(script, "add_lora", watch)
+    draw = ("--validation_prompt", "a toy", *validation_reference, "--validation_steps", "2")
+    draw += ("--num_validation_images", "1", "--num_inference_steps", "2", "--gradient_checkpointing")
+    quantized = train(*flags, *flags_of(kind), *draw, output="b")
+    ratios = [b / a for a, b in zip(column(plain, "loss"), column(quantized, "loss"), strict=True)]
+    assert all(abs(ratio - 1) < distance for ratio in ratios) and ratios != [1.0] * 6, ratios
+    assert all(tensor.abs().max() > 0 for tensor in lora(quantized).values())
+    after = base_bytes(loaded[0].result)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in after.items()}
+    assert len(before) == len(loaded) == 1 and before[0].keys() == after.keys()
+    assert [name for name, tensor in after.items() if not torch.equal(tensor, before[0][name])] == []
+    assert (quantized / "samples" / "final").is_dir()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(script, train, tmp_path, kind):
+    """To the last bit. Another content of the file is another run, and so is going on without it."""
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings_of(kind)))
+    quantized = ("--bnb_quantization_config_path", path)
+    flags = ("--gradient_checkpointing", "--checkpointing_steps", "2", "--max_train_steps", "4")
+    whole = train(*quantized, *flags, output="whole")
+    train(*quantized, *flags, "--max_train_steps", "2", output="cut")
+    resume = ("--resume_from_checkpoint", "latest")
+    assert_same_run(whole, train(*quantized, *flags, *resume, output="cut"))
+    changed = {"bnb_4bit_quant_type": "fp4"} if kind == "nf4" else {"llm_int8_threshold": 0.0}
+    path.write_text(json.dumps(settings_of(kind) | changed))
+    with pytest.raises(script.UserError, match="bnb_quantization_config: was"):
+        train(*quantized, *flags, *resume, output="cut")
+    with pytest.raises(script.UserError, match=r"bnb_quantization_config: was .*, is None"):
+        train(*flags, *resume, output="cut")
+
+
+# ------------------------------------------------------------------------------------------------- the settings' file
+
+
+WRONG = {
+    "no such file": (None, ["not to be read as JSON", "nf4.json"]),
+    "no JSON": ("load_in_4bit", ["not to be read as JSON"]),
+    "a list": ("[1]", ["no JSON object"]),
+    "nothing chosen": ("{}", ["exactly one", "load_in_4bit", "load_in_8bit"]),
+    "both": ('{"load_in_4bit": true, "load_in_8bit": true}', ["exactly one"]),
+    "a word for a truth": ('{"load_in_4bit": "true"}', ['load_in_4bit is "true"; use true or false']),
+    "a number for a truth": ('{"load_in_4bit": 1}', ["load_in_4bit is 1; use true or false"]),
+    "a misspelt key": (
+        '{"load_in_4bit": true, "bnb_4bit_quant_typ": "nf4"}',
+        ["'bnb_4bit_quant_typ'", "nearest: bnb_4bit_quant_type"],
+    ),
+    "an unknown format": ('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf5"}', ['is "nf5"; use "nf4" or "fp4"']),
+    "fp16": ('{"load_in_4bit": true, "bnb_4bit_compute_dtype": "float16"}', ['use "bfloat16" or "float32"']),
+    "a negative threshold": ('{"load_in_8bit": true, "llm_int8_threshold": -1}', ["llm_int8_threshold is -1"]),
+    "a truth as threshold": ('{"load_in_8bit": true, "llm_int8_threshold": true}', ["llm_int8_threshold is true"]),
+    "16-bit weights": ('{"load_in_8bit": true, "llm_int8_has_fp16_weight": true}', ["llm_int8_has_fp16_weight is"]),
+    "modules left out": ('{"load_in_8bit": true, "llm_int8_skip_modules": ["x"]}', ["llm_int8_skip_modules is"]),
+}
+
+
+def refused(script, capsys, *flags: str) -> str:
+    """What parse_args says when it refuses."""
+    words = ["--pretrained_model_name_or_path", "a/b", "--dataset_name", "a/b", "--instance_prompt", "x", *flags]
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_refused_on_the_command_line_by_key_and_value(script, tmp_path, capsys, name):
+    """Before anything is loaded, with what is allowed instead."""
+    content, expected = WRONG[name]
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_text(content)
+    text = refused(script, capsys, "--bnb_quantization_config_path", str(path))
+    assert f"--bnb_quantization_config_path {path}" in text
+    for words in expected:
+        assert words in text, text
+
+
+def test_two_quantisations_are_one_too_many(script, capsys):
+    assert "give one of them" in refused(script, capsys, *flags_of("nf4"), "--do_fp8_training")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shipped_files_and_what_diffusers_saves_of_them_are_accepted(script, tmp_path, capsys, kind):
+    """The same file serves diffusers and the scripts."""
+    saved = diffusers.BitsAndBytesConfig(**settings_of(kind)).to_dict()
+    (tmp_path / "saved.json").write_text(json.dumps({**saved, "quant_method": "bitsandbytes"}, default=str))
+    for path in (flags_of(kind)[1], str(tmp_path / "saved.json")):
+        text = refused(script, capsys, "--bnb_quantization_config_path", path, "--rank", "0")
+        assert "1 problem " in text and "--bnb" not in text
+
+
+# ----------------------------------------------------------------------------------------- checkpoints stored quantised
+
+
+@pytest.fixture(scope="module")
+def stored_models(tiny, tmp_path_factory) -> dict[str, Path]:
+    """The tiny model with transformer and text encoder saved quantised, by the libraries' own loaders.
+
+    That of diffusers wants a GPU; its check is left out here, the rest of it works without one.
+    """
+    models = {}
+    with pytest.MonkeyPatch.context() as patch:
+        without_gpu(patch)
+        for kind in KINDS:
+            folder = models[kind] = tmp_path_factory.mktemp("stored") / kind
+            shutil.copytree(tiny, folder)
+            for part, library, name in (
+                ("transformer", diffusers, "Flux2Transformer2DModel"),
+                ("text_encoder", transformers, "Mistral3ForConditionalGeneration"),
+            ):
+                config = library.BitsAndBytesConfig(**settings_of(kind))
+                dtype = {"torch_dtype" if library is diffusers else "dtype": torch.bfloat16}
+                model = getattr(library, name).from_pretrained(tiny / part, quantization_config=config, **dtype)
+                shutil.rmtree(folder / part)
+                model.save_pretrained(folder / part)
+    return models
+
+
+def without_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Lets diffusers load bitsandbytes' formats on the CPU.
+
+    Also keeps bitsandbytes from repacking 4-bit weights for AVX-512: the tiny encoder is narrower than its blocks.
+    """
+    patch.setattr(bnb.modules, "has_avx512bf16", lambda: False)
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        patch.setattr(quantizer, "validate_environment", lambda *_args, **_kwargs: None)
+        patch.setattr(quantizer, "update_device_map", lambda _self, device_map: device_map or {"": "cpu"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stored_transformer_is_read_as_diffusers_reads_it(script, stored_models, tmp_path, monkeypatch, kind):
+    """No flag; every tensor, also the scales, and the output are the same to the last bit."""
+    run = start_run(script, stored_models[kind], tmp_path)
+    ours = script.load_transformer(run).eval()
+    without_gpu(monkeypatch)
+    folder = stored_models[kind] / "transformer"
+    theirs = diffusers.Flux2Transformer2DModel.from_pretrained(folder, torch_dtype=run.dtype)
+    first, second = ours.state_dict(), theirs.state_dict()
+    assert first.keys() == second.keys()
+    assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
+    with torch.no_grad():
+        assert torch.equal(run_transformer(ours), run_transformer(theirs.eval()))
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it_is(
+    script, train, stored_models, tmp_path, monkeypatch, kind
+):
+    """Encoder layers stay quantised, its embeddings are those of the whole encoder; the losses repeat bit for bit."""
+    without_gpu(monkeypatch)
+    model = ("--pretrained_model_name_or_path", stored_models[kind])
+    encoders, transformers_ = (
+        spy(monkeypatch, script, "load_text_encoder"),
+        spy(monkeypatch, script, "load_transformer"),
+    )
+    forbid(monkeypatch, diffusers.Flux2Transformer2DModel, "from_pretrained")
+    first, second = train(*model, output="a"), train(*model, output="b")
+    assert_same_run(first, second)
+    layer = bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt
+    language = encoders[0].result.model.language_model
+    assert {type(module) for module in language.layers.modules() if isinstance(module, torch.nn.Linear)} == {layer}
+    assert len(language.layers) == 31
+    kinds = {type(module) for module in frozen_layers(transformers_[0].result).values()}
+    assert kinds == {layer}
+    run = start_run(script, stored_models[kind], tmp_path / "other")
+    whole = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        stored_models[kind] / "text_encoder", dtype=run.dtype
+    )
+    prompt = "a photo of sks toy"
+    embedding = script.encode_prompt(run, script.load_tokenizer(run), whole.eval(), prompt)
+    used = script.PromptCache(script.replace(run, cache_dir=first / "cache")).load(prompt)
+    assert torch.equal(embedding, used)
+
+
+@pytest.mark.parametrize("flags", [flags_of("nf4"), ("--do_fp8_training",)])
+def test_a_stored_checkpoint_is_not_quantised_again(script, stored_models, tmp_path, flags):
+    with pytest.raises(script.UserError, match=f"{flags[0]}: leave it out.*stored quantised already"):
+        start_run(script, stored_models["nf4"], tmp_path, *flags)
+
+
+def test_another_format_of_storage_is_refused_by_name(script, tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gguf"}
+    (model / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(script.UserError, match="stored quantised by gguf"):
+        start_run(script, model, tmp_path)
+
+
+def test_a_stored_checkpoint_with_a_hole_is_refused(script, stored_models, tmp_path):
+    """A weight that no file has is named, not drawn at random."""
+    model = shutil.copytree(stored_models["nf4"], tmp_path / "model")
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor for name, tensor in script.load_file(path).items() if not name.startswith("proj_out.")}
+    path.write_bytes(script.safetensors_bytes(tensors))
+    with pytest.raises(script.UserError, match=r"1 weights are missing, for instance proj_out\.weight"):
+        script.load_transformer(start_run(script, model, tmp_path))
