@@ -56,6 +56,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -79,6 +80,12 @@ class UserError(ValueError):
 
 class CannotWrite(UserError, OSError):
     """A file that cannot be written, on a full disk for instance."""
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: a file name or a prompt must not move the cursor; only line breaks stay as they are."""
+    kept = "\n\xa0\u200d\u3000"  # with the spaces and the joiner of scripts that need them
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -611,11 +618,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     try:
         args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {printable(str(error))}\n")
     for check in (*SHARED_CHECKS, check_own):
         problems += check(args)
     if problems:
-        listed = "".join(f"  - {problem}\n" for problem in problems)
+        listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
     return args
@@ -810,7 +817,8 @@ def digest(*parts: Any) -> str:
 PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 MAX_PIXELS = 100_000_000
-DECODE_POLICY = 1  # raise it when decode_picture changes: checked pictures are checked again
+warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decode_picture refuses by its own limit
+DECODE_POLICY = 2  # raise it when decode_picture changes: checked pictures are checked again
 
 
 def decode_picture(data: bytes) -> PIL.Image.Image:
@@ -843,16 +851,26 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode in ("F", "I"):
         raise ValueError(f"{picture.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
     if picture.mode.startswith("I;16"):
-        picture = PIL.Image.fromarray(np.round(np.asarray(picture) / 257.0).astype(np.uint8))
+        picture = to_eight_bits(picture)
     if picture.mode == "P":
         picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layered = picture.convert("RGBA")
-        white = PIL.Image.new("RGBA", layered.size, "white")
-        flat = PIL.Image.alpha_composite(white, layered)
-        flat.info["icc_profile"] = picture.info.get("icc_profile") if picture.mode == "RGBA" else None
-        picture = flat.convert("RGB")
-    return apply_profile(picture).convert("RGB")
+    if "transparency" not in picture.info and picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return apply_profile(picture).convert("RGB")
+    layered, grey = picture.convert("RGBA"), picture.mode in ("L", "LA", "La")
+    opaque = layered.convert("RGB").convert("L" if grey else "RGB")
+    opaque.info["icc_profile"] = picture.info.get("icc_profile")
+    white = PIL.Image.new("RGB", picture.size, "white")
+    return PIL.Image.composite(apply_profile(opaque).convert("RGB"), white, layered.getchannel("A"))
+
+
+def to_eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture of 16-bit grey with 257 levels in one; its profile and its transparent level stay."""
+    levels, clear = np.asarray(picture), picture.info.get("transparency")
+    grey = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    grey.info["icc_profile"] = picture.info.get("icc_profile")
+    return grey
 
 
 def apply_profile(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -1034,8 +1052,22 @@ class ListedSource(Source):
 # region shared: listing
 def list_pictures(folder: Path) -> list[Path]:
     """Pictures below `folder`, sorted; hidden files and folders such as .cache are skipped."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    return [path for path in list_files(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Files below `folder`, sorted, without hidden ones; a link to nothing is among them, to be told by name."""
+    found = (path for path in folder.rglob("*") if path.is_file() or (path.is_symlink() and not path.exists()))
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def tell_other_files(folder: Path) -> None:
+    """Logs what is in a folder of pictures and will not be looked at, so that a format we cannot read is noticed."""
+    usual = {*PICTURE_SUFFIXES, ".txt", ".caption", ".jsonl", ".csv"}
+    others = [path.name for path in list_files(folder) if path.suffix.lower() not in usual]
+    if others := [name for name in others if name.lower() not in ("thumbs.db", "desktop.ini")]:
+        names = ", ".join(map(repr, others[:5])) + ", ..." * (len(others) > 5)
+        log.info(f"data: {len(others)} other file(s) in {folder.name} are no pictures that can be read: {names}")
 
 
 def metadata_file(folder: Path) -> Path | None:
@@ -1079,20 +1111,21 @@ def inside(folder: Path, name: Any) -> Path:
     if not name or not isinstance(name, str):
         raise UserError(f"{metadata_file(folder)}: every row needs a 'file_name'")
     path = Path(os.path.normpath(folder / name))  # not resolved: the files of a Hub snapshot are links to elsewhere
-    if not path.is_relative_to(folder) or not path.is_file():
+    if not path.is_relative_to(folder) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise UserError(f"{metadata_file(folder)}: '{name}' leads out of the folder or does not exist")
     return path
 
 
 def file_source(folder: Path, path: Path) -> Source:
     """A picture below `folder`, named by its path in it."""
-    return Source(str(path.relative_to(folder)), path=path)
+    return Source(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path=path)
 
 
 def list_folder_pictures(args: Args) -> list[Row]:
     """The pictures of --instance_data_dir with captions from its metadata file, else from files beside them."""
     folder = Path(os.path.abspath(args.instance_data_dir))
     pictures, rows = list_pictures(folder), read_metadata(folder)
+    tell_other_files(folder)
     if not pictures:
         raise UserError(f"--instance_data_dir {folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
     texts = metadata_captions(folder, rows, args.caption_column)
@@ -1108,7 +1141,7 @@ def sidecar_caption(path: Path) -> str | None:
     """The text of NAME.txt or NAME.caption beside a picture, or None. Raises UserError if it is not UTF-8."""
     for suffix in (".txt", ".caption"):
         sidecar = path.with_suffix(suffix)
-        if sidecar.is_file():
+        if os.path.isfile(sidecar):  # Path.is_file raises where the name is too long
             try:
                 return sidecar.read_text(encoding="utf-8-sig").strip() or None
             except UnicodeDecodeError:
@@ -1224,6 +1257,7 @@ def list_metadata_rows(args: Args) -> list[Row]:
             problems += f"\n    row {number}: {error}"
     if problems:
         raise UserError(f"{folder}: rows of the metadata cannot be used:{problems}")
+    tell_other_files(folder)
     unused = len(list_pictures(folder)) - len({source for row in rows for source in pictures_of_row(row)})
     references = f"references from {', '.join(reference_columns) or 'no column'}"
     log.info(f"data: {len(rows)} rows in {folder}: {target}, {references}; {unused} pictures are in no row")
@@ -1260,7 +1294,7 @@ def match_folders(args: Args) -> list[Row]:
     rows = []
     for stem, path in pictures.items():
         partners = [stems[stem] for stems in found if stem in stems]
-        references = tuple(Source(str(partner), path=partner) for partner in partners)
+        references = tuple(Source(printable(str(partner)), path=partner) for partner in partners)
         rows.append(replace(listed[path], references=references))
     return rows
 
@@ -2829,7 +2863,7 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            tqdm.write(f"{time.strftime('%H:%M:%S')} {record.getMessage()}", file=sys.stderr)
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {printable(record.getMessage())}", file=sys.stderr)
 
 
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
@@ -3317,7 +3351,7 @@ class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
             if isinstance(error, known):
                 hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
+                    print(f"error: {printable(str(error)) or 'interrupted'}{hint}", file=sys.stderr)
                 secure_streams()
                 raise SystemExit(code) from None
         secure_streams()
