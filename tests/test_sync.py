@@ -41,9 +41,11 @@ def test_one_changed_character_in_a_region_is_a_diff_and_exit_1(copies, capsys, 
 @pytest.mark.parametrize(("script", "other"), [SCRIPTS, SCRIPTS[::-1]])
 def test_take_copies_the_regions_of_the_named_script_and_nothing_else(copies, script, other):
     before = (copies / other).read_text(encoding="utf-8")
-    change(copies, script, "DECODE_POLICY = 1 ", "DECODE_POLICY = 2 ")
+    change(copies, script, "MAX_PIXELS = 100_000_000", "MAX_PIXELS = 200_000_000")
     assert sync_regions.main(["--take", script], copies) == 0
-    assert (copies / other).read_text(encoding="utf-8") == before.replace("DECODE_POLICY = 1 ", "DECODE_POLICY = 2 ")
+    assert (copies / other).read_text(encoding="utf-8") == before.replace(
+        "MAX_PIXELS = 100_000_000", "MAX_PIXELS = 200_000_000"
+    )
 
 
 def test_taking_in_either_direction_changes_nothing_when_both_are_in_step(copies):
