@@ -2246,8 +2246,7 @@ def bnb_linear(
 def replace_linears(root: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None:
     """Puts `make(name, linear)` in the place of every Linear layer below `root`; each goes before the next is made."""
     for name in [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]:
-        parent, _, child = name.rpartition(".")
-        setattr(root.get_submodule(parent), child, make(name, root.get_submodule(name)))
+        root.set_submodule(name, make(name, root.get_submodule(name)))
 
 
 def quantize_blocks(run: Run, transformer: Flux2Transformer2DModel) -> None:
@@ -3104,15 +3103,67 @@ A LoRA for {base_text}, trained with `{script}`; the settings are in `config.arg
 {table}
 
 ```python
+import gc
+
 import torch
-from diffusers import {pipeline}
+from diffusers import Flux2Transformer2DModel, {pipeline}
+from transformers import {encoder}
 {imports}
-pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.{dtype})
+base, dtype = {base!r}, torch.{dtype}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
+encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
+pipeline = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None)
+with torch.no_grad():
+    text = {text}
+del encoder, pipeline
+gc.collect()
+torch.cuda.empty_cache()
+
+# the transformer as it was trained
+transformer = Flux2Transformer2DModel.from_pretrained(
+    base, subfolder="transformer", torch_dtype=dtype{quantization}
+)
+parts = {{"transformer": transformer, "text_encoder": None, "tokenizer": None}}
+pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={file!r})
-pipeline.enable_model_cpu_offload()  # or pipeline.to("cuda") where it fits
-pipeline(prompt={prompt!r}, {arguments}).images[0].save("picture.png")
+pipeline(**text, {arguments}).images[0].save("picture.png")
 ```
 """
+
+
+def card_quantization(run: Run) -> tuple[str, str]:
+    """(import lines, argument) with which the card's snippet gets the base that the LoRA was trained on.
+
+    What is stored quantised needs neither. FP8 is the weights' format alone there: products are in the compute dtype.
+    """
+    if not run.args.do_fp8_training and not run.args.bnb_quantization_config_path:
+        return "", ""
+    names = {name.partition(".")[0] for name in linear_modules(run.model.config("transformer"))}
+    outside = sorted(name for name in names if not name.endswith("transformer_blocks"))
+    if run.args.do_fp8_training:
+        imports = "from diffusers import TorchAoConfig\nfrom torchao.quantization import Float8WeightOnlyConfig\n"
+        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside})"
+    else:
+        settings = {"bnb_4bit_compute_dtype": str(run.dtype).removeprefix("torch."), **run.quantization}
+        settings["llm_int8_threshold"] = float(settings.get("llm_int8_threshold", 6.0))  # diffusers takes no integer
+        settings["llm_int8_skip_modules"] = outside
+        words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        imports, config = "from diffusers import BitsAndBytesConfig\n", f"BitsAndBytesConfig({words})"
+    return imports, f",\n    quantization_config={config},"
+
+
+def card_text(run: Run, prompt: str) -> str:
+    """The dictionary of prompt embeddings in the card's snippet."""
+    options = f"device=device, max_sequence_length={run.args.max_sequence_length}"
+    if run.args.text_encoder_out_layers:
+        options += f", text_encoder_out_layers={run.text_layers}"
+    prompts = {"prompt_embeds": prompt}
+    if run.family.pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
+        prompts["negative_prompt_embeds"] = ""
+    items = [f"{name!r}: pipeline.encode_prompt({text!r}, {options})[0].to(dtype)" for name, text in prompts.items()]
+    return f"{{{', '.join(items)}}}"
 
 
 def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
@@ -3130,9 +3181,11 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
     )  # fmt: skip
     dtype = str(run.dtype).removeprefix("torch.")
     facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
-             "steps": state.step, "seed": run.seed, "dtype": dtype, "resolution": run.args.resolution}  # fmt: skip
+             "steps": state.step, "seed": run.seed, "base in": run.base_format,
+             "resolution": run.args.resolution}  # fmt: skip
     rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
     imports, options = card_inputs(run)
+    more_imports, quantization = card_quantization(run)
     options |= {
         "num_inference_steps": run.args.num_inference_steps,
         "guidance_scale": run.args.validation_guidance_scale,
@@ -3141,8 +3194,9 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
     title, base_text, script = escape_markdown(Path(repo).name), escape_markdown(base), Path(__file__).name
     text = CARD.format(
         head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), pipeline=run.family.pipeline, base=base,
-        dtype=dtype, repo=repo, file=LORA_FILE, prompt=prompt, title=title, base_text=base_text, script=script,
-        imports=imports, arguments=", ".join(f"{name}={value}" for name, value in options.items()),
+        dtype=dtype, repo=repo, file=LORA_FILE, text=card_text(run, prompt), title=title, base_text=base_text,
+        script=script, encoder=run.family.text_encoder, quantization=quantization, imports=more_imports + imports,
+        arguments=", ".join(f"{name}={value}" for name, value in options.items()),
     )  # fmt: skip
     try:
         write_atomically(run.output_dir / "README.md", text.encode())
@@ -3289,6 +3343,14 @@ class Run:
     started: float  # time.monotonic()
     hub_repo: str | None = None  # made when the checks have passed
     told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
+
+    @property
+    def base_format(self) -> str:
+        """How the frozen base is kept, for people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
+        dtype, settings = str(self.dtype).removeprefix("torch."), self.quantization or {}
+        four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
+        blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
+        return f"{dtype}, blocks in {blocks}" if blocks else dtype
 
 
 @dataclass(frozen=True)
@@ -3596,7 +3658,7 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     log.info(f"train: batch {batch} x accumulation {accumulation} x 1 process = {per_step} samples per step")
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
-    log.info(f"train: {rate}, seed {run.seed}, base in {str(run.dtype).removeprefix('torch.')} on {run.device}")
+    log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if steps < 100 and not run.args.max_train_steps:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
