@@ -82,8 +82,19 @@ class CannotWrite(UserError, OSError):
     """A file that cannot be written, on a full disk for instance."""
 
 
+# Tokens of the Hub, and user and password in an address.
+SECRETS = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )[^\s*,;]+")
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
 def printable(text: str) -> str:
-    """`text` for a terminal: a file name or a prompt must not move the cursor; only line breaks stay as they are."""
+    """`text` for a terminal, without secrets.
+
+    Line breaks stay, other control characters are escaped: a file name or a prompt must not move the cursor.
+    """
+    for secret in (os.environ.get(name, "") for name in SECRET_VARIABLES):
+        text = text.replace(secret, "***") if len(secret) >= 16 else text
+    text = SECRETS.sub("***", text)
     kept = "\n\xa0\u200d\u3000"  # with the spaces and the joiner of scripts that need them
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
@@ -321,7 +332,8 @@ def expand_saved_lines(argv: list[str]) -> list[str]:
     for word in argv:
         if word.startswith("@") and word.endswith(".args"):
             try:
-                words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+                # the bytes: reading as text would turn a carriage return within a prompt into a line break
+                words += shlex.split(Path(word[1:]).read_bytes().decode(), comments=True)
             except (OSError, ValueError) as error:
                 raise UserError(f"{word}: cannot read it ({error}); give the path of a saved command line") from None
         else:
@@ -391,6 +403,16 @@ def check_sizes(args: Args) -> Iterator[str]:
             if len(sizes) <= most:
                 continue
         yield f"--{name} '{text}': write it as 'height,width'" + (", several with ';' between" if most > 1 else "")
+
+
+def check_words(args: Args) -> Iterator[str]:
+    """Flags whose text cannot be written into the results: it holds a secret, or bytes that are no text."""
+    for name, value in vars(args).items():
+        text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+        if name not in SECRET_FLAGS and SECRETS.search(text):
+            yield f"--{name}: holds a token or a password, which the results would show; use HF_TOKEN, `hf auth login`"
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            yield f"--{name} {text}: is not UTF-8; rename the file, or type it anew"
 
 
 def check_model(args: Args) -> Iterator[str]:
@@ -540,7 +562,15 @@ def unwritable(folder: Path) -> str | None:
         return f"cannot write to {parent} ({error.strerror})"
 
 
-SHARED_CHECKS = (check_sizes, check_model, check_text, check_packages, check_trackers_and_hub, check_output_dir)
+SHARED_CHECKS = (
+    check_words,
+    check_sizes,
+    check_model,
+    check_text,
+    check_packages,
+    check_trackers_and_hub,
+    check_output_dir,
+)
 # endregion shared: arguments-parsing
 
 
@@ -936,6 +966,7 @@ class Source:
     table: Any = None
     row: int = -1
     column: str = ""
+    roots: tuple[Path, ...] = ()  # folders that a cell of the table may name a file of
 
     def read(self) -> bytes:
         """The file's bytes. Raises OSError."""
@@ -944,7 +975,12 @@ class Source:
         cell = self.cell() or {"bytes": None, "path": None}
         if cell["bytes"] is None and not cell["path"]:
             return b""
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        path = Path(os.path.normpath(cell["path"]))
+        if not any(path.is_relative_to(root) for root in self.roots):
+            raise OSError(f"its path leads out of the data set, to {path}")
+        return path.read_bytes()
 
     def cell(self) -> dict[str, Any] | None:
         """What the data set holds: bytes, or the path of a file."""
@@ -1156,7 +1192,7 @@ def open_dataset(args: Args) -> Any:
     name, options = args.dataset_name, {"cache_dir": args.cache_dir, "split": "train", "token": args.hub_token}
     try:
         table = datasets.load_dataset(name, args.dataset_config_name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last one for a loading script, which is never run
         raise UserError(f"--dataset_name {name}: cannot be loaded ({error})") from None
     for flag_name in ("image_column", "caption_column"):
         require_column(args, table, flag_name, getattr(args, flag_name))
@@ -1170,7 +1206,15 @@ def require_column(args: Args, table: Any, flag_name: str, column: str | None) -
         raise UserError(f"--{flag_name} {column}: not in {args.dataset_name}; columns: {', '.join(table.column_names)}")
 
 
-def column_pictures(table: Any, flag_name: str, column: str) -> list[Source]:
+def dataset_roots(args: Args) -> tuple[Path, ...]:
+    """The folders that the files of --dataset_name lie in: a downloaded table must not name others of this machine."""
+    import datasets
+
+    caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
+    return tuple(Path(os.path.abspath(root)) for root in (args.dataset_name, *caches) if root)
+
+
+def column_pictures(args: Args, table: Any, flag_name: str, column: str) -> list[Source]:
     """One picture per row of the column. Raises UserError if it holds none."""
     import datasets
 
@@ -1178,7 +1222,8 @@ def column_pictures(table: Any, flag_name: str, column: str) -> list[Source]:
         pictures = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--{flag_name} {column}: holds no pictures ({error})") from None
-    return [Source(f"row {row}", None, pictures, row, column) for row in range(len(table))]
+    roots = dataset_roots(args)
+    return [Source(f"row {row}", None, pictures, row, column, roots) for row in range(len(table))]
 
 
 def dataset_captions(args: Args, table: Any) -> list[str | None]:
@@ -1314,26 +1359,27 @@ def list_dataset_rows(args: Args) -> list[Row]:
     for column in columns:
         require_column(args, table, "cond_image_column", column)
     log.info(f"data: targets from {args.image_column}, references from {', '.join(columns) or 'no column'}")
-    references = [column_references(table, column) for column in columns]
-    pictures, captions = column_pictures(table, "image_column", args.image_column), dataset_captions(args, table)
+    references = [column_references(args, table, column) for column in columns]
+    pictures, captions = column_pictures(args, table, "image_column", args.image_column), dataset_captions(args, table)
     rows = zip(pictures, captions, *references, strict=True)
     return [Row(picture, caption, tuple(itertools.chain(*found))) for picture, caption, *found in rows]
 
 
-def column_references(table: Any, column: str) -> list[list[Source]]:
+def column_references(args: Args, table: Any, column: str) -> list[list[Source]]:
     """The references of each row in one column: none where the cell is empty, several where it holds a list."""
     import datasets
 
     cells = table.data.column(column)  # lengths and gaps from the table itself: no picture is read
     if not hasattr(table.features[column], "feature"):
-        pictures = column_pictures(table, "cond_image_column", column)
+        pictures = column_pictures(args, table, "cond_image_column", column)
         named = [replace(picture, name=f"{picture.name}, {column}") for picture in pictures]
         return [[picture] if full else [] for picture, full in zip(named, filled_cells(cells), strict=True)]
     lengths = [length for chunk in cells.chunks for length in chunk.value_lengths().to_pylist()]
     lists = table.select_columns(column).cast_column(column, datasets.List(datasets.Image(decode=False)))
     references: list[list[Source]] = [[] for _ in lengths]
+    roots = dataset_roots(args)
     for row, item in ((row, item) for row, length in enumerate(lengths) for item in range(length or 0)):
-        references[row].append(ListedSource(f"row {row}, {column} {item}", None, lists, row, column, item))
+        references[row].append(ListedSource(f"row {row}, {column} {item}", None, lists, row, column, roots, item))
     return references
 
 
@@ -1849,7 +1895,7 @@ def read_capped(response: Any, most: int, end: float) -> bytes:
 def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
     """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
     cache = PromptCache(run)
-    encode_prompts(run, [prompt for prompt in prompts if not cache.path(prompt).is_file()][:1])
+    encode_prompts(run, [prompt for prompt in prompts if not is_cached(cache.path(prompt))][:1])
 
 
 def remote_token(args: Args) -> str | None:
@@ -1884,6 +1930,15 @@ class PromptCache:
         return torch.stack([self.get(prompt) for prompt in prompts]).to(dtype)
 
 
+def is_cached(path: Path) -> bool:
+    """Whether a whole safetensors file is there; one that a crash has damaged, or of another kind, is made anew."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
     data = save(tensors)
@@ -1897,7 +1952,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
     """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
     cache = PromptCache(run)
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.path(prompt).is_file()]
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_cached(cache.path(prompt))]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
     if not missing:
         return cache
@@ -2040,7 +2095,7 @@ def cache_latents(run: Run, space: LatentSpace, pictures: list[Picture]) -> Auto
     """
     flips = (False, True) if run.args.random_flip else (False,)
     wanted = {space.path(picture, flip): (picture, flip) for picture in pictures for flip in flips}
-    missing = {path: work for path, work in wanted.items() if not path.is_file()}
+    missing = {path: work for path, work in wanted.items() if not is_cached(path)}
     log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     if not missing:
         return None
@@ -3073,7 +3128,7 @@ def flag_lines(values: dict[str, Any], basenames: bool = False) -> Iterator[str]
         if basenames and name in PATH_FLAGS:
             words = [without_folders(word) for word in words]
         quoted = " ".join(map(shlex.quote, words))
-        yield f"--{name}={quoted}" if quoted.startswith("-") else f"--{name} {quoted}"
+        yield f"--{name}={quoted}" if len(words) == 1 and words[0].startswith("-") else f"--{name} {quoted}"
 
 
 def without_folders(path: str) -> str:
@@ -3206,7 +3261,7 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
 
 def escape_markdown(text: str) -> str:
     """Text of the user's that cannot end a table cell, a line or a block."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(printable(text).split()))
 
 
 def warn_once(run: Run, subject: str, problem: Any) -> None:

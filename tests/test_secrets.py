@@ -1,0 +1,405 @@
+"""No secret leaves, nothing runs that was only meant to be read, no path leads out, no prompt writes more than text."""
+
+import ast
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+from conftest import draw_photo
+from helpers import ROOT, run_python
+from runs import command_line
+from servers import Bomb, Hub, point_to, saved
+from unit_parts import start_run
+
+# Made up, in the form of a real one.
+CANARY = "hf_CanaryCanaryCanaryCanaryCanary0123"
+DRAWS = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "1")
+
+
+def holders(folder: Path, secret: str = CANARY) -> list[str]:
+    """The files below a folder that hold the secret, in more than one encoding."""
+    needles = [secret.encode(), secret.encode("utf-16-le"), secret.encode().hex().encode()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Canary tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that the runs of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("place", ["environment", "flag", "saved command line"])
+def test_a_token_is_used_for_the_hub_and_is_in_nothing_that_is_written(
+    script, train, cache, monkeypatch, tmp_path, capsys, place
+):
+    """0 hits in the output folder, TensorBoard's files, what is uploaded, stdout and stderr."""
+    words = {"environment": [], "flag": ["--hub_token", CANARY], "saved command line": [f"@{tmp_path / 'token.args'}"]}
+    (tmp_path / "token.args").write_text(f"--hub_token {CANARY}\n")
+    flags = ("--report_to", "tensorboard", "--push_to_hub", "--max_train_steps", "2", "--checkpointing_steps", "1")
+    with Hub() as hub:
+        point_to(monkeypatch, hub, tmp_path / "hub_cache", CANARY if place == "environment" else None)
+        folder = train("--latents_cache_dir", cache, *flags, *DRAWS, *words[place])
+        assert {request.token for request in hub.requests if request.path == "/api/repos/create"} == {CANARY}
+    assert hub.files and not [name for name, data in hub.files.items() if CANARY.encode() in data]
+    assert any("tfevents" in path.name for path in folder.rglob("*"))
+    assert holders(folder) == [] and CANARY not in "".join(capsys.readouterr())
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_tokens_in_the_environment_of_a_program_are_in_nothing_that_wandb_and_tensorboard_write(
+    t2i, tiny, photos, cache, tmp_path, monkeypatch
+):
+    """A process of its own, because wandb records its command line, its surroundings and its output."""
+    pytest.importorskip("wandb")
+    key = "0123456789abcdef" + "c0ffee" * 4
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    (tmp_path / "wandb").mkdir()
+    words = command_line(tiny, photos, tmp_path / "out", "--latents_cache_dir", cache, "--max_train_steps", "2", *DRAWS)
+    ended = run_python(
+        ROOT / Path(t2i.__file__).name, *words, "--report_to", "tensorboard,wandb", cwd=tmp_path, timeout=180
+    )
+    assert ended.returncode == 0, ended.stderr
+    written = [path.name for path in (tmp_path / "wandb").rglob("*")]
+    assert any(name.endswith(".wandb") for name in written) and any("tfevents" in p.name for p in tmp_path.rglob("*"))
+    for secret in (CANARY, key):
+        assert holders(tmp_path, secret) == [] and secret not in ended.stdout + ended.stderr
+
+
+TOLD = {
+    "a token as a path": ["--instance_data_dir", f"/data/{CANARY}/photos"],
+    "a token as a model": ["--pretrained_model_name_or_path", f"lab/{CANARY}"],
+    "a token in a prompt": ["--validation_prompt", "a toy", f"a toy {CANARY}"],
+    "a token in the name of a repository": ["--hub_model_id", f"me/{CANARY}"],
+    "a password in an address": ["--remote_text_encoder_url", "https://me:pa55word@example.com/predict"],
+    "a token in an address": ["--dataset_name", f"https://{CANARY}@huggingface.co/datasets/a/b"],
+    "a token as the output folder": ["--output_dir", f"outputs/{CANARY}"],
+    "a token behind a typing error": [f"--hub_tokn={CANARY}"],
+    "a token where a number is wanted": ["--rank", CANARY],
+    "a token where a word is wanted": ["--optimizer", CANARY],
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_secret_in_any_flag_but_the_token_is_refused_and_not_repeated(script, tiny, photos, tmp_path, capsys, case):
+    """It would be in config.args, in the trackers, in the card or in a name; nothing is written at all."""
+    words = [*command_line(tiny, photos, tmp_path / "out"), *TOLD[case]]
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(words)
+    printed = "".join(capsys.readouterr())
+    assert stop.value.code == 2 and TOLD[case][0].split("=")[0] in printed
+    assert CANARY not in printed and "pa55word" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "word", ["hf_datasets/photos", "~/.cache/huggingface/hub/x", "a man: hf_, and a url://x", "a@b.c"]
+)
+def test_ordinary_paths_and_prompts_are_no_secrets(script, tiny, photos, tmp_path, word):
+    words = command_line(tiny, photos, tmp_path / "out", "--validation_prompt", word, "--logging_dir", word)
+    assert script.parse_args(words).logging_dir == word
+
+
+def test_secrets_are_masked_in_log_lines_and_errors(script, monkeypatch, capsys):
+    """A server or a library may repeat what it was asked with."""
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    script.set_up_logging()
+    script.log.warning(f"https://me:pa55word@host/x, Bearer s3cret, {CANARY}, {os.environ['WANDB_API_KEY']}, end")
+    printed = capsys.readouterr().err
+    assert printed.endswith("https://***@host/x, Bearer ***, ***, ***, end\n")
+
+
+@pytest.mark.e2e
+def test_a_hub_that_repeats_the_token_in_its_error_does_not_get_it_into_the_log(
+    script, train, cache, monkeypatch, tmp_path, capsys
+):
+    """The line for an upload by hand is still there."""
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError(f"https://me:{CANARY}@proxy: 407 for Bearer {CANARY}")
+
+    with Hub() as hub:
+        point_to(monkeypatch, hub, tmp_path / "hub_cache", CANARY)
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", refuse)
+        train("--latents_cache_dir", cache, "--push_to_hub", "--max_train_steps", "1")
+    printed = "".join(capsys.readouterr())
+    assert "hf upload" in printed and "407" in printed and CANARY not in printed
+
+
+@pytest.mark.e2e
+def test_the_line_that_goes_on_does_not_tell_the_token(script, train, cache, monkeypatch, capsys):
+    """It is built of the words of the command line."""
+    monkeypatch.setattr(script.sys, "argv", ["train.py", "--hub_token", CANARY, "--rank", "4", f"--hub_token={CANARY}"])
+    with pytest.raises(script.Stopped):
+        train("--latents_cache_dir", cache, "--hub_token", CANARY, "--max_train_minutes", "1e-6")
+    printed = "".join(capsys.readouterr())
+    assert "--resume_from_checkpoint latest" in printed and CANARY not in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pickles and code
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """(bytes of a pickle that makes a folder when a careless loader reads it, that folder)."""
+    return saved(Bomb(tmp_path / "ran")), tmp_path / "ran"
+
+
+def test_the_pickle_of_these_tests_would_run_in_a_careless_loader(bomb):
+    import torch
+
+    torch.load(io.BytesIO(bomb[0]), weights_only=False)
+    assert bomb[1].is_dir()
+
+
+@pytest.mark.e2e
+def test_a_pickle_in_the_cache_is_not_run_and_made_anew(script, train, tmp_path, bomb):
+    """Prompts and pictures; the same mends a file that a crash has damaged."""
+    flags = ("--cache_latents", "--latents_cache_dir", tmp_path / "cache", "--max_train_steps", "1")
+    first = train(*flags, output="first")
+    files = [*(tmp_path / "cache").rglob("*.safetensors")]
+    contents = {path: path.read_bytes() for path in files}
+    for number, path in enumerate(files):
+        path.write_bytes((bomb[0], b"", contents[path][:-8])[number % 3])
+    (tmp_path / "cache" / "index.json").write_bytes(bomb[0])
+    second = train(*flags, output="second")
+    assert not bomb[1].exists() and {path: path.read_bytes() for path in files} == contents
+    assert (first / "pytorch_lora_weights.safetensors").read_bytes() == (
+        second / "pytorch_lora_weights.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["training_state.safetensors", "state.json", "manifest.json"])
+def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(script, train, cache, bomb, name):
+    """With a manifest that fits it, as an attacker would write."""
+    flags = ("--latents_cache_dir", cache, "--max_train_steps", "2")
+    folder = train(*flags) / "checkpoint-2"
+    (folder / name).write_bytes(bomb[0])
+    if name != "manifest.json":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest[name] = script.file_stamp(folder / name)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    for stray in ("random_states_0.pkl", "optimizer.bin", "custom_checkpoint_0.pkl", "pytorch_lora_weights.bin"):
+        (folder / stray).write_bytes(bomb[0])  # what other trainers would load
+    with pytest.raises(Exception) as caught:
+        train(*flags, "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    assert not isinstance(caught.value, AssertionError) and not bomb[1].exists()
+
+
+@pytest.mark.e2e
+def test_strange_pickles_beside_a_good_checkpoint_are_not_looked_at(script, train, cache, bomb):
+    flags = ("--latents_cache_dir", cache)
+    folder = train(*flags, "--max_train_steps", "1")
+    for place in (folder, folder / "checkpoint-1"):
+        for name in ("random_states_0.pkl", "optimizer.bin", "scheduler.bin", "pytorch_lora_weights.bin"):
+            (place / name).write_bytes(bomb[0])
+    train(*flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert not bomb[1].exists()
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "pytorch_lora_weights.bin", "lora.pt"])
+def test_a_pickle_to_start_from_is_refused_and_not_run(script, train, tmp_path, bomb, name):
+    (tmp_path / name).write_bytes(bomb[0])
+    with pytest.raises(script.UserError, match=name):
+        train("--init_lora_from", tmp_path / name)
+    assert not bomb[1].exists()
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A copy of the tiny model whose files may be replaced."""
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+WEIGHTS = {
+    "text_encoder": "pytorch_model.bin",
+    "transformer": "diffusion_pytorch_model.bin",
+    "vae": "diffusion_pytorch_model.bin",
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("how", ["instead", "hidden", "renamed"])
+def test_a_model_of_pickles_is_refused_and_not_run(script, train, model, bomb, part, how):
+    """Instead of the weights; behind a file that only looks like them; as the weights themselves."""
+    weights = next((model / part).glob("*.safetensors"))
+    if how == "renamed":
+        weights.write_bytes(bomb[0])
+    else:
+        (model / part / WEIGHTS[part]).write_bytes(bomb[0])
+        weights.rename(weights.with_name("other.safetensors")) if how == "hidden" else weights.unlink()
+    with pytest.raises(Exception) as caught:
+        train("--pretrained_model_name_or_path", model)
+    assert not isinstance(caught.value, AssertionError) and not bomb[1].exists()
+
+
+@pytest.mark.e2e
+def test_pickles_and_code_beside_a_good_model_are_not_looked_at(script, train, model, cache, bomb):
+    """A model repository may hold anything; `auto_map` asks for code of its own."""
+    for part, name in WEIGHTS.items():
+        (model / part / name).write_bytes(bomb[0])
+        (model / part / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(bomb[1])!r})\nclass Evil: pass\n")
+        config = json.loads((model / part / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "modeling_evil.Evil", "AutoModel": "modeling_evil.Evil"}
+        (model / part / "config.json").write_text(json.dumps(config))
+    train("--pretrained_model_name_or_path", model, "--max_train_steps", "1")
+    assert not bomb[1].exists()
+
+
+def test_a_data_set_with_a_loading_script_or_a_pickle_does_not_run_them(script, tiny, tmp_path, bomb):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "data.py").write_text(f"import os\nos.mkdir({str(bomb[1])!r})\n")
+    (folder / "train.pkl").write_bytes(bomb[0])
+    with pytest.raises(script.UserError, match="cannot be loaded|not in"):
+        start = start_run(script, tiny, tmp_path / "run", "--dataset_name", folder)
+        script.list_rows(start.args)
+    assert not bomb[1].exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
+
+OUTWARD = ("../secret.png", "sub/../../secret.png", "{absolute}", "..", "nul\0.png", "n" * 300 + ".png", "")
+
+
+@pytest.mark.parametrize("name", OUTWARD, ids=ascii)
+@pytest.mark.parametrize("column", ["file_name", "before_file_name"])
+def test_a_metadata_row_that_leads_out_of_the_folder_is_refused(script, tiny, tmp_path, name, column):
+    """To files that are there; the references of the image-to-image script too."""
+    secret, folder = draw_photo(tmp_path / "secret.png", (70, 70), 0), tmp_path / "data"
+    draw_photo(folder / "a.png", (70, 70), 1)
+    row = {"file_name": "a.png", "text": "x", column: name.format(absolute=secret)}
+    (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    run = start_run(script, tiny, tmp_path / "run", "--instance_data_dir", folder)
+    if column == "file_name" or (name and script.TASK == "image-to-image"):
+        with pytest.raises(script.UserError, match="leads out|needs a 'file_name'"):
+            script.list_rows(run.args)
+    else:  # no reference, or a script that has none
+        assert [row.picture.name for row in script.list_rows(run.args)] == ["a.png"]
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_table_cannot_name_a_picture_of_this_machine(script, tiny, tmp_path, where):
+    """A downloaded parquet file holds bytes; a path in their place may only lead to its own folder."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "data"
+    photo = draw_photo((tmp_path if where == "outside" else folder) / "secret.png", (70, 70), 0)
+    folder.mkdir(exist_ok=True)
+    feature = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(photo)}]}, features=feature)
+    table.to_parquet(str(folder / "train.parquet"))
+    shutil.move(photo, tmp_path / "kept.png")  # an image folder would be recognised otherwise
+    run = start_run(script, tiny, tmp_path / "run", "--dataset_name", folder)
+    rows = script.list_rows(run.args)
+    shutil.move(tmp_path / "kept.png", photo)
+    if where == "inside":
+        assert len(script.inspect_rows(run.args, rows, tmp_path / "cache")) == 1
+    else:
+        with pytest.raises(script.UserError, match="leads out of the data set"):
+            script.inspect_rows(run.args, rows, tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPTS = {
+    "yaml": 'a "toy": [x]\n---\nlicense: mit\n---\n- a\n',
+    "a yaml tag": "!!python/object/apply:os.system ['touch x']",
+    "yaml anchors": "&a *a %YAML 1.1",
+    "a code fence": "```\n```python\nimport os\n```",
+    "a table": "a | b |\n|---|---|\n| c",
+    "html": "<script>alert(1)</script><img src=x onerror=y>",
+    "a heading": "# big\n## bigger\n> quoted",
+    "a link": "[click](javascript:alert) ![x](http://x/y.png)",
+    "quotes": "'''\"\"\" \\' \\\" \\\\",
+    "braces": "{0} {prompt} {head} {{}} %s %(x)s $x ${x}",
+    "control characters": "a\x00b\x07c\x1b[31md\re\tf\x85g\u2028h",
+    "python": "' + __import__('os').getcwd() + '",
+    "unicode": "ein Pudel 日本 \N{DOG FACE}\u202e",
+    "much": "toy " * 3000,
+}
+
+
+@pytest.fixture(scope="module")
+def card_of(script, tiny, tmp_path_factory):
+    """Writes the card of a run with this prompt; returns (its YAML head, its body, the snippet's syntax tree)."""
+
+    def write(prompt: str) -> tuple[dict, str, ast.Module]:
+        folder = tmp_path_factory.mktemp("card")
+        run = start_run(script, tiny, folder, f"--instance_prompt={prompt}", f"--final_validation_prompt={prompt}")
+        script.write_card(run, script.TrainState({}, None, None, {}, step=3), [(prompt, "samples/x.png")])
+        text = (run.output_dir / "README.md").read_bytes().decode()
+        head, body = text.removeprefix("---\n").split("\n---\n", 1)
+        assert huggingface_hub.ModelCard(text).data.license == yaml.safe_load(head)["license"]
+        fence = body.split("```python\n")[1].split("\n```")[0]
+        return yaml.safe_load(head), body, ast.parse(fence)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def plain_card(card_of):
+    """The card of a harmless prompt."""
+    return card_of("a toy")
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_hostile_prompt_is_text_in_the_card_and_nothing_else(card_of, plain_card, case):
+    """The head parses to the same keys, the body has the same lines, the snippet the same code around the prompt."""
+    prompt = PROMPTS[case]
+    (head, body, tree), (plain_head, plain_body, plain_tree) = card_of(prompt), plain_card
+    assert head.keys() == plain_head.keys()
+    assert head["instance_prompt"] == prompt and head["widget"][0]["text"] == prompt
+    assert {key: value for key, value in head.items() if key not in ("instance_prompt", "widget")} == {
+        key: value for key, value in plain_head.items() if key not in ("instance_prompt", "widget")
+    }
+    assert len(body.splitlines()) == len(plain_body.splitlines())
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value == prompt]
+    assert len(constants) == 1
+    constants[0].value = "a toy"
+    assert ast.dump(tree) == ast.dump(plain_tree)
+    trigger = next(line for line in body.splitlines() if line.startswith("| trigger |"))
+    assert not re.search(r"(?<!\\)[<>\[\]`]", trigger) and len(re.findall(r"(?<!\\)\|", trigger)) == 3
+    assert [c for c in body if c != "\n" and not c.isprintable()] == []
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS.values(), "--rank=4 x", "--rank", "-", "- a toy", "@x.args", "# x", " x "])
+def test_a_saved_command_line_gives_back_every_prompt(script, tiny, tmp_path, prompt):
+    """Byte for byte, with its carriage returns, and when it looks like a flag; none can be an argument of a program."""
+    prompt = prompt.replace("\0", "")
+    run = start_run(script, tiny, tmp_path, f"--instance_prompt={prompt}", f"--validation_prompt={prompt}")
+    (tmp_path / "config.args").write_bytes(script.write_config(run).encode())
+    args = script.parse_args([f"@{tmp_path / 'config.args'}", "--overwrite_output_dir"])
+    assert args.instance_prompt == prompt and args.validation_prompt == [prompt] and args.rank == 4
+
+
+def test_words_that_are_no_utf8_are_refused_by_name(script, tiny, photos, tmp_path, capsys):
+    """They could not be written into the card of a finished run."""
+    word = os.fsdecode(b"caf\xe9")
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(command_line(tiny, photos, tmp_path / "out", "--instance_prompt", word))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and "--instance_prompt caf\\udce9: is not UTF-8" in printed
