@@ -948,7 +948,7 @@ class Source:
     table: Any = None
     row: int = -1
     column: str = ""
-    roots: tuple[Path, ...] = ()  # folders that a cell of the table may name a file of
+    roots: tuple[Path, ...] = ()  # folders that a cell of a table from the Hub may name a file of
 
     def read(self) -> bytes:
         """The file's bytes. Raises OSError."""
@@ -960,7 +960,7 @@ class Source:
         if cell["bytes"] is not None:
             return cell["bytes"]
         path = Path(os.path.normpath(cell["path"]))
-        if not any(path.is_relative_to(root) for root in self.roots):
+        if self.roots and not any(path.is_relative_to(root) for root in self.roots):
             raise OSError(f"its path leads out of the data set, to {path}")
         return path.read_bytes()
 
@@ -1140,11 +1140,13 @@ def require_column(args: Args, table: Any, flag_name: str, column: str | None) -
 
 
 def dataset_roots(args: Args) -> tuple[Path, ...]:
-    """The folders that the files of --dataset_name lie in: a downloaded table must not name others of this machine."""
+    """Where downloads lie: a table from the Hub must not name other files of this machine. () for the user's own."""
     import datasets
 
+    if os.path.exists(args.dataset_name):
+        return ()
     caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
-    return tuple(Path(os.path.abspath(root)) for root in (args.dataset_name, *caches) if root)
+    return tuple(Path(os.path.abspath(root)) for root in caches if root)
 
 
 def column_pictures(args: Args, table: Any, flag_name: str, column: str) -> list[Source]:

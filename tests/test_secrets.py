@@ -300,25 +300,27 @@ def test_a_metadata_row_that_leads_out_of_the_folder_is_refused(script, tiny, tm
         assert [row.picture.name for row in script.list_rows(run.args)] == ["a.png"]
 
 
-@pytest.mark.parametrize("where", ["outside", "inside"])
-def test_a_table_cannot_name_a_picture_of_this_machine(script, tiny, tmp_path, where):
-    """A downloaded parquet file holds bytes; a path in their place may only lead to its own folder."""
+@pytest.mark.parametrize(("name", "refused"), [("lab/pictures", True), ("cached", False), ("own", False)])
+def test_a_table_from_the_hub_cannot_name_a_picture_of_this_machine(script, tiny, tmp_path, monkeypatch, name, refused):
+    """Its cells hold bytes, or files that were downloaded with it; a table of the user's own may name any file."""
     datasets = pytest.importorskip("datasets")
-    folder = tmp_path / "data"
-    photo = draw_photo((tmp_path if where == "outside" else folder) / "secret.png", (70, 70), 0)
-    folder.mkdir(exist_ok=True)
-    feature = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
-    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(photo)}]}, features=feature)
-    table.to_parquet(str(folder / "train.parquet"))
-    shutil.move(photo, tmp_path / "kept.png")  # an image folder would be recognised otherwise
-    run = start_run(script, tiny, tmp_path / "run", "--dataset_name", folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    photo = draw_photo(tmp_path / ("cache" if name == "cached" else "private") / "photo.png", (70, 70), 0)
+    cells = {"image": [{"bytes": None, "path": str(photo)}, {"bytes": photo.read_bytes(), "path": "/etc/hostname"}]}
+    table = datasets.Dataset.from_dict(cells, features=datasets.Features({"image": datasets.Image()}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    flags = ("--dataset_name", "lab/pictures" if refused else name, "--cache_dir", tmp_path / "cache")
+    run = start_run(script, tiny, tmp_path / "run", *flags)
     rows = script.list_rows(run.args)
-    shutil.move(tmp_path / "kept.png", photo)
-    if where == "inside":
-        assert len(script.inspect_rows(run.args, rows, tmp_path / "cache")) == 1
+    if refused:
+        with pytest.raises(
+            script.UserError, match="row 0: cannot be read .its path leads out of the data set"
+        ) as error:
+            script.inspect_rows(run.args, rows, tmp_path / "index")
+        assert "row 1" not in str(error.value)
     else:
-        with pytest.raises(script.UserError, match="leads out of the data set"):
-            script.inspect_rows(run.args, rows, tmp_path / "cache")
+        assert len(script.inspect_rows(run.args, rows, tmp_path / "index")) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
