@@ -307,7 +307,7 @@ def test_a_table_from_the_hub_cannot_name_a_picture_of_this_machine(script, tiny
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").mkdir()
     photo = draw_photo(tmp_path / ("cache" if name == "cached" else "private") / "photo.png", (70, 70), 0)
-    cells = {"image": [{"bytes": None, "path": str(photo)}, {"bytes": photo.read_bytes(), "path": "/etc/hostname"}]}
+    cells = {"image": [{"bytes": None, "path": str(photo)}, {"bytes": photo.read_bytes(), "path": "x.png"}]}
     table = datasets.Dataset.from_dict(cells, features=datasets.Features({"image": datasets.Image()}))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     flags = ("--dataset_name", "lab/pictures" if refused else name, "--cache_dir", tmp_path / "cache")
