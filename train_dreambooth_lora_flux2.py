@@ -2066,7 +2066,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         raise UserError(
             "--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (Ada, Hopper and later); "
             f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a smaller "
-            "--resolution, [klein] instead of [dev]; SimpleTuner and ai-toolkit train quantised on older cards"
+            "--resolution, [klein] instead of [dev]; --bnb_quantization_config_path works on older cards"
         )
 
 

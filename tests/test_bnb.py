@@ -6,6 +6,8 @@ bitsandbytes computes both formats on the CPU, forward and backward: nothing her
 import json
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -488,3 +490,23 @@ def test_the_cards_snippet_draws_with_the_base_that_was_trained_on(
         return
     assert drawn[0].keys() == ours.keys()
     assert [name for name, tensor in ours.items() if not torch.equal(tensor, drawn[0][name])] == []
+
+
+# ------------------------------------------------------------------------------------------------------------ its noise
+
+
+@pytest.mark.slow
+def test_importing_a_script_prints_nothing(t2i):
+    """bitsandbytes, torchao and diffusers have news for their own maintainers at import; both scripts share it."""
+    command = [sys.executable, "-c", f"import {t2i.__name__}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent.parent, check=True)
+    assert done.stdout == done.stderr == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawing_in_bf16_logs_nothing(script, kind, caplog):
+    """bitsandbytes says at every product that 8 bit computes from fp16."""
+    layer = script.bnb_linear(settings_of(kind), normal_linear(128, 64), torch.device("cpu")).eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 10, 128, dtype=torch.bfloat16))
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("bitsandbytes")] == []

@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from helpers import TEXT_TO_IMAGE
 from mutations import MUTATIONS, load_mutant
 from PIL import Image
@@ -258,12 +259,23 @@ def test_shift_weighting_and_guidance_each_run_and_are_compared(t2i, tiny, subje
     assert min(gains.values()) > 0.03
 
 
+QUANTIZED = {
+    "fp8": ("--do_fp8_training",),
+    "nf4": ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "nf4.json"),
+    "int8": ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "int8.json"),
+}
+
+
 @pytest.mark.learning
-def test_an_fp8_base_learns_the_subject_too(t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures):
-    """Trained on FP8 weights and drawn on the full ones: most of the gain."""
+@pytest.mark.parametrize("base", QUANTIZED)
+def test_a_quantised_base_learns_the_subject_too(
+    t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures, base
+):
+    """Trained on quantised weights and drawn on the full ones: most of the gain."""
     full = judge(tiny, subject_lora, base_distances)["gain"]
-    quantized = judge(tiny, train(t2i, tiny, subject, tmp_path / "fp8", "--do_fp8_training"), base_distances)["gain"]
-    figures("gain with an FP8 base", full=full, fp8=quantized)
+    lora = train(t2i, tiny, subject, tmp_path / base, *QUANTIZED[base])
+    quantized = judge(tiny, lora, base_distances)["gain"]
+    figures(f"gain with a base in {base}", full=full, **{base: quantized})
     assert quantized > 0.7 * full
 
 

@@ -875,6 +875,7 @@ def test_a_saved_command_line_parses_with_its_script(path: Path, tmp_path: Path,
         (tmp_path / picture).touch()
     (tmp_path / "tiny_flux2").mkdir(exist_ok=True)
     (tmp_path / "tiny_flux2" / "model_index.json").touch()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     args = arguments.parse_args([f"@{path}"])
     assert args.output_dir == words[words.index("--output_dir") + 1]
     assert args.pretrained_model_name_or_path == words[words.index("--pretrained_model_name_or_path") + 1]

@@ -491,14 +491,45 @@ def test_prodigy_trains_at_rate_one_and_its_estimate_grows(script, quick, monkey
     assert norms[0] > 0 and norms == sorted(norms)
 
 
+@pytest.mark.parametrize("switch", ["decouple", "use_bias_correction", "safeguard_warmup"])
+def test_each_switch_of_prodigy_can_be_turned_off_and_reaches_it(script, quick, monkeypatch, switch):
+    """All are on by default; off, Prodigy's estimate of the step size is another one."""
+    calls = spy(monkeypatch, script, "make_optimizer")
+    flags = ("--optimizer", "prodigy", "--cache_latents", "--max_train_steps", "4")
+    # what each is about must be there: weight decay, moments that are still biased, a warm-up
+    flags += ("--adam_weight_decay", "0.1", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "3")
+    quick(*flags, output="a")
+    quick(*flags, f"--no-prodigy_{switch}", output="b")
+    (first,), (second,) = (call.result.param_groups for call in calls)
+    assert first[switch] is True and second[switch] is False
+    others = ("decouple", "use_bias_correction", "safeguard_warmup", "lr", "betas", "beta3", "weight_decay", "eps")
+    assert all(first[name] == second[name] for name in others if name != switch)
+    assert first["d_hat"] != second["d_hat"]
+
+
+def test_prodigy_s_own_numbers_reach_it(script, quick, monkeypatch):
+    """--prodigy_beta3 and what it shares with Adam."""
+    calls = spy(monkeypatch, script, "make_optimizer")
+    flags = ("--prodigy_beta3", "0.9", "--adam_beta1", "0.8", "--adam_beta2", "0.95", "--adam_epsilon", "1e-6")
+    quick("--optimizer", "prodigy", *flags, "--adam_weight_decay", "0.5", "--max_train_steps", "1", "--cache_latents")
+    (group,) = calls[0].result.param_groups
+    assert (group["beta3"], group["betas"], group["eps"], group["weight_decay"]) == (0.9, (0.8, 0.95), 1e-6, 0.5)
+
+
 def test_eight_bit_adam_keeps_eight_bit_moments_and_learns_like_adam(script, quick, monkeypatch):
-    """At rank 32 the moments are uint8, and the LoRA points where full AdamW's does."""
+    """At rank 32 the moments are uint8, a quarter of the memory, and the LoRA points where full AdamW's does."""
     calls = spy(monkeypatch, script, "train")
     flags = ("--rank", "32", "--cache_latents", "--max_train_steps", "4")
     small, full = quick("--use_8bit_adam", *flags, output="a"), quick(*flags, output="b")
     state = calls[0].args[2]
     kinds = {slot[key].dtype for slot in state.optimizer.state.values() for key in ("state1", "state2")}
     assert kinds == {torch.uint8}
+    sizes = []
+    for call in calls:
+        slots = [slot for slot in call.args[2].optimizer.state.values()]
+        kept = [value for slot in slots for key, value in slot.items() if torch.is_tensor(value) and "qmap" not in key]
+        sizes.append(sum(value.numel() * value.element_size() for value in kept))
+    assert 0.25 < sizes[0] / sizes[1] < 0.28
     assert column(small, "loss")[0] == column(full, "loss")[0]
     one, other = lora(small), lora(full)
     ups = [name for name in one if "lora_B" in name]
@@ -514,6 +545,30 @@ def test_gradient_checkpointing_recomputes_its_share_and_changes_no_number(quick
     saving = quick("--cache_latents", "--lora_dropout", "0.1", "--gradient_checkpointing", *share, output="b")
     assert len(calls) == 3 * blocks
     assert_close_runs(plain, saving)
+
+
+def test_gradient_checkpointing_keeps_fewer_activations(script, quick, monkeypatch):
+    """What autograd saves in a micro-step: a checkpointed block leaves only its inputs."""
+    kept = []
+
+    def measure(*args, original=script.batch_losses):
+        sizes = {}
+        watch = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (
+                sizes.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
+            ),
+            lambda tensor: tensor,
+        )
+        with watch:
+            result = original(*args)
+        kept.append(sum(sizes.values()))
+        return result
+
+    monkeypatch.setattr(script, "batch_losses", measure)
+    for share in ("0", "0.5", "1"):
+        quick("--cache_latents", "--gradient_checkpointing", share, "--max_train_steps", "1", output=f"share{share}")
+    none, half, all_blocks = kept
+    assert all_blocks < 0.5 * none and all_blocks < half < none, kept
 
 
 def test_lora_dropout_repeats_and_has_an_effect(quick):
