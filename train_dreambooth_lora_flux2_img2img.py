@@ -3464,16 +3464,12 @@ class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Turns a known failure into SystemExit when this file is the program."""
-        if __name__ != "__main__":
-            return
-        for known, code in self.codes:
+        for known, code in self.codes if __name__ == "__main__" else ():
             if isinstance(error, known):
                 hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
                 with contextlib.suppress(OSError, ValueError):
                     print(f"error: {printable(str(error)) or 'interrupted'}{hint}", file=sys.stderr)
-                secure_streams()
                 raise SystemExit(code) from None
-        secure_streams()
 
 
 @dataclass
@@ -3510,28 +3506,19 @@ class StopSignals:
             self.received = signal.SIGTERM
 
 
-def secure_streams() -> None:
-    """Makes sure that what is printed cannot end the run, and cannot land in a file.
+def fill_closed_streams() -> None:
+    """Opens the null device for each of stdin, stdout and stderr that is closed.
 
-    A closed descriptor would be given to the next file that is opened, with all that is printed. A stream that cannot
-    be flushed at the end, to a closed pipe or a full disk, would turn the exit code into 120.
+    The next file that is opened would get its number, and with it all that libraries print.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                nothing = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nothing, stream.fileno())
-                os.close(nothing)
 
 
 def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar; the libraries only when something is wrong."""
-    secure_streams()
+    fill_closed_streams()
     log.setLevel(logging.INFO)
     log.propagate, log.handlers = False, log.handlers or [LogHandler()]
     for library in (transformers, diffusers):

@@ -405,6 +405,23 @@ def test_log_lines_that_go_nowhere_do_not_end_a_program(t2i, tiny, photos, cache
     assert t2i.verify_checkpoint(tmp_path / "out" / "checkpoint-2") is None and (tmp_path / "out" / LORA).is_file()
 
 
+def test_a_closed_stream_is_filled_so_that_no_file_gets_its_number(script, tmp_path):
+    """In a copy of this process, which ends with what it found."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    if (child := os.fork()) == 0:
+        try:
+            os.close(1)
+            os.close(2)
+            script.fill_closed_streams()
+            with (tmp_path / "lora").open("wb") as file:
+                found = file.fileno() > 2 and os.path.samestat(os.fstat(2), os.stat(os.devnull))
+                os._exit(0 if found else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_usage_error_keeps_its_exit_code_when_nobody_can_read_it(t2i, tiny, photos, tmp_path):
     """The data folder is empty: exit code 2, also into a log file on a full disk."""
     if not os.path.exists("/dev/full"):
