@@ -59,9 +59,10 @@ import urllib.parse
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,7 @@ PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_
               "bnb_quantization_config_path")  # fmt: skip
 SECRET_FLAGS = ("hub_token",)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 # Settings of bitsandbytes, by the names that BitsAndBytesConfig gives them, and the values that training works with.
 BNB_SETTINGS = {
@@ -465,9 +467,39 @@ def read_quantization(args: Args) -> dict[str, Any]:
     return settings
 
 
+def launched_with(name: str) -> bool:
+    """Whether the launcher's environment switches `name` on."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def process_count() -> int:
+    """Processes that the launcher started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launch(_args: Args) -> Iterator[str]:
+    """Problems of the accelerate configuration, which arrives in the environment."""
+    asked = [name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")]
+    asked += ["TPU"] if os.environ.get("PJRT_DEVICE") == "TPU" and "TPU" not in asked else []
+    for name in asked:
+        yield (f"the accelerate config asks for {name}, which this script does not run on; several GPUs share the work "
+               "with configs/accelerate/multi_gpu.yaml, and the memory too with fsdp2.yaml beside it")  # fmt: skip
+    if not launched_with("ACCELERATE_USE_FSDP"):
+        return
+    if process_count() == 1:
+        yield "the accelerate config asks for FSDP on one process; set num_processes, or use one_gpu.yaml"
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
+    given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
+    known = {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS)
+    if policy.upper() != FSDP_POLICY or not known:
+        yield (f"the accelerate config has fsdp_auto_wrap_policy '{policy}' and the layers '{given}'; write\n"
+               f"      fsdp_auto_wrap_policy: {FSDP_POLICY}\n"
+               f"      fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}")  # fmt: skip
+
+
 def check_text(args: Args) -> Iterator[str]:
     """Problems of the text encoder flags."""
-    if args.fsdp_text_encoder:
+    if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
     if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
@@ -561,6 +593,7 @@ def unwritable(folder: Path) -> str | None:
 
 SHARED_CHECKS = (
     check_words,
+    check_launch,
     check_sizes,
     check_model,
     check_text,
@@ -626,17 +659,17 @@ def flag_notes(args: Args) -> list[str]:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
-    parser = build_parser()
+    parser, speaks = build_parser(), os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
     try:
         args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        parser.exit(2, f"error: {printable(str(error))}\n")
+        parser.exit(2, f"error: {printable(str(error))}\n" * speaks)
     for check in (*SHARED_CHECKS, check_own):
         problems += check(args)
     if problems:
         listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
+        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}" * speaks)
     return args
 
 
@@ -661,10 +694,11 @@ import PIL.ImageCms
 import PIL.ImageDraw
 import PIL.ImageOps
 import torch
+import torch.distributed
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, gather
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
@@ -674,6 +708,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -1222,7 +1259,7 @@ class PictureIndex:
 
     def __init__(self, cache_dir: Path) -> None:
         """Loads the index of an earlier start; a damaged or older one is begun anew."""
-        self.path, self.decoded = cache_dir / "index.json", 0
+        self.path, self.decoded, self.changed = cache_dir / "index.json", 0, False
         self.files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
         self.pictures: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -1242,9 +1279,9 @@ class PictureIndex:
             return "", [0, 0, f"cannot be read ({error.strerror or error})"]
         sha256 = hashlib.sha256(data).hexdigest()
         if stamp:
-            self.files[str(source.path)] = [*stamp, sha256]
+            self.files[str(source.path)], self.changed = [*stamp, sha256], True
         if sha256 not in self.pictures:
-            self.decoded += 1
+            self.decoded, self.changed = self.decoded + 1, True
             try:
                 picture = decode_picture(data)
                 self.pictures[sha256] = [picture.height, picture.width, None]
@@ -1253,7 +1290,9 @@ class PictureIndex:
         return sha256, self.pictures[sha256]
 
     def save(self) -> None:
-        """Writes the index so that a crash leaves the old or the new one."""
+        """Writes the index, if anything is new, so that a crash leaves the old or the new one."""
+        if not self.changed:
+            return
         content = {"policy": DECODE_POLICY, "files": self.files, "pictures": self.pictures}
         write_atomically(self.path, json.dumps(content).encode())
 
@@ -1512,12 +1551,16 @@ def load_text_encoder(run: Run) -> nn.Module:
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = text_config.layer_types[:keep]
     options = {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
-    spread = run.args.offload and run.device.type != "cpu"
+    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
     if spread:
         options["device_map"] = "auto"
     encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
+    encoder.eval().requires_grad_(False)
     stored = getattr(config, "quantization_config", None)  # then transformers has put it on the device already
-    return (encoder if spread or stored else encoder.to(run.device)).eval().requires_grad_(False)
+    if run.args.fsdp_text_encoder:
+        # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
+        shard(run, encoder, getattr(encoder.model, "language_model", encoder.model).layers)
+    return encoder if spread or stored or run.args.fsdp_text_encoder else encoder.to(run.device)
 
 
 @torch.no_grad()
@@ -1665,13 +1708,44 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
+def share(run: Run, work: list[Any], lockstep: bool = False) -> list[Any]:
+    """This process's part of the work; nobody starts before all know what there is.
+
+    In lock-step all parts have the same length, the last piece is done more than once: as sharded models need it.
+    """
+    run.accelerator.wait_for_everyone()
+    mine = work[run.rank :: run.processes]
+    return mine + work[-1:] * (lockstep * (math.ceil(len(work) / run.processes) - len(mine)))
+
+
+@contextlib.contextmanager
+def together(run: Run) -> Iterator[None]:
+    """All processes leave the block at the same time, also one that fails in it.
+
+    Unless weights are sharded: then the others wait for its part of them, and its end has to end the run.
+    """
+    try:
+        yield
+    except Exception:
+        if run.sharding is None:
+            run.accelerator.wait_for_everyone()
+        raise
+    run.accelerator.wait_for_everyone()
+
+
 def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
     """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
     cache = PromptCache(run)
     missing = [prompt for prompt in dict.fromkeys(prompts) if not is_cached(cache.path(prompt))]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
-    if not missing:
-        return cache
+    with together(run):
+        if mine := share(run, missing, lockstep=run.args.fsdp_text_encoder):
+            encode_missing_prompts(run, cache, mine)
+    return cache
+
+
+def encode_missing_prompts(run: Run, cache: PromptCache, missing: list[str]) -> None:
+    """Loads the encoder, writes these embeddings, and frees it; or asks the remote one."""
     encode = functools.partial(encode_prompt_remotely, run)
     if not run.args.remote_text_encoder:
         encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
@@ -1681,7 +1755,6 @@ def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
             progress.advance()
     del encode
     release_memory()
-    return cache
 
 
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
@@ -1813,8 +1886,15 @@ def cache_latents(run: Run, space: LatentSpace, pictures: list[Picture]) -> Auto
     wanted = {space.path(picture, flip): (picture, flip) for picture in pictures for flip in flips}
     missing = {path: work for path, work in wanted.items() if not is_cached(path)}
     log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
-    if not missing:
-        return None
+    with together(run):
+        mine = dict(share(run, list(missing.items())))
+        return encode_missing_pictures(run, space, mine) if mine else None
+
+
+def encode_missing_pictures(
+    run: Run, space: LatentSpace, missing: dict[Path, tuple[Picture, bool]]
+) -> AutoencoderKLFlux2:
+    """Loads the VAE and writes the latents of these pictures, each mirrored or not."""
     numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
     need = sum(4 * numbers_per_pixel * math.prod(picture.target) for picture, _ in missing.values())
     check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
@@ -2024,10 +2104,12 @@ def quantize_blocks(run: Run, transformer: Flux2Transformer2DModel) -> None:
     """Replaces the Linear layers of the blocks; embedders, modulation and last layer stay as they are.
 
     Each is moved to the device and quantised before the next one, so that the whole model never lies there in bf16.
+    What FSDP will split goes back to the CPU.
     """
+    home = torch.device("cpu") if run.sharding else run.device
     for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
         if run.args.do_fp8_training:
-            replace_linears(blocks, lambda _, linear: FP8Linear(linear, run.device))
+            replace_linears(blocks, lambda _, linear: FP8Linear(linear, run.device).to(home))
         elif run.quantization:
             replace_linears(blocks, lambda _, linear: bnb_linear(run.quantization, linear, run.device))
 
@@ -2070,8 +2152,62 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 splits the frozen blocks over the processes: the accelerate config's fsdp_config."""
+
+    reshard: bool = True  # give a block's gathered weights back after its forward, and gather them again in backward
+    offload: bool = False  # keep this process's part of the weights on the CPU
+    hybrid: bool = False  # split within a machine only; every machine holds all weights
+    checkpointing: bool = False  # as --gradient_checkpointing
+
+
+def sharding_of_launch() -> Sharding | None:
+    """The launcher's FSDP settings, or None without FSDP."""
+    if not launched_with("ACCELERATE_USE_FSDP"):
+        return None
+    strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
+    offload, checkpointing = map(launched_with, ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"))
+    return Sharding(reshard, offload, strategy in ("HYBRID_SHARD", "4"), checkpointing)
+
+
+def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Splits the frozen weights of `blocks` over the processes; each block is gathered when it computes.
+
+    The LoRA, integer (bitsandbytes) weights and what lies outside the blocks stay whole, on every device. Blocks go to
+    the device one by one, so that it never holds the model whole.
+    """
+    sharding = run.sharding or Sharding()
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", run.processes))
+    shape = (run.processes // on_machine, on_machine) if sharding.hybrid else (run.processes,)
+    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("machines", "devices")[-len(shape) :])
+    options = {"mesh": mesh, "reshard_after_forward": sharding.reshard}
+    options |= {"offload_policy": CPUOffloadPolicy(run.device.type == "cuda")} if sharding.offload else {}
+    for block in blocks:
+        whole = {p for p in block.parameters() if p.requires_grad or not p.is_floating_point()}
+        fully_shard(block, ignored_params=whole, **options)
+    fully_shard(model, ignored_params=set(model.parameters()), **options)  # one root, so that blocks are prefetched
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(run.device)
+
+
+def blocks_of(transformer: Flux2Transformer2DModel) -> list[nn.Module]:
+    """The transformer's double and single blocks, in order."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
+    """Brings the transformer to the device: whole, or under FSDP this process's part of its blocks."""
+    if run.sharding is None:
+        return transformer.to(run.device)
+    shard(run, transformer, blocks_of(transformer))
+    return transformer
+
+
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype, on the device; its blocks quantised if the run asks for that."""
+    """The frozen transformer in the compute dtype, on the CPU by memory map; its blocks quantised if that is asked."""
     stored = run.model.config("transformer").get("quantization_config")
     if stored:
         transformer = load_stored_quantized(run)
@@ -2085,14 +2221,35 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
             raise UserError(f"--attention_backend {run.args.attention_backend}: {error}") from None
     if not stored:
         quantize_blocks(run, transformer)
-    return transformer.to(run.device).requires_grad_(False)
+    return transformer.requires_grad_(False)
 
 
-def recompute(chosen: set[int], block: nn.Module, *inputs: Any) -> Any:
-    """Diffusers' checkpointing function for a share of the blocks: those whose id is in `chosen` are recomputed."""
-    if id(block) not in chosen:
-        return block(*inputs)
-    return torch.utils.checkpoint.checkpoint(block.__call__, *inputs, use_reentrant=False)
+def checkpointed_share(run: Run) -> float:
+    """--gradient_checkpointing, or all blocks where the accelerate config's FSDP settings ask for it."""
+    return run.args.gradient_checkpointing or float(run.sharding is not None and run.sharding.checkpointing)
+
+
+def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks: float) -> None:
+    """Keeps only the inputs of the first blocks; inside `forward`, so that torch.compile and FSDP go around it."""
+    blocks = blocks_of(transformer)
+    for block in blocks[: math.ceil(share_of_blocks * len(blocks))]:
+        block.forward = functools.partial(recompute, block.forward)
+
+
+def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:
+    """A block's forward that runs again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named_inputs)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
+
+
+def compile_blocks(transformer: Flux2Transformer2DModel) -> None:
+    """torch.compile, where the accelerate config asks for it: block by block, in place, so that names stay."""
+    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
+    if backend.lower() in ("", "no"):
+        return
+    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+        block.compile(backend=backend.lower(), dynamic=True, mode=mode or None)
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
@@ -2266,8 +2423,8 @@ def call_transformer(
     )[0]
 
 
-def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, list[float]]:
-    """(losses (B), sigmas) of one micro-batch from the loader."""
+def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses (B), sigmas (B)) of one micro-batch from the loader."""
     rows, columns = (side // parts.space.cell for side in batch["target"][0])
     sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, rows * columns))
     tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
@@ -2278,7 +2435,7 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     clean_BLC = tokens_from_moments(parts.space, on_device["moments"], on_device.get("posterior_noise"))
     prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
     inputs = clean_BLC, on_device["noise"], on_device["sigmas"], prompt_embeds_BLD
-    return losses_of_samples(run, parts, batch, inputs, rows, columns), sigmas_B.tolist()
+    return losses_of_samples(run, parts, batch, inputs, rows, columns), on_device["sigmas"]
 
 
 # endregion shared: flow-matching
@@ -2311,7 +2468,7 @@ def peak_learning_rate(run: Run) -> float:
 
 def samples_per_step(run: Run) -> int:
     """Samples that one optimizer step averages over."""
-    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.accelerator.num_processes
+    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -2402,13 +2559,14 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
 
 def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run; class pictures are known later than the rest."""
-    names = """rank lora_alpha lora_dropout lora_layers train_batch_size gradient_accumulation_steps optimizer
+    names = """rank lora_alpha lora_dropout lora_layers gradient_accumulation_steps optimizer
         use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
         cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift
         guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
         prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
         prior_loss_weight lr_power cond_dropout align_cond_image do_fp8_training"""
     result = {"text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization}
+    result["train_batch_size x processes"] = run.args.train_batch_size * run.processes
     result |= {name: vars(run.args).get(name) for name in names.split()}
     if run.args.timestep_shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
@@ -2569,7 +2727,7 @@ class Progress(contextlib.AbstractContextManager):
         self.started, terminal = time.monotonic(), False
         self.last_line = self.started
         with contextlib.suppress(AttributeError, ValueError):  # stderr may be closed, or none
-            terminal = sys.stderr.isatty()
+            terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
         self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
 
     def __exit__(self, *_: Any) -> None:
@@ -2646,20 +2804,29 @@ def sheet_columns(
 
 
 # region shared: sheets
-def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> list[PIL.Image.Image]:
-    """Draws --num_validation_images of each prompt with fixed seeds into `folder`; returns the first of each prompt."""
-    pipeline, firsts = make_pipeline(run, parts), []
-    folder.mkdir(parents=True, exist_ok=True)
+def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> None:
+    """Draws --num_validation_images of each prompt with fixed seeds into `folder`.
+
+    The processes share the work, in lock-step where the weights are sharded.
+    """
     todo = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
-    with Progress(f"draw {folder.name}", len(todo)) as progress:
-        for (row, prompt), number in todo:
-            size, inputs = validation_inputs(run, row, parts.buckets)
-            picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
-            picture.save(folder / f"prompt-{row}_image-{number}.png")
-            firsts += [picture] if number == 0 else []
-            progress.advance()
-    parts.rest_vae(run.args)
-    return firsts
+    with together(run):
+        pipeline, todo = make_pipeline(run, parts), share(run, todo, lockstep=run.sharding is not None)
+        folder.mkdir(parents=True, exist_ok=True)
+        with Progress(f"draw {folder.name}", len(todo)) as progress:
+            for (row, prompt), number in todo:
+                size, inputs = validation_inputs(run, row, parts.buckets)
+                picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
+                write_picture(picture, folder / f"prompt-{row}_image-{number}.png")
+                progress.advance()
+        parts.rest_vae(run.args)
+
+
+def write_picture(picture: PIL.Image.Image, path: Path) -> None:
+    """Writes a PNG that is there whole or not at all: in lock-step two processes may draw the same one."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> None:
@@ -2695,9 +2862,10 @@ def validation_loss(run: Run, parts: TrainingParts) -> float:
     return sum(losses) / len(losses)
 
 
-def track_pictures(run: Run, pictures: list[PIL.Image.Image], step: int) -> None:
-    """Sends the pictures of a validation to the trackers that take such; one that fails does not stop the rest."""
+def track_pictures(run: Run, folder: Path, step: int) -> None:
+    """Sends the first picture of each prompt in `folder` to the trackers; one that fails does not stop the rest."""
     try:
+        pictures = [PIL.Image.open(path).convert("RGB") for path in sorted(folder.glob("prompt-*_image-0.png"))]
         for tracker in run.accelerator.trackers:
             if tracker.name == "tensorboard":
                 for row, picture in enumerate(pictures):  # one by one: their sizes may differ
@@ -2714,13 +2882,17 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
     parts.transformer.eval()
     try:
         samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
-        pictures = draw_samples(run, parts, prompts, samples_dir / f"step-{state.step:06d}")
-        steps = sorted(folder for folder in samples_dir.glob("step-*") if folder.is_dir())
-        columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
-        draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
-        track_pictures(run, pictures, state.step)
+        folder = samples_dir / f"step-{state.step:06d}"
+        draw_samples(run, parts, prompts, folder)
+        if run.is_main:
+            steps = sorted(path for path in samples_dir.glob("step-*") if path.is_dir())
+            columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
+            draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
+            track_pictures(run, folder, state.step)
         return {"validation_loss": validation_loss(run, parts)}
     except Exception as error:  # pictures are not worth a run
+        if run.sharding:  # the other processes wait for this one's part of the weights
+            raise
         log.warning(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
         return {}
     finally:
@@ -2739,34 +2911,37 @@ def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, bu
     free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
     missing = list(itertools.islice(free_numbers, max(0, wanted - present)))
     log.info(f"class pictures: {present} in {folder.name}, {len(missing)} to generate")
-    if missing:
-        generate_class_pictures(run, space, prompts, buckets, folder, missing)
+    batches = [
+        missing[start : start + run.args.sample_batch_size]
+        for start in range(0, len(missing), run.args.sample_batch_size)
+    ]
+    with together(run):
+        if mine := share(run, batches, lockstep=run.sharding is not None):
+            generate_class_pictures(run, space, prompts, buckets, folder, mine)
     pictures = list_pictures(folder)
     return make_samples(run, [Row(file_source(folder, path), run.args.class_prompt) for path in pictures], buckets)
 
 
 def generate_class_pictures(
-    run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size], folder: Path, numbers: list[int]
+    run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size], folder: Path, batches: list[list[int]]
 ) -> None:
-    """Generates the class pictures of these numbers with the bare base model.
+    """Generates the class pictures of these numbers, batch by batch, with the bare base model.
 
     Each number has its own seed, so a start that was cut short goes on where it stopped.
     """
     dtypes = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, None: run.dtype}
     base_run = replace(run, dtype=dtypes[run.args.prior_generation_precision])
-    parts = TrainingParts(space, prompts, load_transformer(base_run).eval(), load_vae(run), [], buckets)
+    transformer = place_transformer(base_run, load_transformer(base_run)).eval()
+    parts = TrainingParts(space, prompts, transformer, load_vae(run), [], buckets)
     pipeline, size = make_pipeline(base_run, parts), buckets[0]
-    with Progress("generate class pictures", len(numbers)) as progress:
-        for start in range(0, len(numbers), run.args.sample_batch_size):
-            chosen = numbers[start : start + run.args.sample_batch_size]
+    with Progress("generate class pictures", sum(map(len, batches))) as progress:
+        for chosen in batches:
             seeds = [("class picture", number) for number in chosen]
             pictures = generate(base_run, parts, pipeline, run.args.class_prompt, seeds, size)
             for number, picture in zip(chosen, pictures, strict=True):
-                buffer = io.BytesIO()
-                picture.save(buffer, "PNG")
-                write_atomically(folder / f"class-{number:05d}.png", buffer.getvalue())
+                write_picture(picture, folder / f"class-{number:05d}.png")
                 progress.advance()
-    del pipeline, parts
+    del pipeline, parts, transformer
     release_memory()
 
 
@@ -3011,9 +3186,11 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
                 layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
             draw_samples(run, parts, prompts, folder)
         drawn = [(f"LoRA strength {strength}", folder) for strength, folder in strengths.items()]
-        columns = sheet_columns(run, parts, prompts, drawn)
-        draw_sheet(prompts, columns, final / "contact_sheet.png")
+        if run.is_main:
+            draw_sheet(prompts, sheet_columns(run, parts, prompts, drawn), final / "contact_sheet.png")
     except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
+        if run.sharding:  # the other processes wait for this one's part of the weights
+            raise
         log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
         return []
     numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
@@ -3030,10 +3207,12 @@ def open_hub(args: Args) -> huggingface_hub.HfApi:
 
 
 def push(run: Run) -> None:
-    """Uploads weights, card, samples and configuration in one commit; never checkpoints, logs or caches.
+    """With --push_to_hub uploads weights, card, samples and settings in one commit; never checkpoints, logs, caches.
 
     A failure is a warning with the line that does it by hand: the result is on disk.
     """
+    if not run.args.push_to_hub:
+        return
     folder = run.output_dir
     try:
         files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
@@ -3076,6 +3255,7 @@ class Run:
     cache_dir: Path
     resume: Checkpoint | None
     started: float  # time.monotonic()
+    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
     hub_repo: str | None = None  # made when the checks have passed
     told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
 
@@ -3086,6 +3266,21 @@ class Run:
         four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
         blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0, over all machines."""
+        return self.accelerator.process_index
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run, on all machines; each has a device and a micro-batch of its own."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what the run has only once."""
+        return self.rank == 0
 
 
 @dataclass(frozen=True)
@@ -3157,7 +3352,8 @@ class StopSignals:
     Only the main thread may install handlers; they are put back on leaving.
     """
 
-    received: int | None = None
+    received: int | None = None  # by this process
+    agreed: int | None = None  # by any process, as all of them know after the same step
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
@@ -3177,11 +3373,13 @@ class StopSignals:
         log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
         signal.signal(number, self.previous[number])
 
-    def check_time(self, run: Run) -> None:
-        """The time limit counts as a SIGTERM."""
+    def agree(self, run: Run) -> None:
+        """Tells the other processes what this one received; the time limit counts as a SIGTERM."""
         if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
             log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
             self.received = signal.SIGTERM
+        number = torch.tensor([self.received or 0], device=run.device)
+        self.agreed = int(gather(number).max()) or None if run.processes > 1 else self.received
 
 
 def fill_closed_streams() -> None:
@@ -3195,22 +3393,13 @@ def fill_closed_streams() -> None:
 
 
 def set_up_logging() -> None:
-    """Our lines to stderr, above the progress bar; the libraries only when something is wrong."""
+    """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     fill_closed_streams()
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate, log.handlers = False, log.handlers or [LogHandler()]
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-
-
-def refuse_launch() -> None:
-    """Raises UserError for accelerate configurations that this script does not run under."""
-    engines = ("DEEPSPEED", "MEGATRON_LM", "FSDP", "TPU")
-    asked = [name for name in engines if os.environ.get(f"ACCELERATE_USE_{name}", "no").lower() in ("1", "true")]
-    if asked or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        what = ", ".join(asked) or f"{os.environ['WORLD_SIZE']} processes"
-        raise UserError(f"the launch asks for {what}: not in this version; use configs/accelerate/one_gpu.yaml")
 
 
 def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
@@ -3227,8 +3416,9 @@ def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
 
 def start_accelerator(args: Args) -> Run:
     """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
+    if problems := list(check_launch(args)):  # a notebook or a TPU launcher has not been through parse_args
+        raise UserError("\n".join(problems))
     set_up_logging()
-    refuse_launch()
     for note in flag_notes(args):
         log.info(f"note: {note}")
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
@@ -3239,21 +3429,25 @@ def start_accelerator(args: Args) -> Run:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=report_to(args) or None,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # the encoder of [dev] takes a while
     )
+    if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
+        raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")
     if args.do_fp8_training:
         check_fp8(accelerator.device, dtype)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
+    drawn = torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)
     return Run(
         args, accelerator, accelerator.device, dtype,
-        seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
+        seed=int(broadcast(drawn)) if seed is None else seed,  # every process has the one of the first
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         quantization=find_quantization(args, model),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
-        resume=resume, started=time.monotonic(),
+        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
     )  # fmt: skip
 
 
@@ -3291,7 +3485,8 @@ def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[d
     loaders = []
     for stream in parts.streams:
         geometries = [sample.geometry for sample in stream.samples]
-        sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first)
+        place = run.rank, run.processes
+        sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
         options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
         options["worker_init_fn"] = ignore_signals
         dataset = TrainingSet(run, parts.space, stream.samples, stream.name)
@@ -3305,26 +3500,27 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    losses, weights, sigmas, names = [], [], [], []
+    rows, weights, names = [], [], []
     for micro in range(accumulation):
         for stream, batch in zip(parts.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
-                # dropout is a function of (seed, micro-step), so that neither resume nor validation shifts it
-                key = (state.step * accumulation + micro, len(losses))
+                # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
+                key = (state.step * accumulation + micro, len(rows) * run.processes + run.rank)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
             losses_B, sigmas_B = batch_losses(run, parts, batch)
             run.accelerator.backward(stream.weight * losses_B.mean())
-            losses.append(stream.weight * losses_B.detach())
+            rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
             weights += [stream.weight] * len(sigmas_B)
-            sigmas += sigmas_B
             names += batch["name"]
+    rows_N2 = average_over_processes(run, list(state.parameters.values()), torch.cat(rows))
     norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
     # everything that the host wants to know before the update comes over together, so it waits for the device once
-    *row_losses, grad_norm = torch.cat([*losses, norm[None]]).tolist()
-    # mean over the micro-batches of the weighted sum of the streams' means: what is minimised
-    loss = sum(row_losses) / (run.args.train_batch_size * accumulation)
+    *numbers, grad_norm = torch.cat([rows_N2.flatten(), norm[None]]).tolist()
+    row_losses, sigmas = numbers[::2], numbers[1::2]
+    # mean over the global batch of the weighted sum of the streams' means: what is minimised
+    loss = sum(row_losses) / samples_per_step(run)
     values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
-    values |= loss_by_sigma(row_losses, sigmas, weights)
+    values |= loss_by_sigma(row_losses, sigmas, weights * run.processes)
     state.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
         values |= apply_update(state)
@@ -3332,12 +3528,42 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     else:
         state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
         state.skipped += 1
-        log.warning(f"step {state.step + 1}: not finite, the weights stay as they are; samples: {', '.join(names)}")
+        name_bad_samples(run, state.step + 1, names, row_losses)
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     state.step += 1
     state.whole = True
     return {**values, "seconds": time.perf_counter() - started}
+
+
+def average_over_processes(run: Run, parameters: list[nn.Parameter], rows_N2: torch.Tensor) -> torch.Tensor:
+    """Averages the LoRA's gradients, and collects the rows (loss, sigma) of all processes, in one all-reduce.
+
+    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
+    nothing else has to be synchronised, under FSDP neither.
+    """
+    if run.processes == 1:
+        return rows_N2
+    slots = rows_N2.new_zeros(run.processes, rows_N2.numel())
+    slots[run.rank] = rows_N2.flatten()
+    gradients = [parameter.grad for parameter in parameters]
+    pieces = [*gradients, slots]
+    flat = torch.cat([piece.flatten() for piece in pieces])
+    torch.distributed.all_reduce(flat)
+    *sums, slots = flat.split([piece.numel() for piece in pieces])
+    for gradient, total in zip(gradients, sums, strict=True):
+        gradient.copy_(total.view_as(gradient) / run.processes)
+    return slots.view(-1, 2)
+
+
+def name_bad_samples(run: Run, step: int, names: list[str], row_losses: list[float]) -> None:
+    """Logs a skipped step with this process's samples whose loss is not finite, or all if only the gradient is not."""
+    own = row_losses[run.rank * len(names) :][: len(names)]
+    bad = [name for name, loss in zip(names, own, strict=True) if not math.isfinite(loss)]
+    bad = bad or names * all(map(math.isfinite, row_losses))
+    where = f" (process {run.rank})" * (run.processes > 1)
+    if bad or run.is_main:
+        log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")
 
 
 def apply_update(state: TrainState) -> dict[str, float]:
@@ -3377,7 +3603,8 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     n, repeats, per_step, batch = len(parts.samples), run.args.repeats, samples_per_step(run), run.args.train_batch_size
     accumulation, visits = run.args.gradient_accumulation_steps, steps * per_step
     log.info(f"train: {n} pictures x {repeats} repeats = {n * repeats} samples per epoch")
-    log.info(f"train: batch {batch} x accumulation {accumulation} x 1 process = {per_step} samples per step")
+    processes = f"{run.processes} process" + "es" * (run.processes > 1)
+    log.info(f"train: batch {batch} x accumulation {accumulation} x {processes} = {per_step} samples per step")
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
@@ -3410,20 +3637,21 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
     batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
     parts.transformer.train()
     with Progress("train", steps, done=state.step) as progress:
-        while state.step < steps and stop.received is None:
+        while state.step < steps and stop.agreed is None:
             values = train_step(run, parts, state, batches)
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
                 state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
             progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
-            stop.check_time(run)
-            if stop.received is None and validation_is_due(run, samples, state.step):
+            stop.agree(run)
+            if stop.agreed is None and validation_is_due(run, samples, state.step):
                 values |= validate(run, parts, state)
             values |= peak_memory(run)
-            write_metrics(run, values)
+            if run.is_main:
+                write_metrics(run, values)
             track(run, values, state.step)
             watch(state, values)
-            if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.received is None:
+            if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.agreed is None:
                 try_save_checkpoint(run, state)
 
 
@@ -3443,7 +3671,7 @@ def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
         yield
     except Exception:
         saved = run.output_dir / f"checkpoint-{state.step}"
-        if state.whole and state.step and verify_checkpoint(saved):
+        if run.is_main and state.whole and state.step and verify_checkpoint(saved):
             try:
                 log.info(f"checkpoint: training broke off, step {state.step} is kept in {save_checkpoint(run, state)}")
             except Exception as error:  # the failure that is told at the end must be the first one
@@ -3453,6 +3681,8 @@ def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
 
 def try_save_checkpoint(run: Run, state: TrainState) -> None:
     """Saves; if the disk refuses, training goes on and the next checkpoint tries again."""
+    if not run.is_main:
+        return
     try:
         log.info(f"checkpoint: {save_checkpoint(run, state)}")
     except OSError as error:
@@ -3461,22 +3691,31 @@ def try_save_checkpoint(run: Run, state: TrainState) -> None:
 
 def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
     """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
+    if run.is_main:
+        write_results(run, state, finished=stop.agreed is None)
+    run.accelerator.wait_for_everyone()
+    if stop.agreed is not None:
+        end_trackers(run)
+        raise Stopped(128 + stop.agreed)
+
+
+def write_results(run: Run, state: TrainState, finished: bool) -> None:
+    """What the main process saves at the end. Raises SaveFailed."""
     try:
         folder = save_checkpoint(run, state)
-        for path in folder.glob("*_lora*.safetensors") if stop.received is None else ():
+        for path in folder.glob("*_lora*.safetensors") if finished else ():
             write_atomically(run.output_dir / path.name, path.read_bytes())
             flush_to_disk(run.output_dir / path.name)
     except OSError as error:
-        kept = keep_lora(run, state) if stop.received is None else []
+        kept = keep_lora(run, state) if finished else []
         kept += [str(folder) for folder in list_checkpoints(run.output_dir)[-1:]]
         raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
                          f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
-    if stop.received is not None:
+    if not finished:
         words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
         words = [word for word in words if word != "--overwrite_output_dir"] + ["--resume_from_checkpoint", "latest"]
         log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    python {shlex.join(words)}")
-        end_trackers(run)
-        raise Stopped(128 + stop.received)
+        return
     write_card(run, state, [])
     if (run.output_dir / COMFYUI_FILE).is_file():
         log.info(f"result: {run.output_dir / COMFYUI_FILE} is for ComfyUI, which ignores alpha in the header")
@@ -3493,22 +3732,17 @@ def keep_lora(run: Run, state: TrainState) -> list[str]:
 
 def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
-    now, share = fingerprint(run, parts.streams), run.args.gradient_checkpointing
+    now = fingerprint(run, parts.streams)
     if run.resume:
         check_resume(run.resume, now)
+    check_agreement(run, now)
     transformer = parts.transformer = load_transformer(run)
     parameters = add_lora(run, transformer)
+    place_transformer(run, transformer)
     if run.args.init_lora_from:
         load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args))
-    if share:
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        chosen = {id(block) for block in blocks[: math.ceil(share * len(blocks))]}
-        transformer.enable_gradient_checkpointing(functools.partial(recompute, chosen))
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if backend != "no":  # the accelerate config asks for torch.compile: block by block, in place, names unchanged
-        transformer.compile_repeated_blocks(
-            backend=backend, dynamic=True, mode=os.environ.get("ACCELERATE_DYNAMO_MODE")
-        )
+    recompute_in_backward(transformer, checkpointed_share(run))
+    compile_blocks(transformer)
     optimizer, steps = make_optimizer(run, list(parameters.values())), total_steps(run, len(parts.samples))
     lengths = {"num_warmup_steps": run.args.lr_warmup_steps, "num_training_steps": steps}
     shape = {"num_cycles": run.args.lr_num_cycles, "power": run.args.lr_power}
@@ -3518,8 +3752,23 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     parts.rest_vae(run.args)
     if run.resume:
         restore(run, state)
-    trim_metrics(run, state.step)
+    if run.is_main:
+        trim_metrics(run, state.step)
     return state
+
+
+def check_agreement(run: Run, now: dict[str, Any]) -> None:
+    """Raises UserError unless all processes see the same data, settings and checkpoint.
+
+    Machines without a shared file system would train on different pictures, or some of them from step 0, in silence.
+    """
+    seen = digest(json.dumps(now), run.resume.state["step"] if run.resume else 0)
+    numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
+    if differing := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
+        raise UserError(
+            f"process(es) {', '.join(map(str, differing))} see other pictures, settings or checkpoints than process 0: "
+            "start all machines with the same command, and the same data and --output_dir on a shared file system"
+        )
 
 
 def prepare_output(run: Run) -> Run:
@@ -3527,14 +3776,10 @@ def prepare_output(run: Run) -> Run:
 
     With --overwrite_output_dir an earlier run's files go first, never the cache. Returns the run with its repository.
     """
-    hub_repo = create_hub_repo(run.args)
-    doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
-    if run.args.overwrite_output_dir and not run.resume and (run.output_dir / "config.args").is_file():
-        doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
-        doomed += run.output_dir.glob("samples/step-*")
-    for path in doomed:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_atomically(run.output_dir / "config.args", write_config(run).encode())
+    hub_repo = None
+    if run.is_main:
+        hub_repo = create_hub_repo(run.args)
+        begin_output(run)
     public = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
     settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
     settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
@@ -3542,7 +3787,19 @@ def prepare_output(run: Run) -> Run:
         run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
     except Exception as error:  # whatever a tracker raises; the numbers are in metrics.jsonl too
         log.warning(f"trackers: {run.args.report_to} did not start ({error}); the run goes on")
+    run.accelerator.wait_for_everyone()
     return replace(run, hub_repo=hub_repo)
+
+
+def begin_output(run: Run) -> None:
+    """Removes what an earlier run left, if asked, and writes the settings."""
+    doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
+    if run.args.overwrite_output_dir and not run.resume and (run.output_dir / "config.args").is_file():
+        doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
+        doomed += run.output_dir.glob("samples/step-*")
+    for path in doomed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_atomically(run.output_dir / "config.args", write_config(run).encode())
 
 
 def check_plan(run: Run, samples: list[Sample]) -> None:
@@ -3594,7 +3851,8 @@ def prepare_streams(
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     run = start_accelerator(args)
-    samples, buckets = check_data(run)
+    with run.accelerator.main_process_first():  # the others find the index of checked pictures
+        samples, buckets = check_data(run)
     check_plan(run, samples)
     if args.dry_run:
         return
@@ -3608,9 +3866,10 @@ def main(args: Args) -> None:
         with keep_progress(run, state):
             train(run, parts, state, stop)
         save_results(run, state, stop)
-    write_card(run, state, draw_final_pictures(run, parts, state.parameters))
+    gallery = draw_final_pictures(run, parts, state.parameters)
     end_trackers(run)
-    if args.push_to_hub:
+    if run.is_main:
+        write_card(run, state, gallery)
         push(run)
     print_results(run)
 

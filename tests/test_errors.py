@@ -487,10 +487,11 @@ def test_layers_that_do_not_fit_the_transformer_are_an_error(failure):
 
 
 @pytest.mark.parametrize(("variable", "value", "named"), [
-    ("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
-    ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron"), ("WORLD_SIZE", "2", "process"),
+    ("ACCELERATE_USE_FSDP", "true", "FSDP on one process"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+    ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron"), ("WORLD_SIZE", "2", "2 processes"),
+    ("PJRT_DEVICE", "TPU", "TPU"),
 ])  # fmt: skip
-def test_an_engine_or_several_processes_are_refused_by_name(failure, monkeypatch, variable, value, named):
+def test_an_engine_or_a_wrong_number_of_processes_is_refused_by_name(failure, monkeypatch, variable, value, named):
     monkeypatch.setenv(variable, value)
     message = failure()
     assert has(message, "configs/accelerate/") and named.lower() in message.lower()

@@ -334,7 +334,7 @@ def gradients(transformer: torch.nn.Module, parameters: dict) -> tuple[dict[str,
     runs: dict[str, int] = {}
     for name, block in transformer.named_modules():
         if re.fullmatch(rf"{DOUBLE}|{SINGLE}", name):
-            block.register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs.get(name, 0) + 1}))
+            block.attn.register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs.get(name, 0) + 1}))
     randomise(parameters)
     transformer(**inputs())[0].square().mean().backward()
     return {name: p.grad for name, p in parameters.items()}, [name for name, count in runs.items() if count == 2]

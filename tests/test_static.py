@@ -827,8 +827,8 @@ def labels_of(path: Path) -> dict[str, str]:
 def launch_line_of(path: Path) -> tuple[str, str, str]:
     """Return accelerate config, script and saved command line that a file's header says to launch."""
     words = shlex.split(labels_of(path)["Launch"])
-    assert words[:3] == ["accelerate", "launch", "--config_file"] and len(words) == 6 and words[5].startswith("@")
-    return words[3], words[4], words[5][1:]
+    assert words[:3] == ["accelerate", "launch", "--config_file"] and words[-1].startswith("@")
+    return words[3], words[-2], words[-1][1:]  # between config and script: options of the launcher
 
 
 def is_measured_or_says_not(text: str) -> bool:
@@ -838,7 +838,7 @@ def is_measured_or_says_not(text: str) -> bool:
 
 def test_all_configuration_files_are_found():
     assert {path.stem for path in RUN_FILES} >= {"demo_cpu", "demo_edit_cpu", "dog", "klein", "style", "relighting"}
-    assert {path.stem for path in ACCELERATE_FILES} >= {"cpu", "one_gpu"}
+    assert {path.stem for path in ACCELERATE_FILES} >= {"cpu", "one_gpu", "multi_gpu", "fsdp2", "fsdp2_multi_node"}
 
 
 @pytest.mark.parametrize("path", [*RUN_FILES, *ACCELERATE_FILES], ids=lambda path: path.name)
