@@ -490,7 +490,7 @@ def check_launch(_args: Args) -> Iterator[str]:
     if not launched_with("ACCELERATE_USE_FSDP"):
         return
     if process_count() == 1:
-        yield "the accelerate config asks for FSDP on one process; set num_processes, or use one_gpu.yaml"
+        yield "the accelerate config asks for FSDP on one process; set num_processes, or see configs/accelerate/"
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
     given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
     known = {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS)

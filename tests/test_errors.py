@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, draw_photos
 from helpers import load_arguments, run_python
 from PIL import Image
+from runs import command_line
 
 LOADERS = ("load_text_encoder", "load_vae", "load_transformer")
 
@@ -486,15 +487,33 @@ def test_layers_that_do_not_fit_the_transformer_are_an_error(failure):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variable", "value", "named"), [
-    ("ACCELERATE_USE_FSDP", "true", "FSDP on one process"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
-    ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron"), ("WORLD_SIZE", "2", "2 processes"),
-    ("PJRT_DEVICE", "TPU", "TPU"),
-])  # fmt: skip
-def test_an_engine_or_a_wrong_number_of_processes_is_refused_by_name(failure, monkeypatch, variable, value, named):
+def test_several_processes_that_are_not_one_run_are_refused(failure, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert has(failure(), "2 processes", "configs/accelerate/")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP on one process"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "MEGATRON"),
+        ("PJRT_DEVICE", "TPU", "TPU"),
+    ],
+)
+def test_an_engine_is_refused_by_name_from_the_shell_and_from_a_notebook(
+    script, tiny, photos, tmp_path, monkeypatch, capsys, variable, value, named
+):
+    words = command_line(tiny, photos, tmp_path / "out")
+    args = script.parse_args(words)
     monkeypatch.setenv(variable, value)
-    message = failure()
-    assert has(message, "configs/accelerate/") and named.lower() in message.lower()
+    with pytest.raises(script.UserError, match=named):
+        script.main(args)
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(words)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and named in shown and "configs/accelerate/" in shown
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])

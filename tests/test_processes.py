@@ -495,11 +495,3 @@ def test_a_signal_to_the_launcher_saves_on_two_processes_and_the_run_goes_on(dat
     done = alone(data, "t2i", tmp_path / "out", "--train_batch_size", 2, "--max_train_steps", step + 2,
                  "--resume_from_checkpoint", "latest")  # fmt: skip
     assert column(done, "step") == list(range(1, step + 3))
-
-
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM", "TPU"])
-def test_other_engines_are_refused_by_name(script, engine, monkeypatch, capsys):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(SystemExit) as stopped:
-        script.parse_args(["--pretrained_model_name_or_path", str(ROOT / "tiny_flux2"), "--instance_data_dir", "tests"])
-    assert stopped.value.code == 2 and f"asks for {engine}" in capsys.readouterr().err
