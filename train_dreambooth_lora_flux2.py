@@ -273,7 +273,7 @@ SHARED_FLAGS = {
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "cond_data_dir", "output_dir",
               "cache_dir", "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name", "validation_image",
-              "bnb_quantization_config_path")  # fmt: skip
+              "bnb_quantization_config_path", "resume_from_checkpoint")  # fmt: skip
 SECRET_FLAGS = ("hub_token",)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")

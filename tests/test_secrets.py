@@ -56,6 +56,7 @@ def test_a_token_is_used_for_the_hub_and_is_in_nothing_that_is_written(
     assert hub.files and not [name for name, data in hub.files.items() if CANARY.encode() in data]
     assert any("tfevents" in path.name for path in folder.rglob("*"))
     assert holders(folder) == [] and CANARY not in "".join(capsys.readouterr())
+    assert holders(folder / "logs", str(tmp_path)) == []  # nor folders of this machine in what trackers show
 
 
 @pytest.mark.e2e
