@@ -55,6 +55,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import warnings
 import zipfile
@@ -778,14 +779,22 @@ class ModelFiles:
 
     def part(self, subfolder: str) -> Path:
         """The folder of one part with all its files here; says size and free space before a download."""
-        wanted = {"allow_patterns": [f"{subfolder}/*"], **self.options}
         if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            plan = huggingface_hub.snapshot_download(self.name, dry_run=True, **wanted)
+            plan = self.fetch(subfolder, dry_run=True)
             if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
                 check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
         if self.remote:
-            huggingface_hub.snapshot_download(self.name, **wanted)
+            self.fetch(subfolder)
         return self.folder / subfolder
+
+    def fetch(self, subfolder: str, **options: Any) -> Any:
+        """Downloads one part. Raises UserError when that breaks off."""
+        wanted = {"allow_patterns": [f"{subfolder}/*"], **self.options, **options}
+        try:
+            return huggingface_hub.snapshot_download(self.name, **wanted)
+        except Exception as error:  # the network has no common base of errors
+            raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
+                            "Start again: what is here stays") from error  # fmt: skip
 
     def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
         """The part's config.json, or another file. Raises UserError if the checkpoint has none."""
@@ -1043,7 +1052,14 @@ class Picture:
 
     def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
         """(3, H, W) in [-1, 1], decoded anew: pictures are never kept. See `picture_to_pixels`."""
-        return picture_to_pixels(decode_picture(self.source.read()), self.target, crop, flip)
+        return picture_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def decoded(self) -> PIL.Image.Image:
+        """The picture in sRGB. Raises UserError with its name if it is no longer what was checked."""
+        try:
+            return decode_picture(self.source.read())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.source.name}: was good at the start, and now: {error}") from error
 
 
 # endregion shared: data
@@ -1076,7 +1092,7 @@ class Reference(Picture):
 
     def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
         """(3, H, W) in [-1, 1]; mirrored when its target is, so that mirroring is not learned."""
-        picture, (height, width) = decode_picture(self.source.read()), self.pair_size or capped_size(self.size)
+        picture, (height, width) = self.decoded(), self.pair_size or capped_size(self.size)
         if (width, height) != picture.size:
             picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
         if self.pair_size:
@@ -3714,8 +3730,15 @@ def fill_closed_streams() -> None:
     os.close(descriptor)
 
 
+def print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What Python prints of a failure that nobody expected, without secrets."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+
+
 def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
+    if __name__ == "__main__":
+        sys.excepthook = print_traceback
     fill_closed_streams()
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate, log.handlers = False, log.handlers or [LogHandler()]

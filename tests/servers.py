@@ -257,8 +257,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(Loopback):
     """As much of the Hub as creating a repository, one commit and downloading a model ask for.
 
-    `fault` is None, "create" (403), "commit" (500) or "hang" (no answer to what is posted). What was committed lies in
-    `files`, what was asked in `requests`.
+    `fault` is None, "create" (403), "commit" or "weights" (500), or "hang" (no answer to what is posted). What was
+    committed lies in `files`, what was asked in `requests`.
     """
 
     def __init__(self) -> None:
@@ -389,6 +389,8 @@ class Hub(Loopback):
         path = None if refusal else self.models[repository] / rest.partition("/")[2]
         if refusal or not path.is_file():
             return refusal or json_reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        if self.fault == "weights" and path.suffix == ".safetensors":
+            return json_reply({"error": "Internal error"}, 500)
         data = path.read_bytes()
         return Reply(200, data, {"ETag": f'"{git_oid(data)}"', "X-Repo-Commit": COMMIT})
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -513,3 +514,39 @@ def test_a_result_that_cannot_be_read_back_for_the_upload_is_a_warning(script, q
     quick("--push_to_hub", "--max_train_steps", "1")
     assert "hub: the upload failed" in capsys.readouterr().err
     assert json.dumps(hub.commits) == "[]"
+
+
+def test_a_download_that_breaks_off_is_one_message_that_says_to_start_again(script, hub, tiny, tmp_path):
+    """The second start fetches what is missing."""
+    hub.models["lab/tiny-flux2"] = tiny
+    model = script.find_model(script.Args(
+        pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None, cache_dir=None, hub_token=None
+    ))  # fmt: skip
+    hub.fault = "weights"
+    with pytest.raises(script.UserError, match="lab/tiny-flux2/vae: the download broke off .*Start again"):
+        model.part("vae")
+    hub.fault = None
+    assert any(model.part("vae").glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data that changes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["gone", "damaged"])
+def test_a_picture_that_changes_while_training_is_named_and_the_steps_before_are_kept(
+    script, train, photos, monkeypatch, tmp_path, change
+):
+    """A drive that went away, or a sync that is writing."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+
+    def spoil(_state):
+        for path in folder.glob("*.jpg"):
+            path.unlink() if change == "gone" else path.write_bytes(path.read_bytes()[:500])
+
+    before_step(script, monkeypatch, 2, spoil)
+    with pytest.raises(script.UserError, match=r"0\d\.jpg: was good at the start, and now: ") as caught:
+        train("--instance_data_dir", folder, "--max_train_steps", "5")
+    assert ("No such file" if change == "gone" else "truncated") in str(caught.value)
+    assert checkpoints(tmp_path / "out") == [2]
