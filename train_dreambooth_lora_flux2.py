@@ -47,6 +47,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -1327,6 +1328,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
 
 
+def remove_left_overs(run: Run) -> None:
+    """Removes half-written files of killed runs.
+
+    The output folder is this run's alone; other runs may write to a cache elsewhere, but not for an hour at one file.
+    """
+    class_dir = vars(run.args).get("class_data_dir")
+    for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
+        for path in folder.rglob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                    path.unlink()
+
+
 def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row, list[tuple[Source, str, Size]]]]:
     """Checks every picture once, in threads; returns the good rows, each with (source, sha256, size) of its pictures.
 
@@ -2547,9 +2561,18 @@ def verify_checkpoint(folder: Path) -> str | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+    """Folders checkpoint-N of the run, oldest first; other names are nobody's business.
+
+    checkpoint-N-replaced stands before checkpoint-N: see `save_checkpoint`.
+    """
+    pattern = r"checkpoint-\d+(-replaced)?"
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(pattern, path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: (step_of(path), "replaced" not in path.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of a folder checkpoint-N."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(args: Args) -> Checkpoint | None:
@@ -2660,7 +2683,7 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
     if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
         raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
     final = run.output_dir / f"checkpoint-{state.step}"
-    temporary, old = run.output_dir / f".tmp-checkpoint-{os.getpid()}", run.output_dir / f".tmp-old-{final.name}"
+    temporary, old = run.output_dir / f".tmp-checkpoint-{os.getpid()}", run.output_dir / f"{final.name}-replaced"
     try:
         temporary.mkdir()
         tensors, scalars = optimizer_tensors(state)
@@ -2676,16 +2699,20 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
-        if final.exists():  # a finished run that was resumed
+        replaces = final.exists()  # a finished run that was resumed; what it has stays under a name that `latest` finds
+        if replaces and old.exists():
+            remove_checkpoint(old)
+        if replaces:
             final.rename(old)
         temporary.rename(final)
         flush_to_disk(run.output_dir)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
+    if replaces:
+        remove_checkpoint(old)
     rotate_checkpoints(run, final)
     return final
 
@@ -2710,12 +2737,30 @@ def rotate_checkpoints(run: Run, newest: Path) -> None:
     """Removes the oldest checkpoints above --checkpoints_total_limit, never `newest`; a failure is a warning."""
     others = [folder for folder in list_checkpoints(run.output_dir) if folder != newest]
     for folder in others[: len(others) + 1 - (run.args.checkpoints_total_limit or len(others) + 1)]:
-        doomed = folder.with_name(f".tmp-old-{folder.name}")  # a half-removed folder must not look like a checkpoint
         try:
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            remove_checkpoint(folder)
         except OSError as error:
             log.warning(f"checkpoint: {folder} could not be removed ({error})")
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint; one that is half removed must not look like a checkpoint."""
+    doomed = folder.with_name(f".tmp-old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside_newer(run: Run) -> None:
+    """Renames checkpoints beyond the step at which a resumed run goes on, the newest first.
+
+    They are damaged, or belong to the way that the run was taken back from: `latest` must not find them later.
+    """
+    for folder in reversed(list_checkpoints(run.output_dir)) if run.resume else ():
+        if step_of(folder) > run.resume.state["step"]:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log.warning(f"checkpoint: {folder.name} is newer than where the run goes on: it is now {aside}")
 
 
 def restore(run: Run, state: TrainState) -> None:
@@ -3815,13 +3860,16 @@ def prepare_output(run: Run) -> Run:
 
 
 def begin_output(run: Run) -> None:
-    """Removes what an earlier run left, if asked, and writes the settings."""
+    """Removes what a killed run left half-written, if asked all that an earlier run left, and writes the settings."""
     doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
     if run.args.overwrite_output_dir and not run.resume and (run.output_dir / "config.args").is_file():
         doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
         doomed += run.output_dir.glob("samples/step-*")
+        doomed += run.output_dir.glob("abandoned-checkpoint-*")
     for path in doomed:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_left_overs(run)
+    set_aside_newer(run)
     write_atomically(run.output_dir / "config.args", write_config(run).encode())
 
 
@@ -3870,31 +3918,65 @@ def prepare_streams(
 
 
 # region shared: main
+@contextlib.contextmanager
+def output_lock(args: Args) -> Iterator[None]:
+    """Keeps other runs out of the output folder while this one goes on. Raises UserError that says who is in it.
+
+    The kernel gives the lock back when its process ends, however it ends; workers do not inherit it. Windows has none.
+    """
+    if args.dry_run or os.environ.get("RANK", "0") != "0" or importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl  # POSIX only
+
+    path = Path(args.output_dir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"--output_dir {args.output_dir}: another run is going on in it ({file.read()}); "
+                            "wait for it, stop it, or choose another folder") from None  # fmt: skip
+        except OSError as error:
+            log.warning(f"{path}: no lock on this drive ({error}); start no second run with this --output_dir")
+        try:
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+                file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 @ExitCodes()
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
-    run = start_accelerator(args)
-    with run.accelerator.main_process_first():  # the others find the index of checked pictures
-        samples, buckets = check_data(run)
-    check_plan(run, samples)
-    if args.dry_run:
-        return
-    run = prepare_output(run)
-    space = open_latent_space(run)
-    prompts = encode_prompts(run, all_prompts(run, samples))
-    streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
-    parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
-    state = set_up_training(run, parts)
-    with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-        with keep_progress(run, state):
-            train(run, parts, state, stop)
-        save_results(run, state, stop)
-    gallery = draw_final_pictures(run, parts, state.parameters)
-    end_trackers(run)
-    if run.is_main:
-        write_card(run, state, gallery)
-        push(run)
-    print_results(run)
+    set_up_logging()  # first of all: it secures the streams before a file is opened
+    with output_lock(args):
+        run = start_accelerator(args)
+        with run.accelerator.main_process_first():  # the others find the index of checked pictures
+            samples, buckets = check_data(run)
+        check_plan(run, samples)
+        if args.dry_run:
+            return
+        run = prepare_output(run)
+        space = open_latent_space(run)
+        prompts = encode_prompts(run, all_prompts(run, samples))
+        streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
+        parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
+        state = set_up_training(run, parts)
+        with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
+            with keep_progress(run, state):
+                train(run, parts, state, stop)
+            save_results(run, state, stop)
+        gallery = draw_final_pictures(run, parts, state.parameters)
+        end_trackers(run)
+        if run.is_main:
+            write_card(run, state, gallery)
+            push(run)
+        print_results(run)
 
 
 if __name__ == "__main__":

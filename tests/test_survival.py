@@ -1,0 +1,212 @@
+"""Runs that are killed: one run per folder, half-written files, abandoned checkpoints, real SIGKILLs in children.
+
+A child is forked from this process, which has imported everything; so a kill costs seconds less than a new program.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from children import forked, killed_at, wait_until
+from runs import LORA, assert_same_run, column, files_of, sha256, spy
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and locks of POSIX")]
+
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that the tests of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(train, cache):
+    """`train` with the shared cache, pictures in it too."""
+    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, set aside ones too."""
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run per folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy(script, quick, monkeypatch, tmp_path):
+    """Pid of a child that trains in `tmp_path/out` and waits there after its second step."""
+
+    def wait_at_two(run, parts, state, batches, original=script.train_step):
+        if state.step == 2:
+            (tmp_path / "waits").touch()
+            time.sleep(120)
+        return original(run, parts, state, batches)
+
+    monkeypatch.setattr(script, "train_step", wait_at_two)
+    with forked(quick, "--max_train_steps", "6", "--checkpointing_steps", "1", log=tmp_path / "log") as child:
+        monkeypatch.undo()
+        wait_until((tmp_path / "waits").exists, child)
+        yield child
+
+
+@pytest.mark.parametrize("flag", [RESUME, ("--overwrite_output_dir",)], ids=["resume", "overwrite"])
+def test_a_second_run_in_the_same_folder_is_refused_by_name_before_anything_is_written(
+    script, quick, busy, tmp_path, flag
+):
+    """The message says which process holds the folder, where, and since when; every file stays as it is."""
+    before = {name: sha256(tmp_path / "out" / name) for name in files_of(tmp_path / "out") - {".lock"}}
+    with pytest.raises(script.UserError) as caught:
+        quick("--max_train_steps", "6", *flag)
+    assert re.search(
+        rf"another run .*process {busy.pid} on \S+ since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", str(caught.value)
+    )
+    assert {name: sha256(tmp_path / "out" / name) for name in files_of(tmp_path / "out") - {".lock"}} == before
+    quick("--max_train_steps", "6", *flag, "--dry_run")  # a plan needs no lock
+
+
+def test_the_lock_of_a_killed_run_is_no_obstacle_and_is_gone_after_the_next_one(quick, busy, tmp_path):
+    """The file of the dead process is still there; the kernel has given its lock back."""
+    busy.kill()
+    assert f"process {busy.pid}" in (tmp_path / "out" / ".lock").read_text()
+    folder = quick("--max_train_steps", "3", *RESUME)
+    assert column(folder, "step") == [1, 2, 3] and not (folder / ".lock").exists()
+
+
+def test_a_drive_without_locks_is_a_warning(script, quick, monkeypatch, capsys):
+    """Some network drives have none: the run goes on and says what not to do."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert (quick("--max_train_steps", "1") / LORA).is_file()
+    assert "no lock on this drive" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Half-written files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def empty(path: Path) -> None:
+    """No bytes, as after a power failure."""
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    """The first two thirds."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def zeros(path: Path) -> None:
+    """The right length, nothing in it, as after a power failure."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [empty, cut, zeros, Path.unlink])
+def test_a_damaged_cache_file_is_made_again_and_the_run_ends_the_same(script, train, monkeypatch, tmp_path, damage):
+    """One embedding, one picture's latents and the index; the others are not encoded a second time."""
+    flags = ("--cache_latents", "--latents_cache_dir", tmp_path / "cache")
+    whole = train(*flags, output="whole")
+    victims = [sorted((tmp_path / "cache" / kind).iterdir())[0] for kind in ("prompts", "latents")]
+    good = [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in victims]  # not mapped
+    for path in [*victims, tmp_path / "cache" / "index.json"]:
+        damage(path)
+    encoded = [spy(monkeypatch, script, name) for name in ("encode_prompt", "encode_pixels")]
+    again = train(*flags, output="again")
+    assert [len(calls) for calls in encoded] == [1, 1]
+    for path, tensors in zip(victims, good, strict=True):
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
+    assert len(json.loads((tmp_path / "cache" / "index.json").read_text())["files"]) >= 5
+    assert_same_run(whole, again)
+
+
+def test_left_overs_of_killed_runs_are_removed_and_nothing_of_the_users(quick, cache):
+    """In the output folder at once; in a cache elsewhere, where another run may be writing, after an hour."""
+    folder = quick("--max_train_steps", "1")
+    ours = [folder / ".metrics.jsonl.4711.tmp", folder / "samples" / ".a.png.12.tmp", cache / ".x.safetensors.1.tmp"]
+    fresh, users = cache / "prompts" / ".y.safetensors.99.tmp", [folder / ".notes.tmp", folder / "a.tmp"]
+    for path in [*ours, fresh, *users, folder / ".tmp-checkpoint-4711" / "state.json"]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    os.utime(ours[2], (time.time() - 4000,) * 2)
+    quick("--max_train_steps", "1", *RESUME)
+    assert [path for path in [*ours, folder / ".tmp-checkpoint-4711"] if path.exists()] == []
+    assert [path for path in [fresh, *users] if not path.exists()] == []
+    fresh.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An older checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_beyond_an_older_one_that_was_resumed_from_are_not_taken_later(script, quick, tmp_path):
+    """They keep their content under another name: a kill right afterwards goes on from the older one."""
+    flags = ("--max_train_steps", "6", "--checkpointing_steps", "2")
+    whole = quick(*flags, output="whole")
+    shutil.copytree(whole, tmp_path / "out")
+    killed_at(script, 3, quick, *flags, "--resume_from_checkpoint", "checkpoint-2", log=tmp_path / "log")
+    assert checkpoints(tmp_path / "out") == ["abandoned-checkpoint-4", "abandoned-checkpoint-6", "checkpoint-2"]
+    assert script.verify_checkpoint(tmp_path / "out" / "abandoned-checkpoint-6") is None
+    steps = spy_steps(script)
+    quick(*flags, *RESUME)
+    assert steps() == 4, "not from checkpoint 2"
+    assert_same_run(whole, tmp_path / "out")
+    quick("--max_train_steps", "1", "--overwrite_output_dir")
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+
+
+def spy_steps(script):
+    """Counts training steps from now on: call the result."""
+    patch = pytest.MonkeyPatch()
+    calls = spy(patch, script, "train_step")
+
+    def count() -> int:
+        patch.undo()
+        return len(calls)
+
+    return count
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_kill_while_a_finished_runs_last_checkpoint_is_saved_again_loses_nothing(script, quick, tmp_path, moment):
+    """With one checkpoint kept: at no instant there is none, though a folder cannot replace another in one go."""
+    flags = ("--max_train_steps", "2", "--checkpoints_total_limit", "1")
+    folder = quick(*flags)
+    lora = sha256(folder / LORA)
+    patch = pytest.MonkeyPatch()
+    rename = Path.rename
+
+    def killing(path, target):
+        """The two renames of the save: what is there steps aside, then the new one takes its name."""
+        ours = path.name in ("checkpoint-2", f".tmp-checkpoint-{os.getpid()}")
+        at = {"checkpoint-2": "before", f".tmp-checkpoint-{os.getpid()}": "between"}.get(path.name)
+        if ours and at == moment:
+            os.kill(os.getpid(), 9)
+        rename(path, target)
+        if at == "between" and moment == "after":
+            os.kill(os.getpid(), 9)
+
+    patch.setattr(Path, "rename", killing)
+    with forked(quick, *flags, *RESUME, log=tmp_path / "log") as child:
+        patch.undo()
+        assert child.wait() == -9, (tmp_path / "log").read_text()
+    wanted = {"before": 1, "between": 1, "after": 2}
+    found = script.list_checkpoints(folder)
+    assert len(found) == wanted[moment] and all(script.verify_checkpoint(path) is None for path in found)
+    quick(*flags, *RESUME)
+    assert sha256(folder / LORA) == lora and checkpoints(folder) == ["checkpoint-2"]
