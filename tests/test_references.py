@@ -821,7 +821,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_rows_alone_with_kept_and_dropped
     together, sigmas = i2i.batch_losses(run, parts, i2i.collate(rows))
     alone = [i2i.batch_losses(run, parts, i2i.collate([row])) for row in rows]
     torch.testing.assert_close(together, torch.cat([losses for losses, _ in alone]), rtol=1e-5, atol=1e-5)
-    assert sigmas == [sigma for _, (sigma,) in alone] and together.std() > 1e-3
+    assert sigmas.tolist() == [sigma.item() for _, (sigma,) in alone] and together.std() > 1e-3
     for number in (0, 3):  # the references do count
         bare = i2i.batch_losses(run, parts, i2i.collate([{**rows[number], "references": []}]))[0]
         assert abs(bare - together[number]) > 1e-3
