@@ -25,9 +25,9 @@ from unit_parts import start_run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quantization"
 KINDS = ("nf4", "int8")
-# Relative error of output and input gradient against fp32, for normal weights. Seen: NF4 0.096 with its compute in
-# bf16, 8 bit 0.010.
-ERRORS = {"nf4": (0.05, 0.11), "int8": (0.005, 0.012)}
+# Relative error of output and input gradient against fp32, for normal weights. Seen: NF4 0.092; 8 bit 0.0074 to 0.0108,
+# the most where a picture is drawn and activations are 8 bit too.
+ERRORS = {"nf4": (0.08, 0.1), "int8": (0.005, 0.012)}
 
 
 def flags_of(kind: str) -> tuple[str, str]:
@@ -173,11 +173,11 @@ def test_each_weight_is_gone_before_the_next_but_one_is_quantised(script, tiny, 
     assert len(alive) == 32 and max(alive) <= 1, alive
 
 
-@pytest.mark.parametrize(("kind", "worst", "cosine"), [("nf4", 0.5, 0.85), ("int8", 0.08, 0.99)])
+@pytest.mark.parametrize(("kind", "worst", "cosine"), [("nf4", 0.12, 0.97), ("int8", 0.02, 0.999)])
 def test_the_whole_model_is_near_the_unquantised_one_in_output_and_lora_gradient(
     script, tiny, tmp_path, kind, worst, cosine
 ):
-    """Errors of six blocks add up; directions agree. Checkpointing changes nothing."""
+    """Seen: 0.078 and 0.010 in the output, cosines 0.987 and 0.9999. Checkpointing changes nothing."""
     plain, quantized = (with_random_lora(script, start_run(script, tiny, tmp_path, *f)) for f in ((), flags_of(kind)))
     with torch.no_grad():
         error = relative_error(run_transformer(quantized), run_transformer(plain))

@@ -271,12 +271,12 @@ QUANTIZED = {
 def test_a_quantised_base_learns_the_subject_too(
     t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures, base
 ):
-    """Trained on quantised weights and drawn on the full ones: most of the gain."""
+    """Trained on quantised weights and drawn on the full ones. Seen: 0.099 on full weights, 0.101, 0.096 and 0.100."""
     full = judge(tiny, subject_lora, base_distances)["gain"]
     lora = train(t2i, tiny, subject, tmp_path / base, *QUANTIZED[base])
     quantized = judge(tiny, lora, base_distances)["gain"]
     figures(f"gain with a base in {base}", full=full, **{base: quantized})
-    assert quantized > 0.7 * full
+    assert quantized > 0.85 * full
 
 
 @pytest.mark.learning
