@@ -1,0 +1,130 @@
+"""Host memory per process while FSDP2 loads a transformer: does a process keep its part only?
+
+    python benchmarks/sharded_loading.py [--processes 1 2 4] [--output benchmarks/sharded_loading.json]
+
+Makes a transformer of about a thousand million random bf16 weights, starts the script's own loading (load_transformer,
+add_lora, place_transformer) on the CPU in so many processes, and samples each process's PSS, in which a page that n
+processes map counts as 1/n. With one process the model is whole. Linux only.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDE = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 2, "num_single_layers": 4,
+        "axes_dims_rope": [32, 32, 32, 32]}  # fmt: skip
+
+
+def pss() -> float:
+    """This process's proportional set size in GB."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e9
+
+
+class Sampler(threading.Thread):
+    """Keeps the largest PSS seen, ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.running = 0.0, True
+
+    def run(self) -> None:
+        """Samples until told to stop."""
+        while self.running:
+            self.peak = max(self.peak, pss())
+            time.sleep(0.1)
+
+
+def make_model(folder: Path) -> int:
+    """The embedded model with a wide transformer in bf16; returns the bytes of its weights."""
+    import torch
+    from diffusers import Flux2Transformer2DModel
+
+    shutil.copytree(ROOT / "tiny_flux2", folder, ignore=shutil.ignore_patterns("transformer"))
+    config = json.loads((ROOT / "tiny_flux2/transformer/config.json").read_text())
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel.from_config({**config, **WIDE}).to(torch.bfloat16)
+    model.save_pretrained(folder / "transformer")
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def measure_here(arguments: list[str]) -> None:
+    """In one of the processes: loads as a run does, and writes what this process used."""
+    sys.path.insert(0, str(ROOT))
+    from torch.distributed.tensor import DTensor
+
+    import train_dreambooth_lora_flux2 as script
+
+    run = script.start_accelerator(script.parse_args(arguments))
+    run.accelerator.wait_for_everyone()
+    before, sampler = pss(), Sampler()
+    sampler.start()
+    transformer = script.load_transformer(run)
+    script.add_lora(run, transformer)
+    script.place_transformer(run, transformer)
+    if run.processes == 1:  # touch every weight, as a first forward would
+        sum(parameter.float().sum() for parameter in transformer.parameters())
+    run.accelerator.wait_for_everyone()
+    sampler.running = False
+    sampler.join()
+    sharded = sum(isinstance(parameter, DTensor) for parameter in transformer.parameters())
+    seen = {"processes": run.processes, "sharded_tensors": sharded, "before_gb": round(before, 3),
+            "peak_above_gb": round(sampler.peak - before, 3), "kept_above_gb": round(pss() - before, 3)}  # fmt: skip
+    Path(os.environ["MEASURED"], f"{run.rank}.json").write_text(json.dumps(seen))
+
+
+def launch(processes: int, model: Path, scratch: Path) -> list[dict]:
+    """Starts so many processes; returns what each saw."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = scratch / f"seen-{processes}"
+    results.mkdir()
+    name = "fsdp2.yaml" if processes > 1 else "cpu.yaml"
+    config = (ROOT / "configs/accelerate" / name).read_text().replace("gpu_ids: all\n", "")
+    config = config.replace("use_cpu: false", "use_cpu: true").replace(
+        "num_processes: 8", f"num_processes: {processes}"
+    )
+    (scratch / name).write_text(f"{config}main_process_port: {port}\n")
+    words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", model, "--output_dir", scratch / "out",
+             "--instance_prompt", "a toy", "--mixed_precision", "bf16", "--report_to", "none"]  # fmt: skip
+    command = ["accelerate", "launch", "--config_file", scratch / name, __file__, "--here", *words]
+    environment = {**os.environ, "MEASURED": str(results), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    subprocess.run([str(word) for word in command], check=True, env=environment, cwd=ROOT)
+    return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+
+
+def main() -> None:
+    """Makes the model, measures each number of processes, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/sharded_loading.json")
+    args = parser.parse_args()
+    import torch
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch, "model")
+        size = make_model(model)
+        rows = {str(count): launch(count, model, Path(scratch)) for count in args.processes}
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    result = {"date": time.strftime("%Y-%m-%d"), **machine, "weights_gb": round(size / 1e9, 3), "processes": rows}
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--here"]:
+        measure_here(sys.argv[2:])
+    else:
+        main()
