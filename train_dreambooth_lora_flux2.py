@@ -2636,6 +2636,7 @@ class TrainState:
     schedule: Any
     fingerprint: dict[str, Any]
     step: int = 0  # optimizer steps done
+    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
     whole: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
@@ -3719,7 +3720,8 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
                 write_metrics(run, values)
             track(run, values, state.step)
             watch(state, values)
-            if state.step % run.args.checkpointing_steps == 0 and state.step < steps and stop.agreed is None:
+            due = state.step % run.args.checkpointing_steps == 0 or (state.unsaved and state.step % 10 == 0)
+            if due and state.step < steps and stop.agreed is None:
                 try_save_checkpoint(run, state)
 
 
@@ -3748,13 +3750,15 @@ def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
 
 
 def try_save_checkpoint(run: Run, state: TrainState) -> None:
-    """Saves; if the disk refuses, training goes on and the next checkpoint tries again."""
+    """Saves; if the disk refuses, training goes on and every tenth step tries again."""
     if not run.is_main:
         return
     try:
         log.info(f"checkpoint: {save_checkpoint(run, state)}")
+        state.unsaved = False
     except OSError as error:
-        log.warning(f"checkpoint: step {state.step} was not saved ({error}); the run goes on")
+        state.unsaved = True
+        log.warning(f"checkpoint: step {state.step} was not saved ({error}); the run goes on, and soon tries again")
 
 
 def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:

@@ -320,6 +320,19 @@ def test_a_final_lora_that_does_not_fit_is_still_in_the_last_checkpoint(script, 
     assert list((tmp_path / "out").glob(".*")) == []
 
 
+def test_a_checkpoint_that_did_not_fit_is_tried_again_at_the_next_tenth_step(script, quick, monkeypatch, tmp_path):
+    """Not only when the next one is due, which may be hundreds of steps away."""
+
+    def save(run, state, original=script.save_checkpoint):
+        if state.step == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(run, state)
+
+    monkeypatch.setattr(script, "save_checkpoint", save)
+    quick("--max_train_steps", "22", "--checkpointing_steps", "8")
+    assert checkpoints(tmp_path / "out") == [10, 16, 22]
+
+
 def test_a_metrics_file_on_a_disk_that_is_really_full_is_one_warning(quick, tmp_path, capsys):
     """/dev/full refuses every byte, as a full disk does."""
     if not os.path.exists("/dev/full"):
