@@ -3919,7 +3919,7 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     else:
         state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
         state.skipped += 1
-        name_bad_samples(run, state.step + 1, names, row_losses)
+        name_bad_samples(run, state.step + 1, names, row_losses, sigmas)
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     state.step += 1
@@ -3947,11 +3947,12 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows_N2: to
     return slots.view(-1, 2)
 
 
-def name_bad_samples(run: Run, step: int, names: list[str], row_losses: list[float]) -> None:
+def name_bad_samples(run: Run, step: int, names: list[str], row_losses: list[float], sigmas: list[float]) -> None:
     """Logs a skipped step with this process's samples whose loss is not finite, or all if only the gradient is not."""
-    own = row_losses[run.rank * len(names) :][: len(names)]
-    bad = [name for name, loss in zip(names, own, strict=True) if not math.isfinite(loss)]
-    bad = bad or names * all(map(math.isfinite, row_losses))
+    own = slice(run.rank * len(names), (run.rank + 1) * len(names))
+    told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
+    bad = [name for name, loss in zip(told, row_losses[own], strict=True) if not math.isfinite(loss)]
+    bad = bad or told * all(map(math.isfinite, row_losses))
     where = f" (process {run.rank})" * (run.processes > 1)
     if bad or run.is_main:
         log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")

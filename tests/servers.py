@@ -257,8 +257,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(Loopback):
     """As much of the Hub as creating a repository, one commit and downloading a model ask for.
 
-    `fault` is None, "create" (403), "commit" or "weights" (500), or "hang" (no answer to what is posted). What was
-    committed lies in `files`, what was asked in `requests`.
+    `fault` is None, "create" (403), "lfs", "commit" or "weights" (500), or "hang" (no answer to what is posted). What
+    was committed lies in `files`, what was asked in `requests`.
     """
 
     def __init__(self) -> None:
@@ -332,6 +332,8 @@ class Hub(Loopback):
 
     def receive(self, request: Request) -> Reply:
         """Takes one LFS object; its name is its hash."""
+        if self.fault == "lfs":
+            return json_reply({"error": "Internal error"}, 500)
         self.blobs[request.path.rpartition("/")[2]] = request.body
         return Reply()
 

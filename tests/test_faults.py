@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_latents_that_are_not_numbers_skip_the_step_and_leave_weights_and_moment
     for number in range(5):
         if number in skipped:
             line = next(line for line in told.splitlines() if f"step {number + 1}: not finite" in line)
-            assert names[number] in line
+            assert re.search(rf"{re.escape(names[number])} \(sigma [01]\.\d+\)", line)
         if number:
             assert all(map(torch.equal, *snapshots[number - 1 : number + 1])) == (number in skipped)
     assert all_finite(lora(folder))
@@ -481,22 +482,23 @@ def test_the_hub_is_waited_for_two_minutes_and_not_for_ever(script, hub):
     assert script.HUB_SILENCE == 120 and get_session().timeout.read == 120
 
 
-def test_a_hub_that_hangs_at_the_upload_is_a_warning_with_the_line_that_does_it_by_hand(
-    script, quick, hub, monkeypatch, capsys
+@pytest.mark.parametrize(("fault", "reason"), [("hang", "Timeout"), ("lfs", "uploading"), ("commit", "500")])
+def test_a_hub_that_fails_at_the_upload_is_a_warning_with_the_line_that_does_it_by_hand(
+    script, quick, hub, monkeypatch, capsys, fault, reason
 ):
     """The result is on disk before the first byte goes out."""
     monkeypatch.setattr(script, "HUB_SILENCE", 0.2)
 
-    def hang(*args, original=script.end_trackers):
-        hub.fault = "hang"
+    def break_off(*args, original=script.end_trackers):
+        hub.fault = fault
         original(*args)
 
-    monkeypatch.setattr(script, "end_trackers", hang)
+    monkeypatch.setattr(script, "end_trackers", break_off)
     started = time.monotonic()
     folder = quick("--push_to_hub", "--max_train_steps", "1")
     assert time.monotonic() - started < 20
     printed = capsys.readouterr().err
-    assert f"hf upload tester/out {folder}" in printed and "Timeout" in printed and hub.files == {}
+    assert f"hf upload tester/out {folder}" in printed and reason in printed and hub.files == {}
     assert (folder / LORA).is_file() and (folder / "README.md").is_file()
 
 
