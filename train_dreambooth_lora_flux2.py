@@ -3678,6 +3678,8 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
+    if run.sharding and run.quantization:
+        log.info("train: bitsandbytes' weights are not split: each device holds them whole; --do_fp8_training is split")
     if steps < 100 and not run.args.max_train_steps:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 

@@ -257,6 +257,8 @@ def test_a_sharded_text_encoder_gives_the_same_embeddings(two, name):
 
 # ---- FSDP2: configs/accelerate/fsdp2.yaml ----
 
+# computed in the dtype of the input: products in bf16 depend on the batch by more than 1e-5
+BNB = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "aot_eager", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
 
 
@@ -272,6 +274,9 @@ def sharded(tmp_path_factory, data, tiny_klein):
                   "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.01)  # fmt: skip
     tasks.add("not-checkpointed", "t2i", "--train_batch_size", 2, environment=eager)
     tasks.add("fp8", "t2i", "--do_fp8_training", "--max_train_steps", 8)
+    for kind in BNB:
+        (folder / f"{kind}.json").write_text(json.dumps(BNB[kind]))
+        tasks.add(kind, "t2i", "--bnb_quantization_config_path", folder / f"{kind}.json", "--max_train_steps", 8)
     tasks.add("compiled", "t2i", "--train_batch_size", 2, environment=COMPILED)
     tasks.add("drawn", "t2i", "--max_train_steps", 8, "--validation_prompt", "a toy", "a cat", "--validation_steps", 3,
               "--num_inference_steps", 2, "--num_validation_images", 1, "--train_batch_size", 2)  # fmt: skip
@@ -314,6 +319,18 @@ def test_fp8_weights_are_sharded_and_train_as_whole_ones(sharded, two):
     assert all(any("attn" in name for name in view["fp8"]["sharded"]) for view in seen)
     assert not any(view["fp8"]["sharded"] for view in two[1])
     assert_same_training(two[0] / "fp8", folder / "fp8")
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_bitsandbytes_weights_stay_whole_and_train_as_in_one_process(sharded, data, kind, tmp_path):
+    """Under FSDP each process holds them all; what else the blocks have is split."""
+    folder, seen = sharded
+    for view in seen:
+        assert len(view[kind]["whole_blocks"]) == 32 and view[kind]["sharded"]
+        assert all(name.endswith("weight") and "norm" not in name for name in view[kind]["whole_blocks"])
+    single = alone(data, "t2i", tmp_path / "one", "--bnb_quantization_config_path", folder / f"{kind}.json",
+                   "--train_batch_size", 2, "--max_train_steps", 8)  # fmt: skip
+    assert_same_training(single, folder / kind)
 
 
 def test_sharded_processes_draw_in_lock_step(sharded, data, tmp_path):
