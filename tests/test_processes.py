@@ -18,7 +18,7 @@ import torch
 import yaml
 from conftest import ROOT, SCRIPTS, draw_photo, draw_photos, draw_references
 from runs import LORA, column, lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_launch import environment, launch
 
 pytestmark = [pytest.mark.launch, pytest.mark.e2e, pytest.mark.slow]
@@ -140,6 +140,16 @@ OPTIMIZERS = {
 }
 
 
+def poisoned(data: dict[str, Path], folder: Path) -> tuple[object, ...]:
+    """The flags of a run of which one picture's cached latents are not numbers; the cache is made if it is missing."""
+    flags = ("--cache_latents", "--latents_cache_dir", folder / "cache")
+    if not folder.is_dir():
+        alone(data, "t2i", folder / "out", *flags, "--max_train_steps", 1)
+        victim = sorted((folder / "cache" / "latents").glob("*.safetensors"))[0]
+        save_file({name: tensor * float("nan") for name, tensor in load_file(victim).items()}, victim)
+    return flags
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, data):
     """(folder, what each process saw) of all runs of two processes."""
@@ -165,6 +175,7 @@ def two(tmp_path_factory, data):
     tasks.add("made-classes", "t2i", *PRIOR, "--class_data_dir", classes, "--num_class_images", 5,
               "--sample_batch_size", 2, "--num_inference_steps", 2, "--max_train_steps", 1)  # fmt: skip
     tasks.add("fp8", "t2i", "--do_fp8_training", "--max_train_steps", 8)
+    tasks.add("poisoned", "t2i", *poisoned(data, folder / "poison"))
     started = alone(data, "t2i", folder / "resumed", *BUCKETS, "--train_batch_size", 2, "--max_train_steps", 4)
     assert (started / "checkpoint-4").is_dir()
     tasks.add("resumed", "t2i", *BUCKETS, "--max_train_steps", 10, "--resume_from_checkpoint", "latest")
@@ -201,6 +212,20 @@ def test_eight_bit_adam_and_prodigy_step_alike_on_every_process(two, data, name,
     single = alone(data, name, tmp_path / "one", *OPTIMIZERS[optimizer], "--train_batch_size", 4)
     # 8-bit moments round: a gradient's last bit may move one by a step of its map
     assert_same_training(single, folder / f"{name}-{optimizer}", tolerance=2e-3 if optimizer == "adam8" else 1e-5)
+
+
+def test_a_sample_that_is_not_finite_on_one_process_skips_the_step_on_both(two, data, tmp_path):
+    """The other one had good numbers; had it stepped, the two would train different LoRAs from there on."""
+    folder, seen = two
+    assert [view["poisoned"]["processes"] for view in seen] == [2, 2]
+    single = alone(data, "t2i", tmp_path / "one", *poisoned(data, folder / "poison"), "--train_batch_size", 2)
+    one, other = (torch.tensor(column(run, "loss")) for run in (single, folder / "poisoned"))
+    assert 1 <= other.isnan().sum() < len(other) - 1
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=0, equal_nan=True)
+    first, second = (
+        torch.cat([t.flatten() for _, t in sorted(lora(f).items())]) for f in (single, folder / "poisoned")
+    )
+    assert first.norm() > 0 and (first - second).norm() <= 1e-5 * first.norm()
 
 
 def test_pictures_are_shared_out_and_drawing_them_does_not_change_training(two, data, tmp_path):
