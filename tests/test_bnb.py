@@ -384,6 +384,20 @@ def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it
     assert torch.equal(embedding, used)
 
 
+@pytest.mark.e2e
+def test_an_encoder_that_is_stored_quantised_goes_with_a_transformer_that_is_not(
+    script, train, tiny, stored_models, tmp_path, monkeypatch
+):
+    """Each part is taken as it is; the flag speaks of the transformer."""
+    without_gpu(monkeypatch)
+    model = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder"))
+    shutil.copytree(stored_models["nf4"] / "text_encoder", model / "text_encoder")
+    encoders, bases = spy(monkeypatch, script, "load_text_encoder"), spy(monkeypatch, script, "load_transformer")
+    train("--pretrained_model_name_or_path", model, *flags_of("int8"), "--max_train_steps", "1")
+    assert any(isinstance(module, bnb.Linear4bit) for module in encoders[0].result.modules())
+    assert any(isinstance(module, bnb.Linear8bitLt) for module in bases[0].result.modules())
+
+
 @pytest.mark.parametrize("flags", [flags_of("nf4"), ("--do_fp8_training",)])
 def test_a_stored_checkpoint_is_not_quantised_again(script, stored_models, tmp_path, flags):
     with pytest.raises(script.UserError, match=f"{flags[0]}: leave it out.*stored quantised already"):
