@@ -1728,6 +1728,13 @@ def is_cached(path: Path) -> bool:
         return False
 
 
+def write_cached(path: Path, name: str, tensor: torch.Tensor, what: str) -> None:
+    """Writes one tensor to the cache. Raises UserError if it is not finite: it would be read from there for ever."""
+    if not tensor.isfinite().all():
+        raise UserError(f"{what}: its encoding is not finite; are the weights whole? If so, add --mixed_precision no")
+    write_atomically(path, save({name: tensor.cpu().contiguous()}))
+
+
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
     data = save(tensors)
@@ -1781,7 +1788,7 @@ def encode_missing_prompts(run: Run, cache: PromptCache, missing: list[str]) -> 
         encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
     with Progress("encode prompts", len(missing)) as progress:
         for prompt in missing:
-            write_atomically(cache.path(prompt), save({"prompt_embeds": encode(prompt).cpu().contiguous()}))
+            write_cached(cache.path(prompt), "prompt_embeds", encode(prompt), f"prompt {prompt[:80]!r}")
             progress.advance()
     del encode
     release_memory()
@@ -1932,7 +1939,7 @@ def encode_missing_pictures(
     with Progress("encode pictures", len(missing)) as progress:
         for path, (picture, flip) in missing.items():
             moments = encode_pixels(vae, picture.pixels(flip=flip)[None])[0]
-            write_atomically(path, save({"moments": moments.cpu().contiguous()}))
+            write_cached(path, "moments", moments, f"picture {picture.source.name}")
             progress.advance()
     return vae
 

@@ -140,6 +140,24 @@ def test_ten_bad_steps_in_a_row_end_the_program_with_exit_code_3_and_a_finite_ch
     assert all_finite(load_file(tmp_path / "out" / "checkpoint-10" / "training_state.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("encoder", "named"), [("encode_prompt", "prompt 'a photo of"), ("encode_pixels", "picture 0")]
+)
+def test_an_encoding_that_is_not_finite_is_named_and_not_kept(script, train, monkeypatch, tmp_path, encoder, named):
+    """From the cache it would spoil every later run as well."""
+
+    original = getattr(script, encoder)
+
+    def spoilt(*args):
+        return original(*args) * math.nan
+
+    monkeypatch.setattr(script, encoder, spoilt)
+    with pytest.raises(script.UserError, match=f"{named}.*: its encoding is not finite"):
+        train("--cache_latents")
+    kind = {"encode_prompt": "prompts", "encode_pixels": "latents"}[encoder]
+    assert [*(tmp_path / "out" / "cache").glob(f"{kind}/*")] == []
+
+
 @pytest.mark.parametrize("when", ["at a checkpoint", "at the end", "when it breaks off"])
 def test_a_lora_that_is_not_finite_is_never_saved(script, quick, monkeypatch, tmp_path, when):
     """However it came about; what was saved before stays the newest."""
@@ -332,6 +350,22 @@ def test_a_checkpoint_that_did_not_fit_is_tried_again_at_the_next_tenth_step(scr
     monkeypatch.setattr(script, "save_checkpoint", save)
     quick("--max_train_steps", "22", "--checkpointing_steps", "8")
     assert checkpoints(tmp_path / "out") == [10, 16, 22]
+
+
+def test_a_last_checkpoint_without_room_ends_the_program_with_exit_code_4_and_what_is_kept(t2i, tiny, photos, tmp_path):
+    """No file may grow over 400 kB: the checkpoint has 600, the LoRA 200."""
+    pytest.importorskip("resource")
+    words = command_line(tiny, photos, tmp_path / "out", "--seed", "0", "--cache_latents", "--max_train_steps", "1")
+    words += ["--latents_cache_dir", str(tmp_path / "cache")]
+    t2i.main(t2i.parse_args([*words, "--output_dir", str(tmp_path / "quiet")]))
+    assert (tmp_path / "quiet" / "checkpoint-1" / "training_state.safetensors").stat().st_size > 409_600
+    command = ["sh", "-c", 'ulimit -f 800; exec "$0" "$@"', sys.executable, str(ROOT / Path(t2i.__file__).name), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 4, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert "the last save failed" in last and f"What is kept: {tmp_path / 'out' / LORA}" in last
+    assert (tmp_path / "out" / LORA).read_bytes() == (tmp_path / "quiet" / LORA).read_bytes()
+    assert checkpoints(tmp_path / "out") == [] and list((tmp_path / "out").glob(".tmp*")) == []
 
 
 def test_a_metrics_file_on_a_disk_that_is_really_full_is_one_warning(quick, tmp_path, capsys):
