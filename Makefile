@@ -1,7 +1,8 @@
 # Needs make and Python >= 3.11; everything else is installed into $(VENV) on first use and re-used afterwards.
 #   make demo           train a LoRA on the CPU on the embedded tiny model; demo-edit: the same for an edit
 #   make check          lint, format, static and unit tests
-#   make test           every test that needs no GPU; test-learning: the longer proofs that training learns
+#   make test           every test that needs no GPU; test-learning: the longer proofs that training learns; test-soak:
+#                       hundreds of kills and faults
 # Another interpreter: make demo PYTHON=python3.12. An environment that exists already: make test VENV=path/to/venv.
 
 PYTHON ?= python3
@@ -20,10 +21,10 @@ LAST_DEMO_PAIR := $(DEMO_PAIRS)/unseen_target/003.png
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-edit check test test-learning format clean
+.PHONY: help demo demo-edit check test test-learning test-soak format clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
@@ -64,10 +65,13 @@ check: $(DEV_STAMP)
 	$(PYTEST) -m "not e2e and not launch and not gpu" tests
 
 test: $(DEV_STAMP)
-	$(PYTEST) --durations=25 -m "not gpu and not learning" tests
+	$(PYTEST) --durations=25 -m "not gpu and not learning and not soak" tests
 
 test-learning: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 LEARNING_JSON=benchmarks/learning.json $(BIN)/python -m pytest -q -s tests/test_learning.py
+
+test-soak: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 SOAK_JSON=1 $(BIN)/python -m pytest -q -m soak --durations=10 tests
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .

@@ -696,7 +696,32 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+
+
+def is_launcher(command: bytes) -> bool:
+    """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
+    words = [os.fsdecode(word) for word in command.split(b"\0")[:4]]  # python -X y -m module, python path/to/program
+    return not LAUNCHERS.isdisjoint(os.path.basename(word) for word in words)
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself (Linux).
+
+    The parent may be a shell, nohup or a supervisor instead: what these start may outlive them.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux" and is_launcher(Path(f"/proc/{parent}/cmdline").read_bytes()):
+            import ctypes
+
+            ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:  # it has ended in between
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+
 if __name__ == "__main__":
+    end_with_launcher()
     parse_args()
 
 # The heavy imports stand below the arguments so that --help and usage errors answer at once.
@@ -3220,7 +3245,7 @@ def sheet_columns(
         for title, picture in pictures.items():
             titles[title] = folder = given / title.replace(" ", "-")
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"prompt-{row}_image-0.png")
+            write_picture(picture, folder / f"prompt-{row}_image-0.png")
     before = sorted((title, folder) for title, folder in titles.items() if title != "target")
     return [*before, *drawn, *([("target", titles["target"])] if "target" in titles else [])]
 
@@ -3279,7 +3304,7 @@ def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> 
         filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
         fitted = PIL.ImageOps.contain(picture, (width, height), filter)
         sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 @torch.no_grad()
@@ -3740,29 +3765,39 @@ class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
 class StopSignals:
     """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
 
-    Only the main thread may install handlers; they are put back on leaving.
+    SIGUSR2 is the end of the launcher, and as a first signal a SIGTERM. Only the main thread may install handlers; they
+    are put back on leaving.
     """
 
     received: int | None = None  # by this process
     agreed: int | None = None  # by any process, as all of them know after the same step
+    since: float = 0.0  # time.monotonic() of the first
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
         """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+            self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Puts the old handlers back."""
+        """Puts the old handlers back; of a program that is about to end, the launcher's end is no news."""
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
 
     def handle(self, number: int, _frame: Any) -> None:
-        """Notes the signal and gives the next one back its usual effect."""
-        self.received = number
-        log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
-        signal.signal(number, self.previous[number])
+        """Notes the first signal; a later one has its usual effect, unless it is an echo.
+
+        Launchers pass on what the whole process group has got already, and end themselves.
+        """
+        if self.received is None:
+            self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
+            log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
+        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
 
     def agree(self, run: Run) -> None:
         """Tells the other processes what this one received; the time limit counts as a SIGTERM."""

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -180,3 +181,21 @@ def train(script, tiny, photos, reference_flags, tmp_path):
         return folder
 
     return start
+
+
+@pytest.fixture(scope="session")
+def soak(request):
+    """`soak(name, **counts)` adds up what was survived; with SOAK_JSON set, benchmarks/soak.json gets the sums."""
+    counts, started = {}, time.monotonic()
+
+    def note(name: str, **numbers: int) -> None:
+        sums = counts.setdefault(name, dict.fromkeys(numbers, 0))
+        for key, number in numbers.items():
+            sums[key] = sums.get(key, 0) + number
+
+    yield note
+    if os.environ.get("SOAK_JSON"):
+        from benchmarks.results import write_result
+
+        seconds, failed = round(time.monotonic() - started), request.session.testsfailed
+        write_result("soak", {"command": "make test-soak", "seconds": seconds, "failed": failed, "survived": counts})

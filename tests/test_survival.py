@@ -6,6 +6,7 @@ A child is forked from this process, which has imported everything; so a kill co
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import forked, killed_at, wait_until
+from faults import KINDS, faulty_run, kill_while_saving
 from runs import LORA, assert_same_run, column, files_of, sha256, spy
 from safetensors.torch import load_file
 
@@ -210,3 +212,58 @@ def test_a_kill_while_a_finished_runs_last_checkpoint_is_saved_again_loses_nothi
     assert len(found) == wanted[moment] and all(script.verify_checkpoint(path) is None for path in found)
     quick(*flags, *RESUME)
     assert sha256(folder / LORA) == lora and checkpoints(folder) == ["checkpoint-2"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills and faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_ten_kills_while_every_step_is_saved_leave_a_checkpoint_that_loads(script, quick, tmp_path, keep):
+    """At random instants; at least one of them in the middle of a save."""
+    counts = kill_while_saving(script, quick, 10, keep, tmp_path / "log")
+    assert counts["kills"] == 10 and counts["hit_a_save"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("keep", [1, 3])
+def test_soak_two_hundred_kills_while_every_step_is_saved_leave_a_checkpoint_that_loads(
+    script, quick, soak, tmp_path, keep
+):
+    """The newest one loads each time."""
+    counts = kill_while_saving(script, quick, 200, keep, tmp_path / "log", seed=1)
+    assert counts["kills"] == 200
+    soak(f"kills while every step is saved, {keep} kept", loaded=200, **counts)
+
+
+@pytest.fixture
+def compare_with_quiet_run(script, train, tmp_path):
+    """`compare_with_quiet_run(kinds, seed)` meets these faults in one run, whose end must be that of a quiet run."""
+
+    def compare(kinds: list[str], seed: int):
+        cache, steps = tmp_path / "cache", str(5 * len(kinds) + 20)
+        flags = ("--latents_cache_dir", cache, "--cache_latents", "--max_train_steps", steps, "--lora_dropout", "0.2")
+        flags += ("--caption_dropout", "0.3", "--random_flip", "--aspect_ratio_buckets", "64,96;96,64")
+        flags += ("--checkpointing_steps", "2", "--checkpoints_total_limit", "9")
+        quiet = train(*flags, output="quiet")
+        start = functools.partial(train, *flags, output="faulty")
+        counts = faulty_run(script, start, tmp_path / "faulty", cache, kinds, tmp_path / "log", seed)
+        assert_same_run(quiet, tmp_path / "faulty")
+        assert sha256(quiet / LORA) == sha256(tmp_path / "faulty" / LORA)
+        return counts
+
+    return compare
+
+
+def test_a_run_with_a_fault_of_each_kind_ends_with_the_lora_of_a_quiet_run(compare_with_quiet_run):
+    """Every loss by its bits, and the LoRA byte by byte."""
+    assert sum(compare_with_quiet_run(list(KINDS), seed=0).values()) == len(KINDS)
+
+
+@pytest.mark.soak
+def test_soak_a_run_with_fifty_random_faults_ends_with_the_lora_of_a_quiet_run(script, compare_with_quiet_run, soak):
+    """The headline."""
+    counts = compare_with_quiet_run(random.Random(50).choices(KINDS, k=50), seed=50)
+    assert counts.total() == 50
+    soak(f"random faults in one {script.TASK} run, same LoRA", faults=50, **counts)
