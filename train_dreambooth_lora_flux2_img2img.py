@@ -680,22 +680,6 @@ def flag_notes(args: Args) -> list[str]:
     return notes
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
-    parser, speaks = build_parser(), os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
-    try:
-        args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        parser.exit(2, f"error: {printable(str(error))}\n" * speaks)
-    for check in (*SHARED_CHECKS, check_own):
-        problems += check(args)
-    if problems:
-        listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}" * speaks)
-    return args
-
-
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 
@@ -720,8 +704,25 @@ def end_with_launcher() -> None:
                 os.kill(os.getpid(), signal.SIGUSR2)
 
 
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
+    if __name__ == "__main__":
+        end_with_launcher()
+    parser, speaks = build_parser(), os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
+    try:
+        args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        parser.exit(2, f"error: {printable(str(error))}\n" * speaks)
+    for check in (*SHARED_CHECKS, check_own):
+        problems += check(args)
+    if problems:
+        listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}" * speaks)
+    return args
+
+
 if __name__ == "__main__":
-    end_with_launcher()
     parse_args()
 
 # The heavy imports stand below the arguments so that --help and usage errors answer at once.
