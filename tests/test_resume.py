@@ -3,13 +3,21 @@
 Here ten combinations of settings for each script, in which every pair of choices occurs; every triple in the soak.
 """
 
+import contextlib
 import os
+import subprocess
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from children import killed_at
 from combinations import all_tuples, covered, covering_rows
 from conftest import draw_photos
+from helpers import ROOT
 from runs import LORA, assert_same_run, column, metrics, sha256
+from test_launch import environment, flags
+from test_processes import on_cpu
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")]
 
@@ -99,3 +107,40 @@ def test_soak_a_run_that_was_killed_and_resumed_is_one_that_was_never_killed(che
     """The same for every triple of choices."""
     check_row(row)
     soak("resume after SIGKILL, combinations", equal=1)
+
+
+@pytest.mark.soak
+@pytest.mark.launch
+def test_soak_two_processes_that_were_killed_and_resumed_are_two_that_were_never_killed(
+    script, soak, reference_flags, places, tmp_path
+):
+    """Launcher and trainers get SIGKILL at some instant; mid-epoch, with all that is drawn at random."""
+    words = [*reference_flags, "--max_train_steps", 60, "--checkpointing_steps", 4, "--dataloader_num_workers", 1]
+    words += ["--lora_dropout", "0.2", "--caption_dropout", "0.3", "--random_flip", "--use_aspect_ratio_buckets"]
+
+    def start(folder: Path, *later: str) -> subprocess.Popen:
+        config = on_cpu(tmp_path / f"config-{time.monotonic_ns()}", "multi_gpu.yaml", 2)
+        line = ["accelerate", "launch", "--config_file", config, Path(script.__file__).name]
+        line += flags(folder, places["CAPTIONED"], *words, *later)
+        changes = environment(tmp_path / "home", HF_HUB_OFFLINE="1")
+        with (tmp_path / "log").open("ab") as log:
+            return subprocess.Popen([*map(str, line)], cwd=ROOT, env=changes, stdout=log, stderr=log)
+
+    whole, again, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert start(whole).wait(300) == 0, log.read_text()
+    assert "accumulation 1 x 2 processes" in log.read_text()
+    launcher = start(again)
+    deadline = time.monotonic() + 200
+    while not (again / "metrics.jsonl").is_file() or len((again / "metrics.jsonl").read_text().splitlines()) < 11:
+        assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    family = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launcher.wait(30)
+    assert not (again / LORA).exists() and script.list_checkpoints(again)
+    assert start(again, "--resume_from_checkpoint", "latest").wait(300) == 0, log.read_text()
+    assert_same_run(whole, again)
+    assert sha256(whole / LORA) == sha256(again / LORA)
+    soak("resume after SIGKILL, two processes", equal=1)
