@@ -3723,6 +3723,8 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if run.sharding and run.quantization:
         log.info("train: bitsandbytes' weights are not split: each device holds them whole; --do_fp8_training is split")
+    elif run.sharding:
+        log.info(f"train: the frozen blocks are split over {run.processes} processes (FSDP2)")
     if steps < 100 and not run.args.max_train_steps:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
