@@ -3999,7 +3999,9 @@ def output_lock(args: Args) -> Iterator[None]:
                 file.flush()
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()  # if it is empty: a run that was refused leaves nothing
 
 
 @ExitCodes()
