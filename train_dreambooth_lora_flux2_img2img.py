@@ -3805,8 +3805,9 @@ class StopSignals:
         if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
             log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
             self.received = signal.SIGTERM
-        number = torch.tensor([self.received or 0], device=run.device)
-        self.agreed = int(gather(number).max()) or None if run.processes > 1 else self.received
+        self.agreed = self.received
+        if run.processes > 1:
+            self.agreed = int(gather(torch.tensor([self.received or 0], device=run.device)).max()) or None
 
 
 def fill_closed_streams() -> None:

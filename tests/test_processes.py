@@ -90,7 +90,10 @@ class Tasks:
         )  # fmt: skip
         assert process.returncode == 0, process.stdout[-6000:]
         seen = [json.loads(path.read_text()) for path in sorted(self.folder.glob("seen-*.json"))]
-        assert all(view["processes"] == len(seen) for per_task in seen for view in per_task.values())
+        started = yaml.safe_load(Path(config).read_text())
+        for view in (view for per_task in seen for view in per_task.values()):
+            assert view["processes"] == len(seen) == started["num_processes"]
+            assert bool(view["sharded"]) == (started["distributed_type"] == "FSDP")
         return seen
 
 
