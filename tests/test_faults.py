@@ -359,8 +359,9 @@ def test_a_last_checkpoint_without_room_ends_the_program_with_exit_code_4_and_wh
     words += ["--latents_cache_dir", str(tmp_path / "cache")]
     t2i.main(t2i.parse_args([*words, "--output_dir", str(tmp_path / "quiet")]))
     assert (tmp_path / "quiet" / "checkpoint-1" / "training_state.safetensors").stat().st_size > 409_600
-    command = ["sh", "-c", 'ulimit -f 800; exec "$0" "$@"', sys.executable, str(ROOT / Path(t2i.__file__).name), *words]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (409600, 409600)); "
+    limited += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    ended = run_python("-c", limited, ROOT / Path(t2i.__file__).name, *words, timeout=120)
     assert ended.returncode == 4, ended.stderr
     last = ended.stderr.splitlines()[-1]
     assert "the last save failed" in last and f"What is kept: {tmp_path / 'out' / LORA}" in last
