@@ -1,0 +1,162 @@
+"""tools/plan_memory.py: what it counts is what is allocated, what it prints fits and runs."""
+
+import shlex
+
+import bare_training
+import plan_memory
+import pytest
+import torch
+from bare_training import make_batches, make_parts, read_architecture, set_up, start_run
+from memory_counter import LiveStorages
+from plan_memory import BASES, GB, Job, count_training, largest_share_kept, sharded, share_of
+
+SIZES = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4, "joint_attention_dim": 96}
+BLOCKS = SIZES["num_layers"] + SIZES["num_single_layers"]
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory) -> str:
+    """A folder with the configs of the embedded model, its transformer wider and deeper; no weights."""
+    folder = tmp_path_factory.mktemp("planner") / "small"
+    architecture = read_architecture(str(tiny))
+    architecture["transformer"] |= {**SIZES, "attention_head_dim": 64, "axes_dims_rope": [16, 16, 16, 16]}
+    return str(bare_training.write_checkpoint(architecture, folder))
+
+
+def allocated_peak(action) -> tuple[int, int]:
+    """(what the counter says, what PyTorch's CPU allocator says) of the peak above the start while `action` runs."""
+    counter = LiveStorages(grain=1)
+    with torch.profiler.profile(profile_memory=True) as profile, counter:
+        action()
+    events, level, peak = [], 0, 0
+    trees = list(profile.profiler.kineto_results.experimental_event_tree())
+    while trees:
+        event = trees.pop()
+        trees += event.children
+        if event.typed[0] == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.alloc_size))
+    for _, size in sorted(events, key=lambda event: event[0]):
+        level += size
+        peak = max(peak, level)
+    return counter.peak, peak
+
+
+@pytest.mark.parametrize("flags", [(), ("--gradient_checkpointing",)], ids=str)
+def test_on_real_tensors_the_counter_agrees_with_the_allocator_to_one_percent(t2i, small, tmp_path, flags):
+    """A step of a small transformer on the CPU, from its frozen weights to the updated adapter.
+
+    Not with FP8, which the CPU emulates with copies of its own inside the kernel.
+    """
+    run = start_run(t2i, read_architecture(small), tmp_path / "run", "--resolution", 192, *flags)
+    parts = make_parts(t2i, run)
+
+    def train() -> None:
+        state = set_up(t2i, run, parts)
+        t2i.train_step(run, parts, state, make_batches(t2i, run, parts))
+
+    counted, allocated = allocated_peak(train)
+    assert counted > 20e6 and counted == pytest.approx(allocated, rel=0.01), (counted, allocated)
+
+
+def test_a_storage_counts_once_until_its_last_view_is_gone():
+    with LiveStorages(grain=512) as counter:
+        first = torch.zeros(100)
+        view = first[10:].view(9, 10)
+        del first
+        assert counter.now == 512
+        second = view + 1
+        del view, second
+    assert (counter.now, counter.peak) == (0, 1024)
+
+
+def test_the_weights_of_klein_are_those_that_its_checkpoint_has():
+    """3,875,544,576 parameters in bf16, and the adapter with two moments in fp32; blocks as their Linears say."""
+    training = count_training(Job("klein-4B", 512), "bf16", 1.0)
+    adapter = 3 * 4 * training.lora_parameters + 2 * 512 * 7680  # and one prompt
+    assert training.resident == pytest.approx(2 * 3_875_544_576 + adapter, rel=1e-3)
+    assert training.blocks == 2 * (5 * 245_367_296 + 20 * 122_683_648)
+    assert training.resident < training.peak < training.resident + 2e9
+
+
+def test_the_peak_falls_with_the_share_of_blocks_that_are_recomputed(small):
+    peaks = [count_training(Job(small, 512), "bf16", share_of(count, BLOCKS)).peak for count in range(BLOCKS + 1)]
+    # the last block is recomputed at the peak itself: that one saves nothing
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) >= BLOCKS, peaks
+    assert peaks[0] > 1.5 * peaks[-1]
+
+
+@pytest.mark.parametrize("blocks", [2, 10, 25, 32, 56])
+def test_a_printed_share_means_that_number_of_blocks(t2i, blocks):
+    for count in range(blocks + 1):
+        assert t2i.math.ceil(share_of(count, blocks) * blocks) == count
+
+
+def test_the_share_that_is_printed_fits_and_the_next_one_does_not(small):
+    job, fits = Job(small, 512), []
+    peaks = [count_training(job, "bf16", share).peak for share in (0.0, 1.0)]
+    for part in (0.25, 0.6):
+        gpu_gb = (peaks[1] + part * (peaks[0] - peaks[1])) / GB
+        share = largest_share_kept(job, "bf16", gpu_gb)
+        count = round(share * BLOCKS)
+        assert count_training(job, "bf16", share).peak <= gpu_gb * GB
+        assert count_training(job, "bf16", share_of(count - 1, BLOCKS)).peak > gpu_gb * GB
+        fits.append(share)
+    assert 0 < fits[1] < fits[0] < 1, fits
+    assert largest_share_kept(job, "bf16", peaks[0] / GB) == 0.0
+    assert largest_share_kept(job, "bf16", peaks[1] / GB - 0.001) is None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_stand_in_stores_what_a_layer_of_bitsandbytes_stores(t2i, kind):
+    """Bytes of weight and scales of a real one, made by the script with the settings that the project ships."""
+    settings = t2i.json.loads((plan_memory.ROOT / BASES[kind][1][1]).read_text())
+    linear = torch.nn.Linear(512, 1024, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    ours = plan_memory.frozen_bytes(plan_memory.StandIn(linear, kind))
+    weight = t2i.bnb_linear(settings, linear, torch.device("cpu")).weight
+    state = getattr(weight, "quant_state", None)
+    scales = [state.absmax, state.state2.absmax] if state else [weight.SCB]
+    assert ours == sum(tensor.nbytes for tensor in (weight.data, *scales))
+
+
+def test_each_base_needs_less_than_the_one_before(small):
+    peaks = {base: count_training(Job(small, 512), base, 1.0) for base in ("bf16", "fp8", "int8", "nf4")}
+    blocks = {base: training.blocks for base, training in peaks.items()}
+    assert blocks["fp8"] == pytest.approx(blocks["bf16"] / 2, rel=0.02) and blocks["int8"] == blocks["fp8"]
+    assert blocks["nf4"] == pytest.approx(blocks["bf16"] * (4 + 8 / 64 + 32 / 64 / 256) / 16, rel=0.02)
+    assert peaks["bf16"].peak > peaks["fp8"].peak > peaks["nf4"].peak
+
+
+def test_a_reference_costs_what_its_tokens_cost(small):
+    alone, beside = (count_training(Job(small, 512, references), "bf16", 1.0) for references in (0, 1))
+    assert (alone.tokens, beside.tokens) == (512 + 1024, 512 + 1024 + 4096)
+    assert beside.peak - beside.resident > 2 * (alone.peak - alone.resident)
+
+
+def test_sharding_adds_up(small):
+    """On one GPU of many the rest, its part, and two blocks on the move; nodes send each other the LoRA's gradient."""
+    job, training = Job(small, 512), count_training(Job(small, 512), "bf16", 1.0)
+    row = sharded(job, "bf16", 1.0, processes=8, nodes=2)
+    expected = training.peak - training.blocks * 7 / 8 + 2 * training.largest_block
+    assert row["per_gpu_gb"] == pytest.approx(expected / GB)
+    assert row["gathered_gb_per_step"] == pytest.approx(2 * training.blocks * 7 / 8 / GB)
+    assert row["all_reduced_gb_per_step"] == pytest.approx(2 * 4 * training.lora_parameters * 15 / 16 / GB)
+    assert sharded(job, "nf4", 1.0, 8, 1)["gathered_gb_per_step"] == 0
+
+
+@pytest.mark.parametrize(("base", "references"), [("bf16", 0), ("fp8", 0), ("nf4", 0), ("nf4", 1)])
+def test_the_command_that_is_printed_is_one_that_the_script_takes(small, base, references, tmp_path, monkeypatch):
+    job = Job(small, 512, references, ("--rank", "8"))
+    line = plan_memory.command_line(job, base, 0.5, gpu_gb=0.001)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "configs").symlink_to(plan_memory.ROOT / "configs")
+    args = job.script.parse_args(shlex.split(line.replace("\\\n", " "))[3:])
+    assert (args.resolution, args.gradient_checkpointing, args.rank, args.offload) == (512, 0.5, 8, True)
+    assert args.do_fp8_training == (base == "fp8") and bool(args.bnb_quantization_config_path) == (base == "nf4")
+
+
+def test_the_tables_mark_what_is_predicted_and_what_was_not_measured(small, capsys):
+    plan_memory.main(["--model", small, "--resolution", "256", "--references", "0", "--", "--rank", "4"])
+    shown = capsys.readouterr().out
+    assert shown.count("not measured") == len(plan_memory.RUNGS) and "predicted GB" in shown
+    assert "FP8 + checkpointing" in shown and "NF4 + checkpointing" in shown

@@ -1,0 +1,135 @@
+"""The training step of either script on an architecture alone: no weights, no pictures, no text encoder.
+
+The configs go into a folder that looks like a checkpoint. From `start_accelerator` to `train_step` all is the script's
+own code, except what reads weights, prompts and pictures from disk: these become tensors of the right shape.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ROOT / "tools" / "architectures.json"
+PARTS = ("transformer", "vae", "text_encoder")
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+NOTHING = torch.nn.ModuleList()
+
+
+def read_architecture(name: str) -> dict[str, Any]:
+    """The configs of dev, klein-9B, klein-4B, of a diffusers folder, or of a hub repository (JSON files only)."""
+    known = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    if name in known:
+        return known[name]
+    folder = Path(name)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        patterns = ["model_index.json", *(f"{part}/config.json" for part in PARTS)]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    configs = {part: json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in PARTS}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {"hub_id": name, "pipeline": index["_class_name"], **configs}
+
+
+def write_checkpoint(architecture: dict[str, Any], folder: Path) -> Path:
+    """A folder with the configs, statistics of the latents, and empty files where the weights would be."""
+    for part in (*PARTS, "tokenizer", "scheduler"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(architecture.get(part, {})), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": architecture["pipeline"]}), encoding="utf-8")
+    for part in PARTS:
+        (folder / part / "weights.safetensors").touch()
+    channels = 4 * architecture["vae"]["latent_channels"]
+    statistics = {"bn.running_mean": torch.zeros(channels), "bn.running_var": torch.ones(channels)}
+    save_file(statistics, folder / "vae" / "weights.safetensors")
+    return folder
+
+
+def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *flags: Any) -> Any:
+    """The script's `Run` on the architecture; a later flag replaces an earlier one. `folder` is a new, empty one."""
+    (folder / "data").mkdir(parents=True)
+    words = ["--pretrained_model_name_or_path", write_checkpoint(architecture, folder / "model")]
+    words += ["--output_dir", folder / "out", "--instance_data_dir", folder / "data", "--instance_prompt", "a photo"]
+    words += ["--mixed_precision", "bf16", "--cache_latents", "--report_to", "none", "--dataloader_num_workers", 0]
+    words += ["--seed", 0, "--max_train_steps", 1000, *flags]
+    return script.start_accelerator(script.parse_args([str(word) for word in words]))
+
+
+def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
+    """TrainingParts with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
+    size = (run.args.resolution, run.args.resolution)
+    source = script.Source("picture.png")
+    extra = {}
+    if references:
+        extra = {"references": (script.Picture(source, "reference", (1024, 1024), (1024, 1024)),) * references}
+    sample = script.Sample(source, "picture", size, size, "a photo", **extra)
+    space, prompts = script.open_latent_space(run), script.PromptCache(run)
+    width = run.model.config("transformer")["joint_attention_dim"]
+    shape = (run.args.max_sequence_length, width)
+    prompts.get = functools.lru_cache(maxsize=8)(lambda _: torch.randn(shape, dtype=run.dtype, device=run.device))
+    return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
+
+
+def random_moments(data: Any, picture: Any, *_: Any) -> torch.Tensor:
+    """Mean and log-variance (2, C, H, W) as the latent cache would hand them out."""
+    rows, columns = (side // data.run.cell for side in picture.target)
+    return torch.randn(2, data.space.channels // 4, 2 * rows, 2 * columns)
+
+
+def fill(module: torch.nn.Module, run: Any) -> None:
+    """Gives the parameters of a module on the meta device memory on the run's device, and random values."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, dtype=run.dtype, device=run.device)
+            value = value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1.0)
+            setattr(part, name, torch.nn.Parameter(value, requires_grad=False))
+
+
+def quantise_to_fp8(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
+    """The script's own FP8 layers in one block, if the run asks for them."""
+    if run.args.do_fp8_training:
+        holder = SimpleNamespace(transformer_blocks=torch.nn.ModuleList([block]), single_transformer_blocks=NOTHING)
+        script.quantize_blocks(run, holder)
+
+
+def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None]) -> torch.nn.Module:
+    """The frozen transformer with random weights on the run's device.
+
+    Block by block, so that the bf16 model never has to fit there when the blocks are kept in fewer bits.
+    """
+    with torch.device("meta"):
+        transformer = script.Flux2Transformer2DModel.from_config(run.model.config("transformer"))
+    for name, module in transformer.named_children():
+        for part in module if name in BLOCKS else [module]:
+            fill(part, run)
+            if name in BLOCKS:
+                quantise(script, run, part)
+    return transformer
+
+
+def set_up(script: ModuleType, run: Any, parts: Any, quantise: Callable[..., None] = quantise_to_fp8) -> Any:
+    """The script's TrainState: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
+    with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
+        state = script.set_up_training(run, parts)
+    parts.transformer.train()
+    for group in state.optimizer.param_groups:
+        if "foreach" in group:
+            group["foreach"] = True  # as on a GPU
+    for parameter in state.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return state
+
+
+def make_batches(script: ModuleType, run: Any, parts: Any) -> Iterator[tuple[dict, ...]]:
+    """The script's own loader, over latents that were never encoded."""
+    with mock.patch.object(script.TrainingSet, "view", random_moments):
+        yield from script.make_loaders(run, parts, 0)

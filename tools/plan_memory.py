@@ -1,0 +1,524 @@
+"""Says before a download what FLUX.2 LoRA training needs, which settings fit a GPU, and the command line for them.
+
+    python tools/plan_memory.py --model dev --gpu_gb 24          what fits 24 GB, with command lines
+    python tools/plan_memory.py --model klein-4B                 every rung, resolution and number of references
+    python tools/plan_memory.py --model dev --processes 8        per GPU, sharded over 8 (FSDP2); --nodes 2: twice that
+    python tools/plan_memory.py --all                            benchmarks/plan_memory.json, README's tables
+
+`--model` is dev, klein-9B, klein-4B, a diffusers folder, or a hub id, of which only JSON files are downloaded. The
+script's own training step runs on tensors that have a shape and no memory, and all live storages are counted
+(memory_counter.py); so the numbers are predictions, for batch 1, rank 16, AdamW and cached latents unless flags behind
+`--` say otherwise:  python tools/plan_memory.py --model dev -- --rank 64 --train_batch_size 2
+
+NF4 and int8: the kernels of bitsandbytes do not run on such tensors. Layers of the same storage stand in for them
+(bytes per weight by arithmetic, the temporary bf16 copy of one weight, the input that int8 keeps); the rest is the
+real step.
+
+A GPU of N GB is taken to have N x 10^9 bytes for tensors. What it really has (80 GB: 85.5 x 10^9) leaves about 7 % for
+the CUDA context, workspaces of libraries and fragments, which are not counted.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import bare_training
+import torch
+import transformers
+from bare_training import ROOT, read_architecture
+from memory_counter import LiveStorages, planned
+from torch import nn
+
+sys.path.insert(0, str(ROOT))
+import train_dreambooth_lora_flux2 as text_to_image
+import train_dreambooth_lora_flux2_img2img as image_to_image
+
+GB = 1e9
+HOST_BASE_GB = 1.1  # libraries and loader: benchmarks/memory.json, whose model is 5 MB
+RESULT, MEASURED = ROOT / "benchmarks" / "plan_memory.json", ROOT / "benchmarks" / "gpu.json"
+CHECKPOINTING, FP8 = "--gradient_checkpointing", "--do_fp8_training"
+
+
+# ---------------------------------------------------------------------------------------------------------------- Rungs
+@dataclass(frozen=True)
+class Rung:
+    """One way to keep the frozen blocks: `flags` for the command line, `bits` of a weight with its scales."""
+
+    name: str
+    base: str  # bf16, fp8, nf4 or int8
+    flags: tuple[str, ...]
+    checkpointing: bool
+
+    @property
+    def share(self) -> float:
+        """--gradient_checkpointing."""
+        return float(self.checkpointing)
+
+    @property
+    def title(self) -> str:
+        """As in the tables."""
+        return f"{self.name} + checkpointing" if self.checkpointing else self.name
+
+
+BASES = {
+    "bf16": ("bf16", ()),
+    "fp8": ("FP8", (FP8,)),
+    "int8": ("int8", ("--bnb_quantization_config_path", "configs/quantization/int8.json")),
+    "nf4": ("NF4", ("--bnb_quantization_config_path", "configs/quantization/nf4.json")),
+}
+RUNGS = [
+    Rung(BASES[base][0], base, BASES[base][1], checkpointing)
+    for base, checkpointing in (
+        ("bf16", False), ("bf16", True), ("fp8", False), ("fp8", True), ("int8", True), ("nf4", True)
+    )
+]  # fmt: skip
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T as bitsandbytes computes it, in what it allocates and keeps; the values are of no meaning."""
+
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """(..., in) -> (..., out) in the dtype of `hidden`."""
+        context.layer, rows = layer, hidden.flatten(0, -2)
+        shape = (len(rows), layer.out_features)
+        if layer.kind == "int8":  # fp16 copy, int8 values and their scales, a product in int32; the input is kept
+            context.save_for_backward(hidden)
+            half = rows.to(torch.float16)
+            values, scales = half.to(torch.int8), half.new_empty(len(rows), dtype=torch.float32)
+            del half
+            product = torch.empty(shape, dtype=torch.int32, device=hidden.device).to(hidden.dtype)
+            del values, scales
+        else:
+            product = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        return product.unflatten(0, hidden.shape[:-1])
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient of `hidden`; the weight is there in bf16 for as long as the product takes."""
+        layer = context.layer
+        weight = torch.empty(layer.out_features, layer.in_features, dtype=gradient.dtype, device=gradient.device)
+        return gradient @ weight, None
+
+
+class StandIn(nn.Linear):
+    """A frozen Linear that stores what one of bitsandbytes stores."""
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        """NF4, nested scales: half a byte per weight, a byte per 64, fp32 per 64 x 256. int8: a byte, fp32 per row."""
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.kind, count, device = kind, linear.weight.numel(), linear.weight.device
+        shape = (count // 2, 1) if kind == "nf4" else tuple(linear.weight.shape)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+        if kind == "nf4":
+            self.register_buffer("absmax", torch.empty(count // 64, dtype=torch.uint8, device=device))
+            self.register_buffer("nested", torch.empty(-(-count // 64 // 256), device=device))
+        else:
+            self.register_buffer("scales", torch.empty(linear.out_features, device=device))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return FrozenProduct.apply(hidden, self)
+
+
+def stand_in(kind: str, block: nn.Module) -> None:
+    """Replaces the Linear layers of a block, as the script does."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(block.get_submodule(parent), child, StandIn(module, kind))
+
+
+def quantise(base: str, script: ModuleType, run: Any, block: nn.Module) -> None:
+    """The script's FP8 layers, or stand-ins for those of bitsandbytes, or nothing."""
+    if base in ("nf4", "int8"):
+        stand_in(base, block)
+    bare_training.quantise_to_fp8(script, run, block)
+
+
+# ------------------------------------------------------------------------------------------------- Counting, per phase
+@dataclass(frozen=True)
+class Job:
+    """What is trained: the architecture's name, pixels per side, 1 MP references per sample, flags of the user's."""
+
+    model: str
+    resolution: int
+    references: int = 0
+    flags: tuple[str, ...] = ()
+
+    @property
+    def script(self) -> ModuleType:
+        """The script that does it."""
+        return image_to_image if self.references else text_to_image
+
+    def run(self, folder: str, *flags: Any) -> Any:
+        """The script's `Run`."""
+        words = ("--resolution", self.resolution, *flags, *self.flags)
+        return bare_training.start_run(self.script, read_architecture(self.model), Path(folder, "run"), *words)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one step needs, in bytes, on the device."""
+
+    peak: int
+    resident: int  # between steps: frozen weights, adapter, optimizer, cached prompts
+    blocks: int  # of `resident`: weights of the blocks, which FSDP2 shards
+    largest_block: int
+    lora_parameters: int
+    tokens: int
+
+
+@cache
+def count_training(job: Job, base: str, share: float) -> Training:
+    """The script's step with `share` of the blocks recomputed, from its setting up to its optimizer step."""
+    flags = [FP8] * (base == "fp8") + [CHECKPOINTING, share] * (share > 0)
+    counter = LiveStorages()
+    with tempfile.TemporaryDirectory() as folder:
+        run = job.run(folder, *flags)
+        parts = bare_training.make_parts(job.script, run, job.references)
+        with planned(counter):
+            state = bare_training.set_up(job.script, run, parts, base_quantiser(base))
+            batches = bare_training.make_batches(job.script, run, parts)
+            counter.restart()
+            job.script.train_step(run, parts, state, batches)
+            sizes = [frozen_bytes(block) for block in blocks_of(parts.transformer)]
+            count = sum(parameter.numel() for parameter in state.parameters.values())
+            tokens = run.args.max_sequence_length + sum(target_tokens(size) for size in sequence(job))
+            return Training(counter.peak, counter.now, sum(sizes), max(sizes), count, tokens)
+
+
+def base_quantiser(base: str) -> Any:
+    """`quantise` of one kind, as `bare_training` calls it."""
+    return lambda script, run, block: quantise(base, script, run, block)
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """All blocks, in the order in which --gradient_checkpointing counts them."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def frozen_bytes(block: nn.Module) -> int:
+    """Bytes of the tensors of a block that are not trained."""
+    tensors = [*block.buffers(), *(parameter for parameter in block.parameters() if not parameter.requires_grad)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def sequence(job: Job) -> list[int]:
+    """Pixels per side of everything in the image sequence."""
+    return [job.resolution, *[1024] * job.references]
+
+
+def target_tokens(side: int) -> int:
+    """Tokens of a square picture."""
+    return (side // 16) ** 2
+
+
+@cache
+def count_encoder(job: Job) -> dict[str, float]:
+    """Weights and peak of the text encoder's phase, in bytes, as the script loads it: with the layers that are read."""
+    script, counter = text_to_image, LiveStorages()
+    with tempfile.TemporaryDirectory() as folder:
+        run = job.run(folder)
+        config = encoder_config(run)
+        with planned(counter):
+            encoder = getattr(transformers, run.family.text_encoder)._from_config(config, dtype=run.dtype).eval()
+            weights = counter.now
+            counter.restart()
+            ids = torch.ones(1, run.args.max_sequence_length, dtype=torch.int64)
+            tokens = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            with bare_training.mock.patch.object(script, "tokenize", lambda *_: tokens):
+                script.encode_prompt(run, None, encoder, "a photo")
+    return {"weights": weights, "peak": counter.peak}
+
+
+def encoder_config(run: Any) -> Any:
+    """The encoder's config cut to the layers that `load_text_encoder` keeps."""
+    config = transformers.AutoConfig.from_pretrained(run.model.part("text_encoder"))
+    text = getattr(config, "text_config", config)
+    text.num_hidden_layers = min(max(run.text_layers) + 1, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    return config
+
+
+@cache
+def count_vae(job: Job) -> int:
+    """Peak bytes of encoding one picture of the largest size with the script's fp32 autoencoder."""
+    counter, side = LiveStorages(), max(sequence(job))
+    with tempfile.TemporaryDirectory() as folder:
+        run = job.run(folder)
+        with planned(counter):
+            vae = job.script.AutoencoderKLFlux2.from_config(run.model.config("vae")).eval().requires_grad_(False)
+            counter.restart()
+            job.script.encode_pixels(vae, torch.zeros(1, 3, side, side))
+    return counter.peak
+
+
+# ------------------------------------------------------------------------------------------------ Everything around it
+def step_tflop(job: Job, share: float) -> float:
+    """Floating point operations of one step, in units of 10^12: Linear layers and attention, recomputation included.
+
+    A block of width h has 26 h^2 weights for each of its tokens, and attention 4 h S^2; the backward pass has no weight
+    gradients, so it costs the Linears once more and attention twice.
+    """
+    config = read_architecture(job.model)["transformer"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers, tokens = config["num_layers"] + config["num_single_layers"], 512 + sum(map(target_tokens, sequence(job)))
+    linears, attention = 26 * width**2 * layers * tokens, 4 * width * layers * tokens**2
+    return ((2 + share) * linears + (3 + share) * attention) / 1e12
+
+
+def measured_rates() -> dict[str, dict[str, float]]:
+    """TFLOP/s of the measured rows by GPU and base, where benchmarks/gpu.json has any: the median of a base."""
+    result = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {"rows": []}
+    rates: dict[str, dict[str, list[float]]] = {}
+    for row in result["rows"]:
+        if row.get("tflops"):
+            rates.setdefault(row["gpu"], {}).setdefault(row["base"], []).append(row["tflops"])
+    return {gpu: {base: statistics.median(found) for base, found in bases.items()} for gpu, bases in rates.items()}
+
+
+def transformer_bytes(job: Job) -> int:
+    """Bytes of the transformer in bf16: at most so much of it lies in host memory while it is read."""
+    with torch.device("meta"):
+        transformer = text_to_image.Flux2Transformer2DModel.from_config(read_architecture(job.model)["transformer"])
+    return 2 * sum(parameter.numel() for parameter in transformer.parameters())
+
+
+def disk(job: Job, lora_parameters: int) -> dict[str, float]:
+    """GB on disk: the checkpoint's download, one cached prompt, one cached sample, one training checkpoint."""
+    architecture = read_architecture(job.model)
+    prompt = 2 * 512 * architecture["transformer"]["joint_attention_dim"]
+    latent = 4 * 2 * 4 * architecture["vae"]["latent_channels"] * sum(map(target_tokens, sequence(job)))
+    sizes = {"prompt": prompt, "sample": latent, "checkpoint": (3 * 4 + 2) * lora_parameters}
+    return {name: value / GB for name, value in sizes.items()}
+
+
+def plan(job: Job, base: str, share: float) -> dict[str, Any]:
+    """One row: peaks of the phases in GB, host, disk, operations, and seconds where they were measured."""
+    training, encoder = count_training(job, base, share), count_encoder(job)
+    step = {gpu: step_tflop(job, share) / rates[base] for gpu, rates in measured_rates().items() if base in rates}
+    return {
+        "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
+        "training_gb": training.peak / GB, "resident_gb": training.resident / GB,
+        "encoder_gb": encoder["peak"] / GB, "vae_gb": count_vae(job) / GB,
+        "host_gb": HOST_BASE_GB + max(encoder["weights"], transformer_bytes(job)) / GB,
+        "disk_gb": disk(job, training.lora_parameters), "tflop": step_tflop(job, share), "seconds": step,
+        "lora_parameters": training.lora_parameters,
+    }  # fmt: skip
+
+
+def largest_share_kept(job: Job, base: str, gpu_gb: float) -> float | None:
+    """The least --gradient_checkpointing with which a step fits, None if none does: recomputing costs time."""
+    config, limit = read_architecture(job.model)["transformer"], gpu_gb * GB
+    blocks = config["num_layers"] + config["num_single_layers"]
+    low = count_training(job, base, 1.0).peak
+    if low > limit:
+        return None
+    high = count_training(job, base, 0.0).peak
+    if high <= limit:
+        return 0.0
+    fits, fails = blocks, 0  # numbers of blocks that are recomputed; the peak falls with them, nearly in a line
+    while fits - fails > 1:
+        guess = fits - math.floor((fits - fails) * (limit - low) / (high - low))
+        middle = min(max(guess, fails + 1), fits - 1)
+        peak = count_training(job, base, share_of(middle, blocks)).peak
+        fits, low = (middle, peak) if peak <= limit else (fits, low)
+        fails, high = (middle, peak) if peak > limit else (fails, high)
+    return share_of(fits, blocks)
+
+
+def share_of(count: int, blocks: int) -> float:
+    """The number to type for so many of the blocks: the script rounds it up to whole ones."""
+    return (1000 * count - 1) // blocks / 1000 if 0 < count < blocks else count / blocks
+
+
+def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> dict[str, Any]:
+    """Memory per GPU and bytes sent per step and GPU, with the blocks sharded over the `processes` of each node.
+
+    FSDP2: each GPU keeps its part of the blocks, the one in work gathered and the next one on its way. The forward and
+    the backward pass gather every block once; a recomputed block is still there. The LoRA is whole, and its fp32
+    gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), which is all that nodes send each other.
+    """
+    training = count_training(job, base, share)
+    others = (processes - 1) / processes
+    gathered = 0 if base in ("nf4", "int8") else training.blocks  # bitsandbytes' weights stay whole on each GPU
+    kept = training.blocks - others * gathered + (2 * training.largest_block if gathered else 0)
+    total, gradient = processes * nodes, 4 * training.lora_parameters
+    return {
+        "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
+        "gpus_per_node": processes, "nodes": nodes,
+        "per_gpu_gb": (training.peak - training.blocks + kept) / GB,
+        "unsharded_gb": training.peak / GB,
+        "gathered_gb_per_step": 2 * others * gathered / GB,
+        "all_reduced_gb_per_step": 2 * gradient * (total - 1) / total / GB,
+        "tflop": step_tflop(job, share),
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- Output
+def command_line(job: Job, base: str, share: float, gpu_gb: float) -> str:
+    """The launch line of a plan; with --offload where the text encoder alone is too large for the GPU."""
+    words = [f"accelerate launch {Path(job.script.__file__).name}"]
+    words.append(f"--pretrained_model_name_or_path {read_architecture(job.model)['hub_id']}")
+    data = "--dataset_name DATA --cond_image_column source" if job.references else "--instance_data_dir dog"
+    words += [data, '--instance_prompt "a photo of sks dog"', f"--resolution {job.resolution} --cache_latents"]
+    words += [" ".join(BASES[base][1])] * (base != "bf16")
+    words += [f"{CHECKPOINTING}{f' {share:g}' if share < 1 else ''}"] * (share > 0)
+    words += ["--offload"] * (count_encoder(job)["peak"] > gpu_gb * GB)
+    return " \\\n  ".join([*words, *[" ".join(job.flags)] * bool(job.flags)])
+
+
+def tell_what_fits(job: Job, gpu_gb: float, bases: Iterable[str] = BASES) -> list[dict[str, Any]]:
+    """Prints for each base the largest share of blocks that need not be recomputed, and the command line."""
+    found = []
+    for base in bases:
+        name = BASES[base][0]
+        share = largest_share_kept(job, base, gpu_gb)
+        where = f"{job.model} {job.resolution} px, {job.references} reference(s), {name}"
+        if share is None:
+            print(f"{where}: does not fit {gpu_gb:g} GB ({count_training(job, base, 1.0).peak / GB:.1f} GB)")
+            continue
+        row = {**plan(job, base, share), "gpu_gb": gpu_gb, "command": command_line(job, base, share, gpu_gb)}
+        found.append(row)
+        print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
+              f"{row['encoder_gb']:.1f} GB, autoencoder {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
+              f"{time_words(row)}\n\n{row['command']}\n")  # fmt: skip
+    print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
+    return found
+
+
+FP8_NOTE = "FP8 needs compute capability 8.9 (Ada, Hopper and later); int8 and NF4 run on older GPUs too.\n"
+
+
+def time_words(row: dict[str, Any]) -> str:
+    """Seconds per step where the GPU's rate was measured, and always the operations."""
+    seconds = [f"{value:.1f} s per step on {gpu}" for gpu, value in row["seconds"].items()]
+    return ", ".join([*seconds, f"{row['tflop']:.0f} TFLOP per step"] + ["seconds not measured"] * (not seconds))
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown lines: rungs of each model against sizes, predicted GB on the device while training."""
+    columns = sorted({(row["resolution"], row["references"]) for row in rows}, key=lambda column: column[::-1])
+    heads = [f"{size} px" + (f" + {count} ref." if count else "") for size, count in columns]
+    yield f"| predicted GB while training | {' | '.join(heads)} | measured |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for rung in RUNGS:
+            own = [row for row in rows if (row["model"], row["base"], row["share"]) == (model, rung.base, rung.share)]
+            peaks = {(row["resolution"], row["references"]): f"{row['training_gb']:.1f}" for row in own}
+            if peaks:
+                cells = " | ".join(peaks.get(column, "-") for column in columns)
+                yield f"| {model}, {rung.title} | {cells} | {measured_cell(model, rung)} |"
+
+
+def measured_cell(model: str, rung: Rung) -> str:
+    """Measured peaks of a rung from benchmarks/gpu.json, or 'not measured'."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.is_file() else []
+    found = [row for row in rows if (row["model"], row["base"], row["share"]) == (model, rung.base, rung.share)]
+    cells = [f"{row['resolution']} px: {row['peak_gb']:.1f}" for row in found if row.get("peak_gb")]
+    return ", ".join(cells) or "not measured"
+
+
+def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown lines: what comes before training, for each model."""
+    yield "| predicted GB before training | text encoder | autoencoder, 1 MP | host | a prompt / 1 MP picture on disk |"
+    yield "|---|---|---|---|---|"
+    for model in dict.fromkeys(row["model"] for row in rows):
+        row = max(
+            (row for row in rows if row["model"] == model and not row["references"]), key=lambda row: row["vae_gb"]
+        )
+        disk_cell = f"{1000 * row['disk_gb']['prompt']:.1f} / {1000 * row['disk_gb']['sample']:.1f} MB"
+        yield f"| {model} | {row['encoder_gb']:.1f} | {row['vae_gb']:.1f} | {row['host_gb']:.0f} | {disk_cell} |"
+
+
+def write(result: dict[str, Any]) -> None:
+    """Writes benchmarks/plan_memory.json anew."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, text_to_image.diffusers)}
+    content = {"command": "python tools/plan_memory.py --all", "predicted": True, "versions": versions, **result}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# pixels, GB and base of the launch lines in the README, all for dev
+COMMON_GPUS = ((1024, 80, "bf16"), (1024, 141, "bf16"), (1024, 48, "fp8"), (512, 24, "nf4"))
+
+
+def everything() -> None:
+    """Rows of every rung, what fits common GPUs, several processes; goes on where an earlier call was broken off."""
+    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    result = {name: stored.get(name, []) for name in ("rows", "fits", "processes")}
+    known = {(row["model"], row["base"], row["share"], row["resolution"], row["references"]) for row in result["rows"]}
+    for references, resolution in ((0, 1024), (0, 512), (1, 1024), (1, 512)):
+        for model in ("dev", "klein-9B", "klein-4B"):
+            for rung in RUNGS:
+                if (model, rung.base, rung.share, resolution, references) not in known:
+                    result["rows"].append(plan(Job(model, resolution, references), rung.base, rung.share))
+                    write(result)
+    known = {(row["resolution"], row["gpu_gb"]) for row in result["fits"]}
+    for resolution, gpu_gb, base in COMMON_GPUS:
+        if (resolution, gpu_gb) not in known:
+            result["fits"] += tell_what_fits(Job("dev", resolution), gpu_gb, [base])
+            write(result)
+    jobs = [(Job("dev", 1024), base, nodes) for base in ("bf16", "fp8", "nf4") for nodes in (1, 2)]
+    jobs.append((Job("dev", 512), "bf16", 1))
+    result["processes"] = [sharded(job, base, 1.0, 8, nodes) for job, base, nodes in jobs]
+    write(result)
+
+
+def readme_tables() -> str:
+    """What the README shows of benchmarks/plan_memory.json."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
+    return "\n".join([*table(rows), "", *phase_lines(rows)])
+
+
+def parse_words(words: list[str] | None) -> argparse.Namespace:
+    """The command line of this tool; what follows `--` is the script's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dev", help="dev, klein-9B, klein-4B, a folder or a hub id (default: dev)")
+    parser.add_argument("--gpu_gb", type=float, help="say what fits so many GB, with command lines")
+    parser.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="pixels per side")
+    parser.add_argument("--references", type=int, nargs="+", default=[0, 1], help="1 MP references per sample")
+    parser.add_argument("--processes", type=int, default=0, help="shard the blocks over so many GPUs of a node")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of so many GPUs each")
+    parser.add_argument(
+        "--all", action="store_true", help="write benchmarks/plan_memory.json, print the README's tables"
+    )
+    parser.add_argument("flags", nargs="*", help="flags of the training script, behind --")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Prints what was asked for."""
+    args = parse_words(words)
+    logging.getLogger("flux2_lora").setLevel(logging.ERROR)
+    text_to_image.set_up_logging = image_to_image.set_up_logging = lambda: None  # a plan is no run
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    if args.all:
+        everything()
+        print(readme_tables())
+        return
+    jobs = [Job(args.model, size, count, tuple(args.flags)) for count in args.references for size in args.resolution]
+    if args.gpu_gb:
+        for job in jobs:
+            tell_what_fits(job, args.gpu_gb)
+    elif args.processes:
+        rows = [sharded(job, base, 1.0, args.processes, args.nodes) for job in jobs for base in BASES]
+        print(json.dumps(rows, indent=1))
+    else:
+        rows = [plan(job, rung.base, rung.share) for job in jobs for rung in RUNGS]
+        print("\n".join([*table(rows), "", *phase_lines(rows)]))
+
+
+if __name__ == "__main__":
+    main()
