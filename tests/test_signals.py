@@ -41,13 +41,15 @@ def foster_parent():
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, photos, foster_parent):
-    """{case: (launcher, folder, log)} of endless runs by `accelerate launch`, which import side by side."""
+    """{case: (launcher, folder, log)} of long runs by `accelerate launch`, which import side by side."""
     runs = {}
     for case, (_, _, program, _) in CASES.items():
         tmp = tmp_path_factory.mktemp("launched")
         config = on_cpu(tmp, "multi_gpu.yaml", 2) if case.endswith("two") else "configs/accelerate/cpu.yaml"
         words = ["accelerate", "launch", "--config_file", str(config), program]
-        words += flags(tmp / "out", photos, "--max_train_steps", 10**6, "--dataloader_num_workers", 1)
+        words += flags(
+            tmp / "out", photos, "--max_train_steps", 10**6, "--max_train_minutes", 10, "--dataloader_num_workers", 1
+        )
         changes = environment(tmp / "home", HF_HUB_OFFLINE="1")
         # SIGINT as a terminal leaves it: a shell ignores it for what it puts into the background
         options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
