@@ -3351,9 +3351,11 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
         if run.sharding:  # the other processes wait for this one's part of the weights
             raise
         log.warning(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
-        return {}
     finally:
         parts.transformer.train()
+    parts.rest_vae(run.args)
+    release_memory()  # training has the memory that it had before
+    return {}
 
 
 # endregion shared: sheets
@@ -3743,6 +3745,10 @@ class SaveFailed(RuntimeError):
     """The last save failed. Exit code 4."""
 
 
+class OutOfMemory(torch.OutOfMemoryError):
+    """Out of memory, with what was going on and what to do. Exit code 6."""
+
+
 class Stopped(SystemExit):
     """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
 
@@ -3750,16 +3756,92 @@ class Stopped(SystemExit):
 class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
     """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
 
-    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (torch.OutOfMemoryError, 6), (KeyboardInterrupt, 130))
+    no_memory = (torch.OutOfMemoryError, MemoryError)
+    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (no_memory, 6), (KeyboardInterrupt, 130))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Turns a known failure into SystemExit when this file is the program."""
         for known, code in self.codes if __name__ == "__main__" else ():
             if isinstance(error, known):
-                hint = "\n  try --gradient_checkpointing, then a smaller --resolution" if code == 6 else ""
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"error: {printable(str(error)) or 'interrupted'}{hint}", file=sys.stderr)
+                    print(f"error: {printable(str(error)) or 'interrupted'}", file=sys.stderr)
                 raise SystemExit(code) from None
+
+
+PHASES = {"check_data": "check data", "encode_prompts": "encode prompts", "encode_pictures": "encode pictures",
+          "prepare_class_samples": "generate class pictures", "set_up_training": "load transformer",
+          "train": "train", "save_results": "save"}  # by the functions that main calls  # fmt: skip
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(run: Run) -> Iterator[None]:
+    """Turns every kind of running out of memory, also the CPU's, into OutOfMemory with a message that helps."""
+    try:
+        yield
+    except Exception as error:
+        signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
+        known = isinstance(error, (UserError, NotFinite, SaveFailed))
+        if known or not (isinstance(error, ExitCodes.no_memory) or re.search(signs, str(error), re.IGNORECASE)):
+            raise
+        called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        phase = next((PHASES[name] for name in called if name in PHASES), "start")
+        raise OutOfMemory(out_of_memory_message(run, phase, error)) from error
+
+
+def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
+    """Phase, peak, free memory, the two flags that help most, and the line that goes on from the last checkpoint."""
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    peak, flags = max(peak_memory(run).values(), default=math.nan), memory_flags(run, phase)[:2]
+    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free_memory(run):.2f} GB\n"
+    text += f"  what helps most and is not on: {', then '.join(flags)}\n"
+    newest_first = reversed(list_checkpoints(run.output_dir))
+    if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
+        return f"{text}  no step has been saved: start again with them"
+    same = [flag for flag in flags if flag in ("--gradient_checkpointing", "--offload", "--fsdp_text_encoder")]
+    text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
+    return f"{text}    {resume_line(run, *same)}"
+
+
+def memory_flags(run: Run, phase: str) -> list[str]:
+    """What saves memory in this phase and is not on yet, what helps most first."""
+    on_gpu, base = run.device.type != "cpu", ("generate class pictures", "load transformer", "train")
+    four_bit = "--bnb_quantization_config_path configs/quantization/nf4.json"
+    quantised = run.quantization is not None or run.args.do_fp8_training
+    full_adam = run.args.optimizer == "adamw" and not run.args.use_8bit_adam
+    rows = [
+        ("--offload", ["encode prompts"], on_gpu and not run.args.offload and not run.args.fsdp_text_encoder),
+        ("--fsdp_text_encoder", ["encode prompts"], run.processes > 1 and not run.args.fsdp_text_encoder),
+        ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
+        ("a smaller --max_sequence_length", ["encode prompts"], True),
+        ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
+        ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
+        (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
+        ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),
+        ("--cache_latents", ["train"], not run.args.cache_latents),
+        ("--offload", ["train"], on_gpu and not run.args.offload),
+        ("a smaller --resolution", ["check data", "encode pictures", "generate class pictures", "train"], True),
+        ("--use_8bit_adam", ["train", "load transformer"], full_adam),
+        ("a smaller --rank", ["train", "load transformer", "save"], True),
+        ("[klein] instead of [dev]", base, run.family.pipeline == "Flux2Pipeline"),
+        ("more memory", [phase], True),
+    ]
+    return [flag for flag, phases, wanted in rows if phase in phases and wanted]
+
+
+def free_memory(run: Run) -> float:
+    """Free memory in GB: of the device, or of the machine on CPU; NaN where the system does not tell."""
+    if run.device.type == "cuda":
+        return torch.cuda.mem_get_info(run.device)[0] / 1e9
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+    return math.nan
+
+
+def resume_line(run: Run, *more: str) -> str:
+    """The command that was typed, without secrets, going on from the last checkpoint."""
+    words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
+    words = [word for word in words if word != "--overwrite_output_dir"]
+    return f"python {shlex.join([*words, '--resume_from_checkpoint', 'latest', *more])}"
 
 
 @dataclass
@@ -4155,9 +4237,7 @@ def write_results(run: Run, state: TrainState, finished: bool) -> None:
         raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
                          f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
     if not finished:
-        words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
-        words = [word for word in words if word != "--overwrite_output_dir"] + ["--resume_from_checkpoint", "latest"]
-        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    python {shlex.join(words)}")
+        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
         return
     write_card(run, state, [])
     if (run.output_dir / COMFYUI_FILE).is_file():
@@ -4330,27 +4410,28 @@ def main(args: Args) -> None:
     set_up_logging()  # first of all: it secures the streams before a file is opened
     with output_lock(args):
         run = start_accelerator(args)
-        with run.accelerator.main_process_first():  # the others find the index of checked pictures
-            samples, buckets = check_data(run)
-        check_plan(run, samples)
-        if args.dry_run:
-            return
-        run = prepare_output(run)
-        space = open_latent_space(run)
-        prompts = encode_prompts(run, all_prompts(run, samples))
-        streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
-        parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
-        state = set_up_training(run, parts)
-        with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-            with keep_progress(run, state):
-                train(run, parts, state, stop)
-            save_results(run, state, stop)
-        gallery = draw_final_pictures(run, parts, state.parameters)
-        end_trackers(run)
-        if run.is_main:
-            write_card(run, state, gallery)
-            push(run)
-        print_results(run)
+        with explain_out_of_memory(run):
+            with run.accelerator.main_process_first():  # the others find the index of checked pictures
+                samples, buckets = check_data(run)
+            check_plan(run, samples)
+            if args.dry_run:
+                return
+            run = prepare_output(run)
+            space = open_latent_space(run)
+            prompts = encode_prompts(run, all_prompts(run, samples))
+            streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
+            parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
+            state = set_up_training(run, parts)
+            with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
+                with keep_progress(run, state):
+                    train(run, parts, state, stop)
+                save_results(run, state, stop)
+            gallery = draw_final_pictures(run, parts, state.parameters)
+            end_trackers(run)
+            if run.is_main:
+                write_card(run, state, gallery)
+                push(run)
+            print_results(run)
 
 
 if __name__ == "__main__":

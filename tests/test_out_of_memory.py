@@ -1,0 +1,227 @@
+"""Out of memory, on the device or the CPU, is told with its phase and what helps; what was learned is kept."""
+
+import functools
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import run_python
+from runs import assert_same_run, column, command_line, lora
+from unit_parts import start_run
+
+DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nmore of it")
+HOST = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ..."
+)
+ERRORS = {"device": DEVICE, "host": HOST, "python": MemoryError(), "driver": RuntimeError("CUDA error: out of memory")}
+DRAW = ("--num_inference_steps", "1", "--num_validation_images", "1")
+
+
+def fail(monkeypatch, script, name: str, error: Exception, call: int = 1) -> None:
+    """Makes this call of the function, counted from 1, raise the error."""
+    original, calls = getattr(script, name), []
+
+    @functools.wraps(original)
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(script, name, counted)
+
+
+# ---- the phase ----
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "phase, name, error",
+    [
+        ("check data", "make_samples", "python"),
+        ("encode prompts", "load_text_encoder", "device"),
+        ("encode prompts", "encode_prompt", "host"),
+        ("encode pictures", "encode_pixels", "python"),
+        ("load transformer", "load_transformer", "device"),
+        ("load transformer", "place_transformer", "driver"),
+        ("train", "batch_losses", "host"),
+        ("save", "save_checkpoint", "device"),
+    ],
+)
+def test_the_message_names_the_phase_the_memory_and_two_flags(script, train, monkeypatch, phase, name, error):
+    """Whatever kind of error it is, with exit code 6."""
+    fail(monkeypatch, script, name, ERRORS[error])
+    with pytest.raises(script.OutOfMemory) as caught:
+        train("--cache_latents")
+    told = str(caught.value).splitlines()
+    said = str(ERRORS[error]).splitlines()
+    assert told[0].startswith(f"out of memory in phase '{phase}' ({said[0] if said else 'MemoryError'})")
+    assert "peak " in told[0] and "GB, free now " in told[0] and "nan" not in told[0]
+    assert told[1].startswith("  what helps most and is not on: ")
+    assert told[2:] == ["  no step has been saved: start again with them"]
+    assert [code for known, code in script.ExitCodes.codes if isinstance(caught.value, known)] == [6]
+
+
+@pytest.mark.e2e
+def test_class_pictures_are_a_phase_of_their_own(t2i, tiny, photos, tmp_path, monkeypatch):
+    """They need the transformer before training does."""
+    fail(monkeypatch, t2i, "generate", DEVICE)
+    flags = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy"]
+    flags += ["--num_class_images", "1", "--num_inference_steps", "1", "--max_train_steps", "1"]
+    with pytest.raises(t2i.OutOfMemory, match="in phase 'generate class pictures'"):
+        t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "out", *flags)))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), KeyError("memory")])
+def test_another_failure_stays_what_it_was(script, train, monkeypatch, error):
+    """Nothing is taken for a lack of memory that is not one."""
+    fail(monkeypatch, script, "load_transformer", error)
+    with pytest.raises(type(error)) as caught:
+        train("--cache_latents")
+    assert caught.value is error
+
+
+def test_the_phases_are_functions_of_the_script(script):
+    """They are found by name in the traceback: a function that is renamed would lose its phase."""
+    source = ROOT.joinpath(Path(script.__file__).name).read_text()
+    named = [name for name in script.PHASES if f"\ndef {name}(" in source]
+    missing = {"prepare_class_samples"} if script.TASK == "image-to-image" else set()
+    assert set(script.PHASES) - set(named) == missing
+
+
+# ---- the flags ----
+
+
+@pytest.mark.parametrize(
+    "phase, flags, device, expected",
+    [
+        ("train", (), "cuda", ["--gradient_checkpointing", "--bnb_quantization_config_path"]),
+        ("train", ("--gradient_checkpointing", "0.5"), "cuda", ["--gradient_checkpointing", "--bnb"]),
+        ("train", ("--gradient_checkpointing",), "cuda", ["--bnb_quantization_config_path", "--cache_latents"]),
+        ("train", ("--gradient_checkpointing", "--do_fp8_training"), "cpu", ["--bnb_quant", "--cache_latents"]),
+        ("train", ("--gradient_checkpointing", "--train_batch_size", "2"), "cpu", ["--bnb", "--train_batch_size 1"]),
+        ("load transformer", (), "cuda", ["--bnb_quantization_config_path", "--use_8bit_adam"]),
+        ("load transformer", ("--optimizer", "prodigy"), "cuda", ["--bnb_quantization", "a smaller --rank"]),
+        ("encode prompts", (), "cuda", ["--offload", "--remote_text_encoder"]),
+        ("encode prompts", ("--offload",), "cuda", ["--remote_text_encoder", "a smaller --max_sequence_length"]),
+        ("encode prompts", (), "cpu", ["--remote_text_encoder", "a smaller --max_sequence_length"]),
+        ("encode pictures", (), "cuda", ["a smaller --resolution", "more memory"]),
+        ("start", (), "cpu", ["more memory"]),
+    ],
+)
+def test_the_two_flags_are_those_that_help_there_and_are_not_on(script, tiny, tmp_path, phase, flags, device, expected):
+    """On a GPU and on the CPU, where --offload has nothing to move."""
+    run = replace(start_run(script, tiny, tmp_path, *flags), device=torch.device(device))
+    told = script.memory_flags(run, phase)[:2]
+    assert len(told) == len(expected) and all(map(str.startswith, told, expected)), told
+
+
+def test_everything_that_is_on_is_not_said_again(script, tiny, tmp_path):
+    """The quantised base too; something is always left to say."""
+    four_bit = ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "nf4.json", "--cache_latents")
+    run = start_run(script, tiny, tmp_path, *four_bit, "--gradient_checkpointing", "--use_8bit_adam", "--offload")
+    run = replace(run, device=torch.device("cuda"))
+    assert script.memory_flags(run, "train")[:2] == ["a smaller --resolution", "a smaller --rank"]
+
+
+def test_what_several_processes_can_do_is_said_to_them(script, tiny, tmp_path):
+    """The encoder and FP8 weights are split, those of bitsandbytes are not."""
+    run = start_run(script, tiny, tmp_path)
+    two = replace(run, sharding=script.Sharding(), accelerator=type("Two", (), {"num_processes": 2})())
+    assert script.memory_flags(two, "encode prompts")[0] == "--fsdp_text_encoder"
+    assert script.memory_flags(two, "load transformer")[0] == "--do_fp8_training"
+
+
+# ---- what was learned ----
+
+
+@pytest.mark.e2e
+def test_the_last_step_is_kept_and_the_line_that_is_printed_goes_on_from_it(
+    script, tiny, photos, reference_flags, tmp_path, monkeypatch
+):
+    """With the flag that helps in it; the end is that of a run that never lacked memory."""
+    flags = ["--seed", "0", "--max_train_steps", "4", "--latents_cache_dir", tmp_path / "cache", *reference_flags]
+    words, name = command_line(tiny, photos, tmp_path / "out", *flags), Path(script.__file__).name
+    script.main(script.parse_args([*words, "--output_dir", str(tmp_path / "quiet")]))
+    monkeypatch.setattr(script.sys, "argv", [name, *words, "--overwrite_output_dir"])
+    with monkeypatch.context() as patch:
+        fail(patch, script, "batch_losses", HOST, call=4)
+        with pytest.raises(script.OutOfMemory) as caught:
+            script.main(script.parse_args(script.sys.argv[1:]))
+    *_, whole, line = str(caught.value).splitlines()
+    assert whole.startswith(f"  {tmp_path / 'out' / 'checkpoint-3'} is whole")
+    assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-3") is None
+    python, program, *typed = shlex.split(line)
+    assert [python, program] == ["python", name] and "--overwrite_output_dir" not in typed
+    assert typed[-3:] == ["--resume_from_checkpoint", "latest", "--gradient_checkpointing"]
+    script.main(script.parse_args(typed))
+    assert_same_run(tmp_path / "quiet", tmp_path / "out")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("error", ["device", "host", "python"])
+def test_a_validation_without_memory_is_a_warning_and_training_goes_on(script, train, monkeypatch, capsys, error):
+    """Its memory is given back, and the weights are those of a run that drew nothing."""
+    fail(monkeypatch, script, "generate", ERRORS[error], call=2)  # the first one draws before step 1
+    drawn = train("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW, "--skip_final_inference")
+    said = capsys.readouterr().err
+    assert said.count("validation: failed at step 1") == 1 and "training goes on" in said
+    assert column(drawn, "step") == [1, 2, 3]
+    plain = lora(train(output="plain"))
+    assert all(tensor.equal(plain[name]) for name, tensor in lora(drawn).items())
+
+
+@pytest.mark.e2e
+def test_after_a_validation_without_memory_the_vae_rests_and_memory_is_released(script, train, monkeypatch):
+    """With --offload it would else stay on the device until the next picture."""
+    events = []
+    fail(monkeypatch, script, "generate", DEVICE, call=2)
+    for owner, name in ((script, "release_memory"), (script.TrainingParts, "rest_vae"), (script, "train_step")):
+        original = getattr(owner, name)
+        note = functools.partial(lambda label, call, *args: (events.append(label), call(*args))[1], name, original)
+        monkeypatch.setattr(owner, name, functools.partialmethod(note) if owner is not script else note)
+    train("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW, "--skip_final_inference", "--cache_latents")
+    first = events.index("train_step")
+    assert events[first + 1 : first + 4] == ["rest_vae", "release_memory", "train_step"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("error", ["device", "python"])
+def test_final_pictures_without_memory_are_a_warning_and_the_lora_stays(script, train, monkeypatch, capsys, error):
+    """The run ends well: it is saved before."""
+    fail(monkeypatch, script, "generate", ERRORS[error])
+    folder = train("--final_validation_prompt", "a toy", *DRAW)
+    said = capsys.readouterr().err
+    assert "final pictures: failed" in said and "the LoRA is saved" in said
+    assert lora(folder) and (folder / "README.md").is_file()
+
+
+# ---- a real one ----
+
+LIMITED = """
+import re, resource, runpy, sys
+import accelerate, diffusers, peft, torch, transformers
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+torch.set_num_threads(1)
+now = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (now + 500_000_000,) * 2)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the limit is set from /proc")
+def test_a_program_that_gets_no_more_memory_ends_with_exit_code_6(t2i, tiny, photos, tmp_path):
+    """A real limit of 500 MB over what the libraries need, and pictures of 2048 px."""
+    words = command_line(tiny, photos, tmp_path / "out", "--resolution", "2048", "--cache_latents")
+    ended = run_python("-c", LIMITED, ROOT / Path(t2i.__file__).name, *words, timeout=120)
+    assert ended.returncode == 6, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "error: out of memory in phase 'encode pictures'" in ended.stderr, ended.stderr
+    assert "what helps most and is not on: a smaller --resolution" in ended.stderr
