@@ -123,7 +123,7 @@ def test_each_base_needs_less_than_the_one_before(small):
     blocks = {base: training.blocks for base, training in peaks.items()}
     assert blocks["fp8"] == pytest.approx(blocks["bf16"] / 2, rel=0.02) and blocks["int8"] == blocks["fp8"]
     assert blocks["nf4"] == pytest.approx(blocks["bf16"] * (4 + 8 / 64 + 32 / 64 / 256) / 16, rel=0.02)
-    assert peaks["bf16"].peak > peaks["fp8"].peak > peaks["nf4"].peak
+    assert peaks["bf16"].resident > peaks["fp8"].resident > peaks["nf4"].resident
 
 
 def test_a_reference_costs_what_its_tokens_cost(small):
@@ -160,3 +160,47 @@ def test_the_tables_mark_what_is_predicted_and_what_was_not_measured(small, caps
     shown = capsys.readouterr().out
     assert shown.count("not measured") == len(plan_memory.RUNGS) and "predicted GB" in shown
     assert "FP8 + checkpointing" in shown and "NF4 + checkpointing" in shown
+
+
+@pytest.fixture
+def gpu_benchmark(monkeypatch):
+    """benchmarks/gpu.py, which on a CPU can only be tried small."""
+    monkeypatch.syspath_prepend(str(plan_memory.ROOT / "benchmarks"))
+    import gpu
+
+    return gpu
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_a_row_of_the_gpu_benchmark_trains_the_real_step(gpu_benchmark, small, base):
+    row = dict(zip(gpu_benchmark.KEYS, (small, base, 1.0, 128, 0), strict=True))
+    values = gpu_benchmark.measure(row, seconds=0)
+    assert values["steps"] == 1 and values["seconds_per_step"] > 0 and values["tflops"] > 0
+    assert "peak_gb" not in values  # there is no GPU
+
+
+def test_the_gpu_benchmark_goes_on_where_it_stopped_and_a_failed_row_costs_no_other(
+    gpu_benchmark, small, tmp_path, monkeypatch
+):
+    seen, path = [], tmp_path / "gpu.json"
+
+    def fake(row: dict) -> dict:
+        seen.append(row["resolution"])
+        if row["resolution"] == 512:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much\nmore")
+        return {"tflops": 1.0, "peak_gb": 2.0, "seconds_per_step": 1.0}
+
+    monkeypatch.setattr(gpu_benchmark, "measure", fake)
+    rows = [(small, "bf16", 1.0, size, 0) for size in (256, 512, 768)]
+    options = path, rows, 1000, "some GPU", torch.device("cpu"), 64
+    gpu_benchmark.run_rows(path, rows, 1.0, *options[3:])  # no time for any
+    assert seen == []
+    first = gpu_benchmark.run_rows(*options)
+    assert seen == [256, 512, 768] and "out of memory" in first[1]["failed"] and first[2]["peak_gb"] == 2.0
+    gpu_benchmark.run_rows(*options)
+    assert seen == [256, 512, 768]
+
+
+def test_the_rows_of_the_gpu_benchmark_are_few_and_different(gpu_benchmark):
+    assert len(gpu_benchmark.ROWS) == len(set(gpu_benchmark.ROWS)) == 16
+    assert gpu_benchmark.ROW_SECONDS * 16 <= 500

@@ -92,11 +92,10 @@ def fill(module: torch.nn.Module, run: Any) -> None:
             setattr(part, name, torch.nn.Parameter(value, requires_grad=False))
 
 
-def quantise_to_fp8(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
-    """The script's own FP8 layers in one block, if the run asks for them."""
-    if run.args.do_fp8_training:
-        holder = SimpleNamespace(transformer_blocks=torch.nn.ModuleList([block]), single_transformer_blocks=NOTHING)
-        script.quantize_blocks(run, holder)
+def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
+    """The script's own layers in FP8 or of bitsandbytes in one block, if the run asks for them."""
+    holder = SimpleNamespace(transformer_blocks=torch.nn.ModuleList([block]), single_transformer_blocks=NOTHING)
+    script.quantize_blocks(run, holder)
 
 
 def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None]) -> torch.nn.Module:
@@ -114,7 +113,7 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
     return transformer
 
 
-def set_up(script: ModuleType, run: Any, parts: Any, quantise: Callable[..., None] = quantise_to_fp8) -> Any:
+def set_up(script: ModuleType, run: Any, parts: Any, quantise: Callable[..., None] = quantise_by_script) -> Any:
     """The script's TrainState: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
         state = script.set_up_training(run, parts)

@@ -143,7 +143,7 @@ def quantise(base: str, script: ModuleType, run: Any, block: nn.Module) -> None:
     """The script's FP8 layers, or stand-ins for those of bitsandbytes, or nothing."""
     if base in ("nf4", "int8"):
         stand_in(base, block)
-    bare_training.quantise_to_fp8(script, run, block)
+    bare_training.quantise_by_script(script, run, block)
 
 
 # ------------------------------------------------------------------------------------------------- Counting, per phase

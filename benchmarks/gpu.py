@@ -1,0 +1,151 @@
+"""Peak memory and seconds per step of the real architectures on this GPU, with random weights: nothing is downloaded.
+
+    python benchmarks/gpu.py --budget 500
+
+The script's own training step runs on each row of a list, the most valuable first, at most 25 s each. Results are added
+to benchmarks/gpu.json; the next call goes on with the rows that this kind of GPU does not have there. A row that runs
+out of memory or is refused says so, and the next one follows. `tools/plan_memory.py` reads the file.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import LIBRARIES, ROOT
+
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
+import bare_training
+from plan_memory import BASES, Job, step_tflop
+
+ROW_SECONDS, MOST_STEPS = 25.0, 10
+ROWS = [  # model, base, share of the blocks recomputed, pixels, references of 1 MP
+    ("dev", "bf16", 1.0, 1024, 0), ("dev", "fp8", 1.0, 1024, 0), ("klein-9B", "bf16", 1.0, 1024, 0),
+    ("dev", "nf4", 1.0, 512, 0), ("klein-4B", "bf16", 1.0, 1024, 0), ("dev", "bf16", 1.0, 512, 0),
+    ("dev", "fp8", 1.0, 512, 0), ("dev", "int8", 1.0, 512, 0), ("dev", "fp8", 1.0, 1024, 1),
+    ("klein-9B", "fp8", 1.0, 1024, 0), ("dev", "nf4", 1.0, 1024, 0), ("klein-9B", "nf4", 1.0, 1024, 0),
+    ("klein-4B", "bf16", 0.0, 1024, 0), ("dev", "bf16", 1.0, 1024, 1), ("klein-9B", "bf16", 0.0, 512, 0),
+    ("klein-4B", "bf16", 1.0, 1024, 1),
+]  # fmt: skip
+KEYS = ("model", "base", "share", "resolution", "references")
+
+
+def flags_of(base: str, share: float) -> list[Any]:
+    """The script's flags of a row."""
+    words = [ROOT / word if word.endswith(".json") else word for word in BASES[base][1]]
+    return words + (["--gradient_checkpointing", share] if share else [])
+
+
+def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]:
+    """Builds the model of a row on the device and trains for some steps; returns what was measured."""
+    started, job = time.perf_counter(), Job(row["model"], row["resolution"], row["references"])
+    with tempfile.TemporaryDirectory() as folder:
+        run = job.run(folder, *flags_of(row["base"], row["share"]))
+        parts = bare_training.make_parts(job.script, run, job.references)
+        state = bare_training.set_up(job.script, run, parts)
+        batches, times = bare_training.make_batches(job.script, run, parts), []
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        while len(times) < 2 or (len(times) < MOST_STEPS and time.perf_counter() - started < seconds):
+            times.append(job.script.train_step(run, parts, state, batches)["seconds"])
+    step = statistics.median(times[1:])  # the first one warms up
+    values = {"steps": len(times) - 1, "seconds_per_step": step, "tflops": step_tflop(job, row["share"]) / step}
+    if run.device.type == "cuda":
+        values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        values["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    return values
+
+
+def attempt(row: dict[str, Any]) -> dict[str, Any]:
+    """`measure`, or why there is no number."""
+    try:
+        return measure(row)
+    except torch.OutOfMemoryError as error:
+        return {"failed": f"out of memory: {str(error).splitlines()[0]}"}
+    except Exception as error:  # one row that a library refuses must not cost the others
+        return {"failed": f"{type(error).__name__}: {error}"}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def seconds_of(action: Callable[[], Any], device: torch.device, times: int = 10) -> float:
+    """Median seconds of an action, the device's work included."""
+    taken = []
+    for _ in range(times + 2):
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[2:])
+
+
+def matmul_peaks(device: torch.device, size: int) -> dict[str, float | None]:
+    """TFLOP/s of one large matrix product in bf16, and in FP8 as the script computes it: what a step could reach."""
+    import train_dreambooth_lora_flux2 as script
+
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    peaks = {"bf16": 2 * size**3 / seconds_of(lambda: left @ right, device) / 1e12, "fp8": None}
+    try:
+        (rows, row_scales), (columns, column_scales) = script.to_fp8(left), script.to_fp8(right)
+        operands = rows, columns.t(), row_scales, column_scales.t(), torch.bfloat16
+        peaks["fp8"] = 2 * size**3 / seconds_of(lambda: script.fp8_matmul(*operands), device) / 1e12
+    except RuntimeError as error:
+        print(f"FP8: {error}".splitlines()[0])
+    return peaks
+
+
+def predicted_gb(row: dict[str, Any]) -> float | None:
+    """What benchmarks/plan_memory.json says about a row."""
+    path = ROOT / "benchmarks" / "plan_memory.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    found = [known["training_gb"] for known in rows if all(known[key] == row[key] for key in KEYS)]
+    return found[0] if found else None
+
+
+def run_rows(path: Path, rows: list[tuple], budget: float, gpu: str, device: torch.device, size: int) -> list[dict]:
+    """Measures what is missing in `path` as long as the budget lasts, and writes after each row."""
+    started = time.perf_counter()
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"peaks": {}, "rows": []}
+    if gpu not in content["peaks"]:
+        content["peaks"][gpu] = matmul_peaks(device, size)
+    known = {tuple(row[key] for key in KEYS) for row in content["rows"] if row["gpu"] == gpu}
+    for place in (place for place in rows if place not in known):
+        if time.perf_counter() - started + ROW_SECONDS > budget:
+            print(f"budget: the rest is for the next call, from {place} on")
+            break
+        row = dict(zip(KEYS, place, strict=True))
+        values = attempt(row)
+        peak = content["peaks"][gpu]["fp8" if row["base"] == "fp8" else "bf16"]
+        share = values["tflops"] / peak if peak and "tflops" in values else None
+        versions = {library: importlib.metadata.version(library) for library in (*LIBRARIES, "bitsandbytes")}
+        facts = {"gpu": gpu, "predicted_gb": predicted_gb(row), "share_of_matmul_peak": share, "versions": versions}
+        content["rows"].append({**row, **values, **facts})
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({**row, **values, "predicted_gb": facts["predicted_gb"]}), flush=True)
+    return content["rows"]
+
+
+def main() -> None:
+    """Runs the list on the first GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=500, help="seconds for this call (default: 500)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU here: these rows stay 'not measured'; tools/plan_memory.py predicts them")
+    path, gpu = ROOT / "benchmarks" / "gpu.json", torch.cuda.get_device_name()
+    run_rows(path, ROWS, args.budget, gpu, torch.device("cuda"), 8192)
+
+
+if __name__ == "__main__":
+    main()
