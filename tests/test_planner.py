@@ -204,3 +204,9 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped_and_a_failed_row_costs_no_ot
 def test_the_rows_of_the_gpu_benchmark_are_few_and_different(gpu_benchmark):
     assert len(gpu_benchmark.ROWS) == len(set(gpu_benchmark.ROWS)) == 16
     assert gpu_benchmark.ROW_SECONDS * 16 <= 500
+
+
+def test_the_predictions_in_the_readme_are_those_of_the_stored_file():
+    readme = (plan_memory.ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]
+    assert shown.strip() == plan_memory.readme_tables().strip()
