@@ -210,3 +210,12 @@ def test_the_predictions_in_the_readme_are_those_of_the_stored_file():
     readme = (plan_memory.ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]
     assert shown.strip() == plan_memory.readme_tables().strip()
+
+
+def test_a_plan_does_not_depend_on_the_gpu_of_this_machine(t2i, small, tmp_path, monkeypatch):
+    asked, real = [], t2i.accelerate.Accelerator
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(t2i.accelerate, "Accelerator", lambda **options: asked.append(options["cpu"]) or real(cpu=True))
+    Job(small, 128).plan(tmp_path / "plan")
+    Job(small, 128).run(tmp_path / "run")
+    assert asked == [True, False]

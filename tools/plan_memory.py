@@ -162,9 +162,14 @@ class Job:
         return image_to_image if self.references else text_to_image
 
     def run(self, folder: str, *flags: Any) -> Any:
-        """The script's `Run`."""
+        """The script's `Run` on this machine's device."""
         words = ("--resolution", self.resolution, *flags, *self.flags)
         return bare_training.start_run(self.script, read_architecture(self.model), Path(folder, "run"), *words)
+
+    def plan(self, folder: str, *flags: Any) -> Any:
+        """The script's `Run` on the CPU: what is planned for has nothing to do with the GPU that may be here."""
+        with bare_training.mock.patch.object(torch.accelerator, "is_available", lambda: False):
+            return self.run(folder, *flags)
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def count_training(job: Job, base: str, share: float) -> Training:
     flags = [FP8] * (base == "fp8") + [CHECKPOINTING, share] * (share > 0)
     counter = LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
-        run = job.run(folder, *flags)
+        run = job.plan(folder, *flags)
         parts = bare_training.make_parts(job.script, run, job.references)
         with planned(counter):
             state = bare_training.set_up(job.script, run, parts, base_quantiser(base))
@@ -229,7 +234,7 @@ def count_encoder(job: Job) -> dict[str, float]:
     """Weights and peak of the text encoder's phase, in bytes, as the script loads it: with the layers that are read."""
     script, counter = text_to_image, LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
-        run = job.run(folder)
+        run = job.plan(folder)
         config = encoder_config(run)
         with planned(counter):
             encoder = getattr(transformers, run.family.text_encoder)._from_config(config, dtype=run.dtype).eval()
@@ -257,7 +262,7 @@ def count_vae(job: Job) -> int:
     """Peak bytes of encoding one picture of the largest size with the script's fp32 autoencoder."""
     counter, side = LiveStorages(), max(sequence(job))
     with tempfile.TemporaryDirectory() as folder:
-        run = job.run(folder)
+        run = job.plan(folder)
         with planned(counter):
             vae = job.script.AutoencoderKLFlux2.from_config(run.model.config("vae")).eval().requires_grad_(False)
             counter.restart()
