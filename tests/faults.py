@@ -49,7 +49,6 @@ def kill_while_saving(script: ModuleType, start: Callable, kills: int, keep: int
             counts["hit_a_save"] += bool(list(run.output_dir.glob(".tmp-*")))
             assert newest(script, run) > latest
             latest = newest(script, run)
-            assert len(script.list_checkpoints(run.output_dir)) <= keep + 1
         raise Enough
 
     limits = ("--checkpointing_steps", "1", "--checkpoints_total_limit", str(keep), "--max_train_steps", str(10**6))
