@@ -2260,10 +2260,13 @@ def encode_missing_pictures(
 
 
 def encode_pictures(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
-    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it."""
+    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it.
+
+    It waits on the CPU: the transformer may need all of the device while it is loaded and quantised.
+    """
     vae = cache_latents(run, space, pictures) if run.args.cache_latents else None
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
-    vae = (vae or load_vae(run)) if draws or not run.args.cache_latents else None
+    vae = (vae or load_vae(run)).to("cpu") if draws or not run.args.cache_latents else None
     release_memory()
     return vae
 
@@ -3728,7 +3731,7 @@ class TrainingParts:
         return self.streams[0].samples
 
     def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
-        """The VAE where it is needed; with --offload it waits on the CPU."""
+        """The VAE where it is needed; before its first use, and with --offload after each, it waits on the CPU."""
         return self.vae.to(run.device)
 
     def rest_vae(self, args: Args) -> None:
@@ -4272,7 +4275,6 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     # in optimizer steps; stepped by us, never prepared by Accelerate
     schedule = get_scheduler(run.args.lr_scheduler, optimizer, **lengths, **shape)
     state = TrainState(parameters, optimizer, schedule, now)
-    parts.rest_vae(run.args)
     if run.resume:
         restore(run, state)
     if run.is_main:
