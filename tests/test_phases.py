@@ -172,6 +172,28 @@ def test_an_encoder_whose_layers_lie_elsewhere_gives_the_same_embedding(script, 
     assert script.encode_prompt(run, script.load_tokenizer(run), encoder, "a toy").equal(expected)
 
 
+class Far:
+    """A hidden state on another device."""
+
+    def __init__(self) -> None:
+        """Not fetched yet."""
+        self.fetched = []
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """Remembers where it was fetched to."""
+        self.fetched.append(device)
+        return torch.zeros(1, 64, 32)
+
+
+def test_hidden_states_are_fetched_from_where_their_layers_lie(script, tiny, tmp_path):
+    """Those that are read, and no other: they cannot be put side by side on two devices."""
+    run, states = start_run(script, tiny, tmp_path), [Far() for _ in range(32)]
+    encoder = SimpleNamespace(model=lambda **_: SimpleNamespace(hidden_states=states))
+    script.encode_prompt(run, script.load_tokenizer(run), encoder, "a toy")
+    assert [number for number, state in enumerate(states) if state.fetched == [run.device]] == list(run.text_layers)
+    assert sum(len(state.fetched) for state in states) == 3
+
+
 # ---- nothing left behind ----
 
 
