@@ -33,8 +33,8 @@ def kill_while_saving(script: ModuleType, start: Callable, kills: int, keep: int
     """Trains with a checkpoint at every step and kills the process again and again, at random instants.
 
     The run is set up once; a child is forked for each kill, goes on from the newest checkpoint as a new start would,
-    and gets its SIGKILL some time after its first save. After each the newest checkpoint must be intact, load, and be
-    no older than before. Returns how many there were, and how many hit a save or a removal.
+    and gets its SIGKILL some time after its first save, every third one while it saves. After each the newest checkpoint
+    must be intact, load, and be no older than before. Returns how many there were, and how many hit a save or a removal.
     """
     counts, rng = Counter(kills=0, hit_a_save=0), random.Random(seed)
 
@@ -44,6 +44,8 @@ def kill_while_saving(script: ModuleType, start: Callable, kills: int, keep: int
             with forked(go_on, script, run, parts, state, stop, original, log=log) as child:
                 wait_until(lambda before=latest: newest(script, run, check=False) > before, child)
                 time.sleep(rng.uniform(0, 0.15))
+                if counts["kills"] % 3 == 0:  # chance alone might miss every save
+                    wait_until(lambda: any(run.output_dir.glob(".tmp-*")), child)
                 assert child.kill() == -signal.SIGKILL, log.read_text()
             counts["kills"] += 1
             counts["hit_a_save"] += bool(list(run.output_dir.glob(".tmp-*")))
