@@ -33,8 +33,9 @@ def kill_while_saving(script: ModuleType, start: Callable, kills: int, keep: int
     """Trains with a checkpoint at every step and kills the process again and again, at random instants.
 
     The run is set up once; a child is forked for each kill, goes on from the newest checkpoint as a new start would,
-    and gets its SIGKILL some time after its first save, every third one while it saves. After each the newest checkpoint
-    must be intact, load, and be no older than before. Returns how many there were, and how many hit a save or a removal.
+    and gets its SIGKILL some time after its first save, every third one while it saves. After each the newest
+    checkpoint must be intact, load, and be no older than before. Returns how many there were, and how many hit a save
+    or a removal.
     """
     counts, rng = Counter(kills=0, hit_a_save=0), random.Random(seed)
 
