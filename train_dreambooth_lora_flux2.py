@@ -1610,8 +1610,14 @@ def load_text_encoder(run: Run) -> nn.Module:
     spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
     if spread:
         options["device_map"] = "auto"
+    if spread and run.processes > 1:  # the other GPUs are the other processes'
+        free = torch.cuda.mem_get_info(run.device)[0] - 2**30
+        options["max_memory"] = {run.device.index: free, "cpu": 2**62}
     encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
     encoder.eval().requires_grad_(False)
+    encoder.lm_head = None  # nobody reads logits, and there are no pictures: some 2 GB of [dev]
+    if hasattr(encoder.model, "vision_tower"):
+        encoder.model.vision_tower = encoder.model.multi_modal_projector = None
     stored = getattr(config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states

@@ -131,14 +131,17 @@ def test_class_pictures_leave_nothing_on_the_device(monkeypatch, t2i, tiny, phot
 
 
 @pytest.mark.parametrize("family", ["dev", "klein"])
-def test_no_logits_over_the_vocabulary_are_computed(script, tiny, tiny_klein, tmp_path, family):
-    """131,072 numbers per token of [dev], which nobody reads."""
+def test_the_encoder_has_neither_head_nor_eyes_and_gives_the_same_embedding(script, tiny, tiny_klein, tmp_path, family):
+    """No logits over the vocabulary, 131,072 numbers per token of [dev], and no weights for them on the device."""
     run = start_run(script, {"dev": tiny, "klein": tiny_klein}[family], tmp_path)
-    encoder, calls = script.load_text_encoder(run), []
-    encoder.lm_head.register_forward_hook(lambda *_: calls.append("head"))
-    encoder.get_input_embeddings().register_forward_hook(lambda *_: calls.append("embedding"))
-    script.encode_prompt(run, script.load_tokenizer(run), encoder, "a toy")
-    assert calls == ["embedding"]
+    encoder = script.load_text_encoder(run)
+    assert encoder.lm_head is None
+    assert not [name for name, _ in encoder.named_parameters() if "head" in name or "vision" in name or "multi" in name]
+    encoders = getattr(script.transformers, run.family.text_encoder)
+    whole = encoders.from_pretrained(run.model.folder / "text_encoder", dtype=run.dtype)
+    tokenizer = script.load_tokenizer(run)
+    expected = script.encode_prompt(run, tokenizer, whole.eval(), "a toy")
+    assert script.encode_prompt(run, tokenizer, encoder, "a toy").equal(expected)
 
 
 @pytest.mark.parametrize("offload", [True, False])
@@ -146,6 +149,7 @@ def test_offload_lets_accelerate_spread_the_encoder_over_gpu_and_cpu(script, tin
     """It is not moved afterwards; without the flag it goes to the GPU whole."""
     moves = []
     encoder = SimpleNamespace(eval=lambda: encoder, requires_grad_=lambda _: encoder, to=lambda d: moves.append(d.type))
+    encoder.model = SimpleNamespace()
     model = script.transformers.Mistral3ForConditionalGeneration
     monkeypatch.setattr(
         model, "from_pretrained", lambda _, **options: moves.append(options.get("device_map")) or encoder
@@ -153,6 +157,20 @@ def test_offload_lets_accelerate_spread_the_encoder_over_gpu_and_cpu(script, tin
     run = start_run(script, tiny, tmp_path, *["--offload"] * offload)
     script.load_text_encoder(replace(run, device=torch.device("cuda")))
     assert moves == (["auto"] if offload else [None, "cuda"])
+
+
+def test_with_several_processes_each_spreads_its_encoder_over_its_own_gpu(script, tiny, tmp_path, monkeypatch):
+    given = []
+    encoder = SimpleNamespace(eval=lambda: encoder, requires_grad_=lambda _: encoder, model=SimpleNamespace())
+    model = script.transformers.Mistral3ForConditionalGeneration
+    monkeypatch.setattr(model, "from_pretrained", lambda _, **options: given.append(options) or encoder)
+    monkeypatch.setattr(script.torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 24 * 2**30))
+    run = replace(start_run(script, tiny, tmp_path, "--offload"), device=torch.device("cuda", 3))
+    script.load_text_encoder(run)
+    monkeypatch.setattr(script.Run, "processes", 8)
+    script.load_text_encoder(run)
+    assert "max_memory" not in given[0]
+    assert given[1]["max_memory"][3] == 19 * 2**30 and set(given[1]["max_memory"]) == {3, "cpu"}
 
 
 def test_an_encoder_whose_layers_lie_elsewhere_gives_the_same_embedding(script, tiny, tmp_path, monkeypatch):
