@@ -1615,14 +1615,19 @@ def load_text_encoder(run: Run) -> nn.Module:
         options["max_memory"] = {run.device.index: free, "cpu": 2**62}
     encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
     encoder.eval().requires_grad_(False)
-    encoder.lm_head = None  # nobody reads logits, and there are no pictures: some 2 GB of [dev]
-    if hasattr(encoder.model, "vision_tower"):
-        encoder.model.vision_tower = encoder.model.multi_modal_projector = None
+    drop_unread_parts(encoder)
     stored = getattr(config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
         shard(run, encoder, getattr(encoder.model, "language_model", encoder.model).layers)
     return encoder if spread or stored or run.args.fsdp_text_encoder else encoder.to(run.device)
+
+
+def drop_unread_parts(encoder: nn.Module) -> None:
+    """Removes the head over the vocabulary and what would see pictures: some 2 GB of [dev] in bf16."""
+    encoder.lm_head = None
+    if hasattr(encoder.model, "vision_tower"):
+        encoder.model.vision_tower = encoder.model.multi_modal_projector = None
 
 
 @torch.no_grad()

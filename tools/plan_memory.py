@@ -238,6 +238,7 @@ def count_encoder(job: Job) -> dict[str, float]:
         config = encoder_config(run)
         with planned(counter):
             encoder = getattr(transformers, run.family.text_encoder)._from_config(config, dtype=run.dtype).eval()
+            script.drop_unread_parts(encoder)
             weights = counter.now
             counter.restart()
             ids = torch.ones(1, run.args.max_sequence_length, dtype=torch.int64)
