@@ -4417,34 +4417,41 @@ def output_lock(args: Args) -> Iterator[None]:
                 path.parent.rmdir()  # if it is empty: a run that was refused leaves nothing
 
 
-@ExitCodes()
-def main(args: Args) -> None:
-    """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
+@contextlib.contextmanager
+def started_run(args: Args) -> Iterator[Run]:
+    """The run: alone in its output folder, its log lines set up; where memory runs out, it is said what helps."""
     set_up_logging()  # first of all: it secures the streams before a file is opened
     with output_lock(args):
         run = start_accelerator(args)
         with explain_out_of_memory(run):
-            with run.accelerator.main_process_first():  # the others find the index of checked pictures
-                samples, buckets = check_data(run)
-            check_plan(run, samples)
-            if args.dry_run:
-                return
-            run = prepare_output(run)
-            space = open_latent_space(run)
-            prompts = encode_prompts(run, all_prompts(run, samples))
-            streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
-            parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
-            state = set_up_training(run, parts)
-            with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-                with keep_progress(run, state):
-                    train(run, parts, state, stop)
-                save_results(run, state, stop)
-            gallery = draw_final_pictures(run, parts, state.parameters)
-            end_trackers(run)
-            if run.is_main:
-                write_card(run, state, gallery)
-                push(run)
-            print_results(run)
+            yield run
+
+
+@ExitCodes()
+def main(args: Args) -> None:
+    """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
+    with started_run(args) as run:
+        with run.accelerator.main_process_first():  # the others find the index of checked pictures
+            samples, buckets = check_data(run)
+        check_plan(run, samples)
+        if args.dry_run:
+            return
+        run = prepare_output(run)
+        space = open_latent_space(run)
+        prompts = encode_prompts(run, all_prompts(run, samples))
+        streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
+        parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
+        state = set_up_training(run, parts)
+        with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
+            with keep_progress(run, state):
+                train(run, parts, state, stop)
+            save_results(run, state, stop)
+        gallery = draw_final_pictures(run, parts, state.parameters)
+        end_trackers(run)
+        if run.is_main:
+            write_card(run, state, gallery)
+            push(run)
+        print_results(run)
 
 
 if __name__ == "__main__":
