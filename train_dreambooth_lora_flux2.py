@@ -1342,7 +1342,8 @@ class PictureIndex:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # not the process's number: containers on two machines number theirs alike, and share the drive
+    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
@@ -1782,26 +1783,19 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def share(run: Run, work: list[Any], lockstep: bool = False) -> list[Any]:
-    """This process's part of the work; nobody starts before all know what there is.
+@contextlib.contextmanager
+def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[list[Any]]:
+    """Gives this process's part of the work; nobody starts before all know what there is, and all end together.
 
-    In lock-step all parts have the same length, the last piece is done more than once: as sharded models need it.
+    Also one that fails; but in lock-step, as sharded models need it, the others wait for its part of the weights, so
+    its end has to end the run. There all parts have the same length: the last piece is done more than once.
     """
     run.accelerator.wait_for_everyone()
     mine = work[run.rank :: run.processes]
-    return mine + work[-1:] * (lockstep * (math.ceil(len(work) / run.processes) - len(mine)))
-
-
-@contextlib.contextmanager
-def together(run: Run) -> Iterator[None]:
-    """All processes leave the block at the same time, also one that fails in it.
-
-    Unless weights are sharded: then the others wait for its part of them, and its end has to end the run.
-    """
     try:
-        yield
+        yield mine + work[-1:] * (lockstep * (math.ceil(len(work) / run.processes) - len(mine)))
     except Exception:
-        if run.sharding is None:
+        if not lockstep:
             run.accelerator.wait_for_everyone()
         raise
     run.accelerator.wait_for_everyone()
@@ -1812,8 +1806,8 @@ def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
     cache = PromptCache(run)
     missing = [prompt for prompt in dict.fromkeys(prompts) if not is_cached(cache.path(prompt))]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
-    with together(run):
-        if mine := share(run, missing, lockstep=run.args.fsdp_text_encoder):
+    with shared_out(run, missing, lockstep=run.args.fsdp_text_encoder) as mine:
+        if mine:
             encode_missing_prompts(run, cache, mine)
     return cache
 
@@ -1960,9 +1954,8 @@ def cache_latents(run: Run, space: LatentSpace, pictures: list[Picture]) -> Auto
     wanted = {space.path(picture, flip): (picture, flip) for picture in pictures for flip in flips}
     missing = {path: work for path, work in wanted.items() if not is_cached(path)}
     log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
-    with together(run):
-        mine = dict(share(run, list(missing.items())))
-        return encode_missing_pictures(run, space, mine) if mine else None
+    with shared_out(run, list(missing.items())) as mine:
+        return encode_missing_pictures(run, space, dict(mine)) if mine else None
 
 
 def encode_missing_pictures(
@@ -2918,9 +2911,9 @@ def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Pat
 
     The processes share the work, in lock-step where the weights are sharded.
     """
-    todo = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
-    with together(run):
-        pipeline, todo = make_pipeline(run, parts), share(run, todo, lockstep=run.sharding is not None)
+    everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
+    with shared_out(run, everything, lockstep=run.sharding is not None) as todo:
+        pipeline = make_pipeline(run, parts)
         folder.mkdir(parents=True, exist_ok=True)
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
@@ -3026,8 +3019,8 @@ def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, bu
         missing[start : start + run.args.sample_batch_size]
         for start in range(0, len(missing), run.args.sample_batch_size)
     ]
-    with together(run):
-        if mine := share(run, batches, lockstep=run.sharding is not None):
+    with shared_out(run, batches, lockstep=run.sharding is not None) as mine:
+        if mine:
             generate_class_pictures(run, space, prompts, buckets, folder, mine)
     pictures = list_pictures(folder)
     return make_samples(run, [Row(file_source(folder, path), run.args.class_prompt) for path in pictures], buckets)
@@ -3288,6 +3281,7 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
     prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
+    failed = None
     try:
         load_lora(parameters, run.output_dir / LORA_FILE, lora_alpha(run.args))
         parts.transformer.eval()
@@ -3295,7 +3289,14 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
         for strength, folder in strengths.items():
             for layer in lora_layers_of(parts.transformer):
                 layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
-            draw_samples(run, parts, prompts, folder)
+            try:
+                draw_samples(run, parts, prompts, folder)
+            except Exception as error:
+                if run.sharding:  # the other processes wait for this one's part of the weights
+                    raise
+                failed = failed or error  # told after the last strength: the others wait for this one at each
+        if failed:
+            raise failed
         drawn = [(f"LoRA strength {strength}", folder) for strength, folder in strengths.items()]
         if run.is_main:
             draw_sheet(prompts, sheet_columns(run, parts, prompts, drawn), final / "contact_sheet.png")
@@ -3648,10 +3649,10 @@ def start_accelerator(args: Args) -> Run:
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
-    drawn = torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)
+    drawn = broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device))
     return Run(
         args, accelerator, accelerator.device, dtype,
-        seed=int(broadcast(drawn)) if seed is None else seed,  # every process has the one of the first
+        seed=int(drawn) if seed is None else seed,  # the first process's; all draw, if only some found a checkpoint
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         quantization=find_quantization(args, model),
@@ -3976,7 +3977,9 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
 
     Machines without a shared file system would train on different pictures, or some of them from step 0, in silence.
     """
-    seen = digest(json.dumps(now), run.resume.state["step"] if run.resume else 0)
+    own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
+    flags = {name: value for name, value in vars(run.args).items() if name not in own}
+    seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
     if differing := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
         raise UserError(

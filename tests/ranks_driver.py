@@ -49,6 +49,18 @@ def watch(script, seen: dict) -> dict:
     return originals
 
 
+def fail_on_the_second(script, name: str) -> None:
+    """Makes a function of the script fail on the second process, each time that it is called there."""
+    original = getattr(script, name)
+
+    def fail(*arguments, **named):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError(f"{name} fails here")
+        return original(*arguments, **named)
+
+    setattr(script, name, fail)
+
+
 def run_task(task: dict) -> dict:
     """One training run; returns what this process saw of it, with the error if it ended with one."""
     script, seen, begun = importlib.import_module(task["script"]), {}, time.monotonic()
@@ -57,6 +69,9 @@ def run_task(task: dict) -> dict:
     before = dict(os.environ)
     os.environ.update(task.get("environment", {}))
     originals = watch(script, seen)
+    if name := task.get("fails"):
+        originals[name] = getattr(script, name)
+        fail_on_the_second(script, name)
     try:
         script.main(script.parse_args(task["flags"]))
     except BaseException as error:

@@ -4,6 +4,8 @@ Every test asserts how many processes there really were, and of FSDP that base w
 wrong number of processes, or shards nothing, without a word.
 """
 
+import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,11 +74,14 @@ class Tasks:
     def __init__(self, folder: Path, data: dict[str, Path]) -> None:
         self.folder, self.data, self.tasks = folder, data, []
 
-    def add(self, name: str, script: str, *flags: object, environment: dict | None = None) -> Path:
+    def add(
+        self, name: str, script: str, *flags: object, environment: dict | None = None, fails: str | None = None
+    ) -> Path:
         """Adds a run; returns its output folder."""
         output = self.folder / name
         words = flags_of(self.data, script, output, *flags)
-        self.tasks.append({"name": name, "script": SCRIPTS[script], "flags": words, "environment": environment or {}})
+        task = {"name": name, "script": SCRIPTS[script], "flags": words, "environment": environment or {}}
+        self.tasks.append({**task, "fails": fails})
         return output
 
     def launch(self, config: Path, *options: object, timeout: float = 900) -> list[dict]:
@@ -169,6 +175,7 @@ def two(tmp_path_factory, data):
                "--num_validation_images", 3)  # fmt: skip
     tasks.add("drawn", "t2i", *drawing, "--max_train_steps", 8)
     tasks.add("not-drawn", "t2i", "--max_train_steps", 8)
+    tasks.add("not-drawn-by-one", "t2i", *drawing, "--max_train_steps", 8, fails="make_pipeline")
     tasks.add("unseeded", "t2i", "--seed", 1, "--max_train_steps", 1)
     seedless = tasks.tasks[-1]["flags"]
     del seedless[seedless.index("--seed") : seedless.index("--seed") + 2]
@@ -244,6 +251,14 @@ def test_pictures_are_shared_out_and_drawing_them_does_not_change_training(two, 
         first, second = (path / "samples/step-000000" / name for path in (single, folder / "drawn"))
         assert first.read_bytes() == second.read_bytes(), name
     assert (folder / "drawn/samples/contact_sheet.png").is_file()
+
+
+def test_a_process_that_cannot_draw_keeps_the_others_in_step(two):
+    """It fails before its first picture, as for want of memory; both go on training, and nobody waits for ever."""
+    folder, seen = two
+    assert [view["not-drawn-by-one"]["processes"] for view in seen] == [2, 2]
+    assert column(folder / "not-drawn-by-one", "loss") == column(folder / "not-drawn", "loss")
+    assert len(list((folder / "not-drawn-by-one/samples/step-000003").iterdir())) == 3  # the first one's half
 
 
 def test_processes_without_a_seed_agree_on_one(two):
@@ -432,6 +447,42 @@ def test_two_machines_of_two_processes_shard_within_the_machine(data, tmp_path):
 
 
 # ---- what stops a run ----
+
+
+@pytest.mark.parametrize("lockstep, part, barriers", [(False, [2], 2), (True, [2, 3], 1)])
+def test_in_lock_step_a_failure_does_not_wait_for_those_that_wait_for_its_weights(script, lockstep, part, barriers):
+    """Else one process is in a barrier and the others in a gather of weights, until the time-out."""
+    waits = []
+    run = SimpleNamespace(rank=1, processes=2)
+    run.accelerator = SimpleNamespace(wait_for_everyone=lambda: waits.append(1))
+    with pytest.raises(OSError, match="disk"), script.shared_out(run, [1, 2, 3], lockstep) as mine:
+        assert mine == part
+        raise OSError("disk")
+    assert len(waits) == barriers
+
+
+def test_processes_with_the_same_number_on_two_machines_do_not_write_to_one_temporary_file(
+    script, tmp_path, monkeypatch
+):
+    names = []
+    monkeypatch.setattr(os, "replace", lambda source, _: names.append(source))
+    for _ in range(2):
+        script.write_atomically(tmp_path / "index.json", b"{}")
+    assert len(set(names)) == 2
+
+
+@pytest.mark.parametrize("flag, value, told", [("max_train_steps", 7, True), ("local_rank", 1, False)])
+def test_a_process_with_another_flag_is_told_before_training(script, data, tmp_path, monkeypatch, flag, value, told):
+    """One of fewer steps would end, and the others wait for it; --local_rank is the launcher's and may differ."""
+    name = next(name for name, module in SCRIPTS.items() if module == script.__name__)
+    args, numbers = script.parse_args(flags_of(data, name, tmp_path / "out")), []
+    monkeypatch.setattr(script, "gather", lambda tensor: numbers.append(tensor) or torch.cat(numbers))
+    run = SimpleNamespace(resume=None, device="cpu", args=args)
+    script.check_agreement(run, {"data": 1})
+    run.args = argparse.Namespace(**{**vars(args), flag: value})
+    with pytest.raises(script.UserError, match="see other") if told else contextlib.nullcontext():
+        script.check_agreement(run, {"data": 1})
+
 
 FRAGMENT = """
 distributed_type: FSDP
