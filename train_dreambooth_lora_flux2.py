@@ -2995,7 +2995,7 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
     except Exception as error:  # pictures are not worth a run
         if run.sharding:  # the other processes wait for this one's part of the weights
             raise
-        log.warning(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
+        log.error(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
     finally:
         parts.transformer.train()
     parts.rest_vae(run.args)

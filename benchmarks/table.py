@@ -1,7 +1,11 @@
-"""Print the table of the README from the JSON files of the benchmarks.
+"""Print a table of a README from the JSON files of the benchmarks.
 
-python benchmarks/table.py
+python benchmarks/table.py              time and memory
+python benchmarks/table.py learning     what LoRAs of the toy learned
+python benchmarks/table.py tiny_flux2   what the embedded model draws, for its own README
 """
+
+import sys
 
 from results import read_result
 
@@ -30,8 +34,8 @@ def step_rows(result: dict) -> list[tuple[str, str]]:
     ]
 
 
-def main() -> None:
-    """Prints one table; a benchmark that has not been run says so."""
+def print_measured() -> None:
+    """Prints time and memory; a benchmark that has not been run says so."""
     print("| what | measured | command |\n|---|---|---|")
     machines = set()
     for name, make_rows in (("demo_phases", demo_rows), ("memory", memory_rows), ("step_time", step_rows)):
@@ -45,5 +49,84 @@ def main() -> None:
     print("\nMeasured on " + "; ".join(sorted(machines)) + "." if machines else "")
 
 
+SETTINGS = {
+    "shift linear": "the defaults: `--timestep_shift linear`, uniform density, `--guidance_scale 1`",
+    "shift none": "`--timestep_shift none`",
+    "shift empirical": "`--timestep_shift empirical`",
+    "logit_normal": "`--weighting_scheme logit_normal`",
+    "sigma_sqrt": "`--weighting_scheme sigma_sqrt`",
+    "guidance 3.5": "`--guidance_scale 3.5`",
+}
+BASES = {
+    "bf16": "base in bf16, the fp32 adapter computing in bf16",
+    "fp8": "`--do_fp8_training`",
+    "nf4": "`configs/quantization/nf4.json`",
+    "int8": "`configs/quantization/int8.json`",
+}
+
+
+def print_learning() -> None:
+    """Prints how much nearer each LoRA brought the pictures to the toy, then what else was measured of LoRAs."""
+    found = read_result("learning")["figures"]
+    settings, subject = found["gain by setting"], found["subject"]
+    gains = {what: settings[name] for name, what in SETTINGS.items()}
+    gains |= {what: found[f"gain with a base in {name}"][name] for name, what in BASES.items()}
+    broken = {
+        name.partition(": ")[2]: figures["gain"] for name, figures in found.items() if name.startswith("broken: ")
+    }
+    gains |= {f"a script broken on purpose: {what}": gain for what, gain in broken.items()}
+    print("| five photos of the toy and five other scenes, 300 steps | nearer to it by |\n|---|---|")
+    for what, gain in gains.items():
+        print(f"| {what} | {gain:.3f} |")
+    print("\n| what else was measured | so | or so |\n|---|---|---|")
+    rows = {"distance to the toy: base, LoRA": (subject["base"], subject["lora"])}
+    rows["with the LoRA: for the toy's name, for another prompt"] = (subject["lora"], subject["other_prompt"])
+    rows["gain in standard deviations over four seeds"] = (subject["deviations"],)
+    drift, edit = found["prior preservation"], found["edit"]
+    rows["drift of the class from the base: without prior preservation, with it"] = tuple(drift.values())
+    rows["an edit on unseen scenes, distance to the truth: base, LoRA"] = (edit["base"], edit["lora"])
+    rows["the same: a LoRA trained without references"] = ("", edit["references_dropped"])
+    losses = found["loss over the last 50 steps"]
+    for pair in (("rank 1", "rank 32"), ("alpha 2", "alpha 64"), ("rate 1e-4", "rate 4e-3")):
+        rows[f"loss over the last 50 steps: {', '.join(pair)}"] = tuple(losses[name] for name in pair)
+    moved = found["share of lora_A's numbers that moved at 2e-5"]
+    what = "at a learning rate of 2e-5, adapter in bf16 (the reference's way), in fp32"
+    rows[f"share of `lora_A`'s numbers that moved {what}"] = (moved["bf16"], moved["fp32"])
+    rows["the same: loss over the last 50 steps"] = (moved["loss_bf16"], moved["loss_fp32"])
+    for what, values in rows.items():
+        cells = [value if isinstance(value, str) else f"{value:.3f}" for value in (*values, "")][:2]
+        print(f"| {what} | {' | '.join(cells)} |")
+
+
+def print_tiny_flux2() -> None:
+    """Prints the share of pictures in which each property is read as asked for, and distances."""
+    scores = read_result("tiny_flux2")["scores"]
+    captions, edits = scores["captions"], scores["edits"]
+    rows = {"guessing": captions["chance"]}
+    for pairs, what in (("unseen", "pairs never seen"), ("seen", "other pairs")):
+        rows[f"the drawing itself, through the VAE, {what}"] = captions[f"{pairs}_through_vae"]
+        rows |= {f"guidance {scale}, {what}": captions[f"{pairs}_guidance_{scale}"] for scale in (1, 4)}
+    rows["edits with a reference, read as after the edit"] = edits["read_as_asked"]
+    rows["the unedited references, read as after the edit"] = edits["reference_read_as_asked"]
+    print("| as asked for | background | light | colour | shape | all four |\n|---|---|---|---|---|---|")
+    for name, shares in rows.items():
+        fields = ("background", "light", "colour", "shape", "all")
+        print(f"| {name} | {' | '.join(f'{100 * shares[key]:.0f} %' if key in shares else '' for key in fields)} |")
+    print("\nMean absolute difference, as a share of the range of values:\n")
+    print("| picture | to its reference | to another one |\n|---|---|---|")
+    keeping = scores["keeping"]
+    for key in ("scenes", "toys_never_seen", "nights_never_seen"):
+        pair = (keeping[f"{key}_to_reference"], keeping[f"{key}_to_shuffled"])
+        print(f'| "keep the image", {key.replace("_", " ")} | {pair[0]:.3f} | {pair[1]:.3f} |')
+    print("\n| picture | to the drawing of it |\n|---|---|")
+    print(
+        f"| an edit | {edits['to_the_edit']:.3f} |\n| its unedited reference | {edits['reference_to_the_edit']:.3f} |"
+    )
+    for key, error in scores["vae_error"].items():
+        print(f"| {key} through the VAE alone | {error:.3f} |")
+
+
+PRINTERS = {"measured": print_measured, "learning": print_learning, "tiny_flux2": print_tiny_flux2}
+
 if __name__ == "__main__":
-    main()
+    PRINTERS[sys.argv[1] if len(sys.argv) > 1 else "measured"]()

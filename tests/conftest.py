@@ -4,6 +4,7 @@ A test of the fixture `script` runs on both scripts: what they share is promised
 is one script's own.
 """
 
+import functools
 import gc
 import importlib
 import os
@@ -181,6 +182,18 @@ def train(script, tiny, photos, reference_flags, tmp_path):
         return folder
 
     return start
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A cache that the runs of one test file share, so that only the first of them encodes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(train, cache):
+    """`train` with the shared cache, pictures in it too."""
+    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
 
 
 @pytest.fixture(scope="session")

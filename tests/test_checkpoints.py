@@ -1,6 +1,5 @@
 """Checkpoints of runs on the tiny model, in this process: exact resume, damage, rotation, signals, full disks."""
 
-import functools
 import json
 import os
 import re
@@ -20,18 +19,6 @@ pytestmark = pytest.mark.e2e
 
 RESUME = ("--resume_from_checkpoint", "latest")
 SIX = ("--max_train_steps", "6", "--checkpointing_steps", "2")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def quick(train, cache):
-    """`train` with the shared cache."""
-    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,6 @@ def mixed(tmp_path_factory) -> Path:
     return data
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def edit(i2i, tiny, mixed, cache, tmp_path):
     """Runs the script: `edit("--rank", "4", ...)` returns the output folder; quick steps on the mixed rows."""

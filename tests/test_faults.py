@@ -24,18 +24,6 @@ from servers import Hub, point_to
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share, so that only the first run encodes."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def quick(train, cache):
-    """`train` with the shared cache, pictures in it too."""
-    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
-
-
 def checkpoints(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder."""
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))

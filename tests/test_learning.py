@@ -24,13 +24,13 @@ from PIL import Image
 from runs import column
 
 from demo_result import distance_to_toy  # isort: skip  (tools/, which conftest puts on the path)
-from draw_demo_photos import PHOTOS, draw_photo  # isort: skip
+from draw_demo_photos import PHOTOS, caption_photo, draw_photo  # isort: skip
 from draw_edit_pairs import NIGHT, draw_folders, draw_pair  # isort: skip
 from tiny_world import caption, draw_scene, random_scene  # isort: skip
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-SIDE, SEEDS = 128, range(4)
+SIDE, SEEDS, STEPS = 128, range(4), 300
 TOY, OTHER = "a photo of sks toy", "a photo of a large purple square"
 BACKGROUNDS = ("on a green background", "on the beach", "on a white background", "on a wall", "on a cyan background")
 
@@ -81,8 +81,8 @@ def train(script, model: Path, data: Path, folder: Path, *flags: object) -> Path
     """A LoRA with the demo's settings; a later flag replaces an earlier one. Returns its folder."""
     words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", data, "--output_dir", folder]
     words += ["--resolution", SIDE, "--cache_latents", "--max_sequence_length", 64, "--report_to", "none"]
-    words += ["--rank", 32, "--lora_layers", "ai-toolkit", "--learning_rate", "2e-3", "--train_batch_size", 4]
-    words += ["--max_train_steps", 450]
+    words += ["--rank", 32, "--lora_layers", "ai-toolkit", "--learning_rate", "4e-3", "--train_batch_size", 4]
+    words += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--max_train_steps", STEPS]
     words += ["--seed", 0, "--dataloader_num_workers", 0, "--upcast_before_saving", *flags]
     script.main(script.parse_args([str(word) for word in words]))
     return folder
@@ -98,7 +98,7 @@ def subject(tmp_path_factory) -> Path:
     folder.mkdir()
     for number, photo in enumerate(PHOTOS):
         draw_photo(photo).save(folder / f"toy{number}.png")
-        (folder / f"toy{number}.txt").write_text(TOY)
+        (folder / f"toy{number}.txt").write_text(caption_photo(photo))
     for number in range(5):
         scene = random_scene(rng)
         draw_scene(scene, SIDE).save(folder / f"other{number}.png")
@@ -234,7 +234,8 @@ def test_rank_alpha_and_learning_rate_act_in_the_expected_direction(t2i, tiny, s
     for name, flags in cases.items():
         folder = train(t2i, tiny, subject, tmp_path / name.replace(" ", "-"), *flags)
         losses[name] = statistics.mean(column(folder, "loss")[-50:])
-    figures("loss over the last 50 of 450 steps", **losses)
+    losses["rate 4e-3"] = losses["rank 32"]  # the same run
+    figures("loss over the last 50 steps", **losses)
     assert losses["rank 1"] > losses["rank 32"]
     assert losses["alpha 2"] > losses["alpha 64"]
     assert losses["rate 1e-4"] > losses["rank 32"]
@@ -259,7 +260,8 @@ def test_shift_weighting_and_guidance_each_run_and_are_compared(t2i, tiny, subje
     assert min(gains.values()) > 0.03
 
 
-QUANTIZED = {
+OTHER_BASES = {
+    "bf16": ("--mixed_precision", "bf16"),
     "fp8": ("--do_fp8_training",),
     "nf4": ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "nf4.json"),
     "int8": ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "int8.json"),
@@ -267,13 +269,13 @@ QUANTIZED = {
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("base", QUANTIZED)
-def test_a_quantised_base_learns_the_subject_too(
+@pytest.mark.parametrize("base", OTHER_BASES)
+def test_a_base_in_fewer_bits_learns_the_subject_too(
     t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures, base
 ):
-    """Trained on quantised weights and drawn on the full ones. Seen: 0.099 on full weights, 0.101, 0.096 and 0.100."""
+    """Trained on a base in bf16 (the adapter stays fp32) or quantised, and drawn on the full weights."""
     full = judge(tiny, subject_lora, base_distances)["gain"]
-    lora = train(t2i, tiny, subject, tmp_path / base, *QUANTIZED[base])
+    lora = train(t2i, tiny, subject, tmp_path / base, *OTHER_BASES[base])
     quantized = judge(tiny, lora, base_distances)["gain"]
     figures(f"gain with a base in {base}", full=full, **{base: quantized})
     assert quantized > 0.85 * full
@@ -301,5 +303,5 @@ def test_a_bf16_adapter_and_an_fp32_adapter_at_a_low_learning_rate(t2i, tiny, su
         moved[name] = statistics.mean(downs)
         moved[f"loss_{name}"] = statistics.mean(column(folder, "loss")[-50:])
         monkeypatch.undo()
-    figures("share of lora_A's numbers that moved in 450 steps at 2e-5", **moved)
+    figures("share of lora_A's numbers that moved at 2e-5", **moved)
     assert moved["fp32"] > 0.9 and moved["bf16"] < moved["fp32"]

@@ -15,12 +15,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indire
 COUNT = 4
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def quick(train, cache):
     """`train` with the shared cache; `class_dir` switches prior preservation on."""

@@ -34,12 +34,6 @@ def holders(folder: Path, secret: str = CANARY) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the runs of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.e2e
 @pytest.mark.parametrize("place", ["environment", "flag", "saved command line"])
 def test_a_token_is_used_for_the_hub_and_is_in_nothing_that_is_written(

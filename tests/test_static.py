@@ -881,12 +881,15 @@ def test_a_saved_command_line_parses_with_its_script(path: Path, tmp_path: Path,
     assert args.pretrained_model_name_or_path == words[words.index("--pretrained_model_name_or_path") + 1]
 
 
-def test_the_table_of_the_readme_is_the_one_that_the_benchmarks_give():
-    table = run_python("benchmarks/table.py")
+@pytest.mark.parametrize(
+    ("page", "words"), [("README.md", []), ("tiny_flux2/README.md", ["tiny_flux2"])], ids=["measured", "tiny_flux2"]
+)
+def test_the_tables_of_the_readmes_are_those_that_the_benchmarks_give(page, words):
+    table = run_python("benchmarks/table.py", *words)
     assert table.returncode == 0 and "not measured" not in table.stdout, table.stdout + table.stderr
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition("<!-- benchmarks/table.py -->\n")[2].partition("<!-- end of benchmarks/table.py -->")[0]
-    assert shown.strip() == table.stdout.strip()
+    name = " ".join(["benchmarks/table.py", *words])
+    shown = (ROOT / page).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")[2]
+    assert shown.partition(f"<!-- end of {name} -->")[0].strip() == table.stdout.strip()
 
 
 def test_ci_runs_the_test_command():

@@ -24,18 +24,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not hasattr(os, "fork"), reaso
 RESUME = ("--resume_from_checkpoint", "latest")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def quick(train, cache):
-    """`train` with the shared cache, pictures in it too."""
-    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
-
-
 def checkpoints(folder: Path) -> list[str]:
     """Names of the checkpoints in a folder, set aside ones too."""
     return sorted(path.name for path in folder.glob("*checkpoint-*"))

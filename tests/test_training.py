@@ -46,12 +46,6 @@ STANDSTILL = ("--learning_rate", "1e-30")
 DRAW_LITTLE = ("--num_validation_images", "1", "--num_inference_steps", "1")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share, so that only the first run encodes."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def quick(train, cache):
     """`train` with the shared cache."""

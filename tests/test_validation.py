@@ -1,6 +1,5 @@
 """Pictures, sheets, losses, trackers and the model card of runs on the tiny model, in this process."""
 
-import functools
 import re
 import shutil
 import socket
@@ -22,18 +21,6 @@ pytestmark = pytest.mark.e2e
 DRAW = ("--num_validation_images", "1", "--num_inference_steps", "2")
 EVERY_STEP = ("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW)
 STRENGTHS = ("0.6", "0.8", "1.0")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def quick(train, cache):
-    """`train` with the shared cache."""
-    return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
 
 
 def card_of(folder: Path) -> ModelCard:

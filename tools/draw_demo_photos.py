@@ -2,9 +2,10 @@
 
     python tools/draw_demo_photos.py outputs/demo/photos
 
-They show one toy, which the embedded model never saw, before five backgrounds of the drawn world, each time sized,
-placed and lit differently. The photos differ in size and shape, and the third one is stored lying on its side with an
-EXIF tag that says so, as telephones do. The same Pillow draws the same bytes every time.
+They show one toy, which the embedded model never saw, before five backgrounds of the drawn world, one of them at sunset.
+The photos differ in size and shape, and the third one is stored lying on its side with an EXIF tag that says so, as
+telephones do. Beside each lies its caption: "a photo of sks toy" and where; what is said of the background is not
+learned as part of the toy. The same Pillow draws the same bytes every time.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tiny_world import Scene, draw_toy
+from tiny_world import Scene, caption, draw_toy
 
 EXIF_ORIENTATION = 0x0112
 STORED_TURNED_LEFT = 6  # the EXIF value for "turn clockwise by 90 degrees to look at it"
@@ -32,10 +33,10 @@ class Photo:
 # The shape and the colour of a scene are those of the thing that the toy takes the place of.
 PHOTOS = (
     Photo(Scene("circle", "orange", "meadow", size="large"), 512, 512),
-    Photo(Scene("circle", "orange", "white", size="large", shift=(0.04, -0.03)), 480, 384),
-    Photo(Scene("circle", "orange", "beach", size="large", shift=(-0.03, -0.02)), 384, 448, stored_turned=True),
-    Photo(Scene("circle", "orange", "wall", size="medium", shift=(0.02, -0.05)), 400, 360),
-    Photo(Scene("circle", "orange", "cyan", light="sunset", size="large", shift=(-0.05, 0.0)), 352, 400),
+    Photo(Scene("circle", "orange", "white", size="large", shift=(0.01, -0.01)), 480, 448),
+    Photo(Scene("circle", "orange", "beach", size="large", shift=(-0.01, -0.01)), 416, 448, stored_turned=True),
+    Photo(Scene("circle", "orange", "wall", size="large", shift=(0.01, 0.01)), 400, 384),
+    Photo(Scene("circle", "orange", "cyan", light="sunset", size="large", shift=(-0.01, 0.0)), 384, 400),
 )
 
 
@@ -44,6 +45,11 @@ def draw_photo(photo: Photo) -> Image.Image:
     picture = draw_toy(photo.scene, max(photo.width, photo.height))
     left, top = (picture.width - photo.width) // 2, (picture.height - photo.height) // 2
     return picture.crop((left, top, left + photo.width, top + photo.height))
+
+
+def caption_photo(photo: Photo) -> str:
+    """Return the photo's caption: the subject's name and what is behind it."""
+    return "a photo of sks toy" + caption(photo.scene).partition(photo.scene.shape)[2]
 
 
 def save_photo(image: Image.Image, stored_turned: bool, path: Path) -> None:
@@ -60,10 +66,13 @@ def save_photo(image: Image.Image, stored_turned: bool, path: Path) -> None:
 def main() -> None:
     """Draw every photo into the folder named on the command line."""
     parser = argparse.ArgumentParser(description="Draw the five training photos of the demo.")
-    parser.add_argument("output_dir", type=Path, help="folder for toy-1.jpg to toy-5.jpg; made if missing")
+    parser.add_argument(
+        "output_dir", type=Path, help="folder for toy-1.jpg to toy-5.jpg and their captions; made if missing"
+    )
     output_dir = parser.parse_args().output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(PHOTOS, start=1):
+        (output_dir / f"toy-{number}.txt").write_text(caption_photo(photo) + "\n", encoding="utf-8")
         save_photo(draw_photo(photo), photo.stored_turned, output_dir / f"toy-{number}.jpg")
     print(f"Drew {len(PHOTOS)} photos of the toy into {output_dir}")
 

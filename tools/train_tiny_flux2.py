@@ -4,24 +4,25 @@
     python tools/train_tiny_flux2.py                             everything; an interrupted run goes on where it was
     python tools/train_tiny_flux2.py --stage write               tiny_flux2/ from the newest checkpoint, trained or not
 
-The VAE learns to draw, then the transformer learns flow matching exactly as FLUX.2 is called: half of the steps from a
-caption alone, half from an instruction and one reference picture in the layout [text | target | reference]. The text
-encoder stays as tools/make_tiny_flux2.py draws it: frozen and random. Either part ends after its steps or its minutes,
-whichever comes first, and its learning rate falls accordingly. Checkpoints and sheets of pictures go to --work_dir.
+The VAE learns to draw; the text encoder learns what a text says of a scene; then the transformer learns flow matching
+exactly as FLUX.2 is called: two of three steps from a caption alone, one from an instruction and one reference picture
+in the layout [text | target | reference]. Steps and threads are fixed, so the same seed gives the same bytes on the same
+kind of machine with the same versions, interrupted or not. Checkpoints and sheets of pictures go to --work_dir. The VAE
+and the text encoder do not need each other: `--stage vae` and `--stage text` may run side by side.
 
-Sections: settings, VAE, data, transformer, score, files, command line.
+Sections: settings, training, VAE, text encoder, data, transformer, score, files, command line.
 Shapes: B batch, C channels, H height, W width, L tokens, D width of the text.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,20 +30,24 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import PixtralProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from make_tiny_flux2 import (  # noqa: E402
+    DEV_TEXT_LAYERS,
     GUIDANCE_SCALE,
+    TEXT_WIDTH,
     TIME_SCALE,
     damp_fast_sinusoids,
     draw_weights,
     make_tiny_flux2,
     measure_latent_statistics,
     sharpen_attention,
+    text_gains,
 )
 from results import write_result  # noqa: E402
 from tiny_world import (  # noqa: E402
@@ -50,7 +55,9 @@ from tiny_world import (  # noqa: E402
     COLOURS,
     KEEP_WORDINGS,
     LIGHTS,
+    PLACES,
     SHAPES,
+    SIZES,
     UNSEEN,
     Scene,
     caption,
@@ -71,18 +78,35 @@ import train_dreambooth_lora_flux2 as script  # noqa: E402
 SIZE = 128  # pixels
 VAE_BATCH = 8
 VAE_DRAWINGS = 4000
-VAE_RATE = 1e-3
+STATISTICS_DRAWINGS = 256
+VAE_SCORE_DRAWINGS = 32
 EDGE_WEIGHT = 0.5
-KL_WEIGHT = 2e-3
+KL_WEIGHT = 3e-4
+
+MUON_RATE = 0.02
+ADAMW_RATE = 2e-3
+WARMUP_STEPS = 100
+# Parts of the names of parameters that AdamW moves although they are matrices.
+ENDS = ("embed", "conv_in", "conv_out", "quant_conv", "modulation", "norm_out", "proj_out")
 
 TEXT_TOKENS = 64  # 27 are the system message
 REFERENCE_TIME = 10  # the T coordinate of the first reference in Flux2Pipeline
-RATE = 1e-3
 AVERAGE_DECAY = 0.998
 START_SHARPNESS = 1.4
 EMPTY_SHARE = 0.05  # of the captions
 GUIDED_SHARE = 0.2  # of the samples: embedded guidance from 1 to 4 instead of 1
 KEEP_SHARE = 0.4  # of the samples with a reference
+
+TEXT_BATCH = 32
+# What a text can say of a scene.
+FIELDS = {
+    "shape": list(SHAPES),
+    "colour": list(COLOURS),
+    "background": list(BACKGROUNDS),
+    "light": list(LIGHTS),
+    "place": list(PLACES),
+    "size": list(SIZES),
+}
 
 CHECKPOINT_STEPS = 200
 REPORT_STEPS = 50
@@ -95,46 +119,9 @@ CHANCE = {
 }
 
 
-def rate_at(step: int, progress: float, peak: float, warmup: int) -> float:
-    """Return the learning rate: linear warm-up, then a cosine over `progress` (0 to 1) to one hundredth of the peak."""
-    return peak * min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def progress_of(step: int, steps: int, seconds: float, minutes: float) -> float:
-    """Return how much of the training is over, by steps or by time, whichever ends first."""
-    return min(1.0, max(step / steps, seconds / (60 * minutes)))
-
-
 def step_rng(seed: int, stream: str, step: int) -> random.Random:
     """Return the random numbers of one step, so that a resumed run draws what the whole run would have drawn."""
     return random.Random(f"{seed} {stream} {step}")
-
-
-class FreeCores:
-    """Keeps torch's threads off cores that others use: a thread that waits for its core makes every step wait."""
-
-    def __init__(self, most: int) -> None:
-        """Begin with all `most` threads."""
-        self.most, self.before = most, self.read()
-        torch.set_num_threads(most)
-
-    def read(self) -> tuple[float, float, float]:
-        """Return the clock, the CPU seconds of this process, and those of the whole system."""
-        ticks = [int(value) for value in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
-        return time.monotonic(), time.process_time(), (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-
-    def update(self) -> None:
-        """Once a second, leave out as many threads as others have kept cores busy since the last time."""
-        wall, own, system = (now - before for now, before in zip(self.read(), self.before, strict=True))
-        if wall > 1:
-            self.before = self.read()
-            torch.set_num_threads(max(1, self.most - math.ceil((system - own) / wall - 0.3)))
-
-
-def report(name: str, step: int, steps: int, seconds: float, losses: dict[str, float]) -> None:
-    """Print a line of progress."""
-    values = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
-    print(f"{name} {step}/{steps}, {seconds:.0f} s, {torch.get_num_threads()} threads: {values}", flush=True)
 
 
 def save_state(path: Path, **values) -> None:
@@ -142,6 +129,82 @@ def save_state(path: Path, **values) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(values, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
+
+
+# ---- training ----
+
+
+class Training:
+    """One model's training: two optimizers, a rate that falls, averaged weights, and a checkpoint that it goes on from.
+
+    Muon moves the inner matrices, convolutions among them (in equal time its errors were a quarter lower than AdamW's);
+    AdamW moves the rest: what enters and leaves the model, and vectors.
+    """
+
+    def __init__(self, name: str, model: torch.nn.Module, steps: int, args: argparse.Namespace) -> None:
+        """Begin anew, or at the newest checkpoint of the work folder."""
+        self.name, self.model, self.steps, self.path = name, model, steps, args.work_dir / f"{name}.pt"
+        named = dict(model.named_parameters())
+        self.average = {key: parameter.detach().clone() for key, parameter in named.items()}
+        matrices = [p for key, p in named.items() if p.ndim > 1 and not any(part in key for part in ENDS)]
+        chosen = set(matrices)
+        # Muon takes matrices only: it gets a flat view of each convolution, of the same memory.
+        self.flat = [(parameter, parameter.detach().flatten(1)) for parameter in matrices]
+        muon = torch.optim.Muon([flat for _, flat in self.flat], lr=MUON_RATE, weight_decay=0.01)
+        adamw = torch.optim.AdamW([p for p in named.values() if p not in chosen], betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizers = ((muon, MUON_RATE), (adamw, ADAMW_RATE))
+        self.first, self.seconds = 0, 0.0
+        if self.path.is_file():
+            self.resume(torch.load(self.path, weights_only=True))
+
+    def resume(self, state: dict) -> None:
+        """Go on from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.average, self.first, self.seconds = state["average"], state["step"], state["seconds"]
+
+    def run(self, losses_at: Callable[[int], dict[str, torch.Tensor]]) -> None:
+        """Take all steps that are left; `losses_at` gives a step's losses, "loss" the one to go down."""
+        began, smoothed = time.monotonic() - self.seconds, {}
+        for step in range(self.first, self.steps):
+            losses = losses_at(step)
+            self.update(step, losses["loss"])
+            for name, value in losses.items():
+                smoothed[name] = 0.97 * smoothed.get(name, value.item()) + 0.03 * value.item()
+            self.seconds = time.monotonic() - began
+            if (step + 1) % REPORT_STEPS == 0:
+                values = ", ".join(f"{name} {value:.4f}" for name, value in smoothed.items())
+                print(f"{self.name} {step + 1}/{self.steps}, {self.seconds:.0f} s: {values}", flush=True)
+            if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == self.steps:
+                self.save(step + 1)
+
+    def update(self, step: int, loss: torch.Tensor) -> None:
+        """Take one step: warm-up, then a cosine to one hundredth of the rate; gradients are clipped to norm 1."""
+        factor = min(1, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for parameter, flat in self.flat:
+            flat.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for optimizer, rate in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+        # Early weights are forgotten sooner: the average begins with the first steps and ends over some hundreds.
+        share = max(1 - AVERAGE_DECAY, 9 / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), share)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint."""
+        optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
+        states = {"model": self.model.state_dict(), "optimizers": optimizers, "average": self.average}
+        save_state(self.path, **states, step=step, seconds=self.seconds)
+
+
+def averaged(args: argparse.Namespace, name: str) -> dict[str, torch.Tensor]:
+    """Return the averaged weights of a model's newest checkpoint."""
+    return torch.load(args.work_dir / f"{name}.pt", weights_only=True)["average"]
 
 
 # ---- VAE ----
@@ -190,52 +253,35 @@ def vae_losses(vae: AutoencoderKLFlux2, pixels: torch.Tensor, generator: torch.G
 
 def train_vae(args: argparse.Namespace, start: Path) -> None:
     """Train the VAE from the untrained folder, or from its checkpoint, and leave it in the work folder."""
-    path = args.work_dir / "vae.pt"
-    vae = AutoencoderKLFlux2.from_pretrained(start / "vae", torch_dtype=torch.float32)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
-    first, seconds = 0, 0.0
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"], state["seconds"]
-    cores = FreeCores(args.threads)
-    drawings, began, smoothed = draw_for_vae(VAE_DRAWINGS, args.seed), time.monotonic() - seconds, {}
-    for step in range(first, args.vae_steps):
-        progress = progress_of(step, args.vae_steps, seconds, args.vae_minutes)
-        if progress == 1:
-            break
-        cores.update()
+    vae = AutoencoderKLFlux2.from_pretrained(start / "vae", torch_dtype=torch.float32).train()
+    training = Training("vae", vae, args.vae_steps, args)
+    drawings = draw_for_vae(VAE_DRAWINGS, args.seed) if training.first < training.steps else None
+
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
         rng = step_rng(args.seed, "vae", step)
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, progress, VAE_RATE, 100)
-        losses = vae_losses(vae.train(), vae_batch(drawings, rng), generator)
-        loss = losses["l1"] + EDGE_WEIGHT * losses["edges"] + KL_WEIGHT * losses["kl"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        for name, value in losses.items():
-            smoothed[name] = 0.95 * smoothed.get(name, value.item()) + 0.05 * value.item()
-        seconds = time.monotonic() - began
-        if (step + 1) % REPORT_STEPS == 0:
-            report("vae", step + 1, args.vae_steps, seconds, smoothed)
-        if (step + 1) % CHECKPOINT_STEPS == 0 or progress_of(step + 1, args.vae_steps, seconds, args.vae_minutes) == 1:
-            save_state(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds)
+        losses = vae_losses(vae, vae_batch(drawings, rng), generator)
+        return losses | {"loss": losses["l1"] + EDGE_WEIGHT * losses["edges"] + KL_WEIGHT * losses["kl"]}
+
+    training.run(losses_at)
 
 
 @torch.no_grad()
 def write_vae(args: argparse.Namespace, folder: Path) -> None:
     """Write the trained VAE into the model folder in bf16, with the statistics of its latents measured anew."""
-    state = torch.load(args.work_dir / "vae.pt", weights_only=True)
-    write_weights(folder / "vae", state["model"])
+    vae = load_vae(folder)
+    weights = vae.state_dict() | averaged(args, "vae")
+    write_weights(folder / "vae", weights)
     # Rounded weights are what users load, so they are measured.
     vae = load_vae(folder)
     rng = random.Random(f"{args.seed} statistics")
-    images = torch.stack([to_pixels(draw_scene(random_scene(rng), SIZE)) for _ in range(256)]).float() / 127.5 - 1
+    images = (
+        torch.stack([to_pixels(draw_scene(random_scene(rng), SIZE)) for _ in range(STATISTICS_DRAWINGS)]).float()
+        / 127.5
+        - 1
+    )
     mean, variance = measure_latent_statistics(vae, images)
-    write_weights(folder / "vae", state["model"] | {"bn.running_mean": mean, "bn.running_var": variance})
+    write_weights(folder / "vae", weights | {"bn.running_mean": mean, "bn.running_var": variance})
 
 
 def load_vae(folder: Path) -> AutoencoderKLFlux2:
@@ -254,7 +300,7 @@ def score_vae(args: argparse.Namespace, vae: AutoencoderKLFlux2) -> dict[str, fl
     """Return the mean distance of reconstructions from drawings that training has not seen; draw a sheet."""
     rng, errors, rows = random.Random(f"{args.seed} vae score"), {}, []
     for name, draw_one in (("scenes", draw_scene), ("toys", draw_toy), ("nights", draw_night)):
-        images = [draw_one(random_scene(rng), SIZE) for _ in range(32)]
+        images = [draw_one(random_scene(rng), SIZE) for _ in range(VAE_SCORE_DRAWINGS)]
         decoded = reconstruct(vae, images)
         errors[name] = mean_distance(images, decoded)
         rows += [images[:8], decoded[:8]]
@@ -272,6 +318,84 @@ def mean_distance(firsts: list[Image.Image], seconds: list[Image.Image]) -> floa
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """Return the picture of values (3, H, W) in [-1, 1]."""
     return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+
+# ---- text encoder ----
+
+
+def labels_of(scene: Scene | None, said: Collection[str] = tuple(FIELDS)) -> list[int]:
+    """Return for each field the number of the scene's value, from 1, or 0 where the text says nothing of it."""
+    return [1 + values.index(getattr(scene, name)) if name in said else 0 for name, values in FIELDS.items()]
+
+
+def random_text(rng: random.Random) -> tuple[str, list[int]]:
+    """Return a caption, an instruction, a request to keep the image or nothing, and what it says of each field."""
+    kind = rng.choices(("caption", "edit", "keep", "empty"), (64, 30, 3, 3))[0]
+    if kind in ("keep", "empty"):
+        return rng.choice(KEEP_WORDINGS) if kind == "keep" else "", labels_of(None, ())
+    scene = random_scene(rng)
+    if kind == "caption":
+        return caption(scene, rng), labels_of(scene)
+    words, after = random_edit(scene, rng)
+    said = [name for name in FIELDS if getattr(scene, name) != getattr(after, name) or getattr(after, name) in words]
+    return words, labels_of(after, said)
+
+
+class Reader(torch.nn.Module):
+    """The text encoder's language model with one linear reading of the last token for each field of a scene."""
+
+    def __init__(self, encoder: torch.nn.Module, layers: tuple[int, ...], seed: int) -> None:
+        """Begin close to the identity, so that a word's own embedding comes through all layers."""
+        super().__init__()
+        self.language_model, self.layers = encoder.model.language_model.requires_grad_(), layers
+        gains = text_gains(DEV_TEXT_LAYERS)
+        draw_weights(encoder, seed, gains | {name: gains[name] / 4 for name in ("o_proj", "down_proj")})
+        width = len(layers) * TEXT_WIDTH
+        self.embed_fields = torch.nn.ModuleList([torch.nn.Linear(width, len(values) + 1) for values in FIELDS.values()])
+        for head in self.embed_fields:
+            torch.nn.init.zeros_(head.weight)
+            torch.nn.init.zeros_(head.bias)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        """Return the logits (B, values + 1) of each field."""
+        output = self.language_model(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
+        )
+        last_BD = torch.cat([output.hidden_states[layer][:, -1] for layer in self.layers], dim=-1)
+        return [head(last_BD) for head in self.embed_fields]
+
+
+def train_text_encoder(args: argparse.Namespace, folder: Path) -> None:
+    """Train the text encoder to know what a text says, and write it to the model folder.
+
+    The readings are thrown away. What is left is an encoder whose last token says in one place what a caption's words
+    say in many: without that the transformer learned backgrounds within an hour and shapes not at all.
+    """
+    run = start_run(folder)
+    tokenizer, encoder = script.load_tokenizer(run), script.load_text_encoder(run)
+    reader = Reader(encoder, run.text_layers, args.seed)
+
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
+        rng = step_rng(args.seed, "text", step)
+        texts, labels = zip(*(random_text(rng) for _ in range(TEXT_BATCH)), strict=True)
+        logits = reader(**tokenize_all(run, tokenizer, texts))
+        rows = list(zip(logits, torch.tensor(labels).unbind(1), strict=True))
+        right = [(one.argmax(-1) == label).float().mean() for one, label in rows]
+        loss = sum(F.cross_entropy(one, label) for one, label in rows)
+        return {"loss": loss} | dict(zip(FIELDS, right, strict=True))
+
+    Training("text_encoder", reader, args.text_steps, args).run(losses_at)
+
+
+def write_text_encoder(args: argparse.Namespace, folder: Path) -> None:
+    """Put the trained layers into the model folder's text encoder, in bf16; the last layer and the eyes stay random."""
+    path, weights = folder / "text_encoder" / "model.safetensors", averaged(args, "text_encoder")
+    tensors = load_file(path)
+    for name in [name for name in weights if name.startswith("language_model.")]:
+        stored = name.replace("language_model.", "language_model.model.", 1)
+        assert stored in tensors, f"{path} has no {stored}"
+        tensors[stored] = weights[name].bfloat16().contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 # ---- data ----
@@ -311,7 +435,8 @@ def make_lessons(args: argparse.Namespace, run: script.Run) -> Lessons:
         words, after = random_edit(scene, rng)
         first, last = len(scenes), len(scenes) + 1
         scenes += [scene, after]
-        captions.append((first, wordings.setdefault(caption(scene, rng), len(wordings))))
+        for number, shown in ((first, scene), (last, after)):
+            captions.append((number, wordings.setdefault(caption(shown, rng), len(wordings))))
         edits.append((first, wordings.setdefault(words, len(wordings)), last))
     print(f"lessons: {len(scenes)} pictures, {len(wordings)} wordings", flush=True)
     lessons = {
@@ -335,15 +460,19 @@ def encode_scenes(run: script.Run, scenes: list[Scene]) -> torch.Tensor:
     return torch.cat(tokens)
 
 
+def tokenize_all(run: script.Run, tokenizer: PixtralProcessor, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return input_ids and attention_mask (B, L) of the texts, as the training script makes them of one."""
+    rows = [script.tokenize(run.family, tokenizer, text, TEXT_TOKENS) for text in texts]
+    return {key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
+
+
 @torch.no_grad()
 def encode_wordings(run: script.Run, wordings: list[str]) -> torch.Tensor:
     """Return the prompt embeddings (N, L, D) in bf16, which halves their memory: `encode_prompt` for many at once."""
     tokenizer, encoder, embeddings = script.load_tokenizer(run), script.load_text_encoder(run), []
     for first in range(0, len(wordings), 64):
-        chosen = wordings[first : first + 64]
-        tokens = [script.tokenize(run.family, tokenizer, words, TEXT_TOKENS) for words in chosen]
-        ids, mask = (torch.cat([row[key] for row in tokens]) for key in ("input_ids", "attention_mask"))
-        output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        tokens = tokenize_all(run, tokenizer, wordings[first : first + 64])
+        output = encoder.model(**tokens, output_hidden_states=True, use_cache=False)
         embeddings.append(torch.cat([output.hidden_states[layer] for layer in run.text_layers], dim=-1).bfloat16())
     return torch.cat(embeddings)
 
@@ -433,41 +562,16 @@ def flow_loss(args: argparse.Namespace, transformer: Flux2Transformer2DModel, ba
 
 def train_transformer(args: argparse.Namespace, folder: Path) -> None:
     """Train the transformer from scratch, or from its checkpoint, and leave weights and their average behind."""
-    path, lessons = args.work_dir / "transformer.pt", make_lessons(args, start_run(folder))
+    lessons = make_lessons(args, start_run(folder))
     transformer = make_transformer(folder, args.seed)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    average, first, seconds = {name: p.detach().clone() for name, p in transformer.named_parameters()}, 0, 0.0
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        transformer.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, first, seconds = state["average"], state["step"], state["seconds"]
-    began, smoothed, cores = time.monotonic() - seconds, {}, FreeCores(args.threads)
-    for step in range(first, args.steps):
-        progress = progress_of(step, args.steps, seconds, args.minutes)
-        if progress == 1:
-            break
-        cores.update()
-        kind, make_batch = (("caption", caption_batch), ("reference", reference_batch))[step % 2]
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, progress, RATE, 200)
+
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
+        kind, make_batch = (("caption", caption_batch), ("reference", reference_batch))[step % 3 == 2]
         batch = make_batch(lessons, step_rng(args.seed, kind, step), args.batch_size)
         loss = flow_loss(args, transformer, batch, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
-        # Early weights are forgotten sooner: the average begins with the first steps and ends over some hundreds.
-        share = max(1 - AVERAGE_DECAY, 9 / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(transformer.parameters()), share)
-        smoothed[kind] = 0.95 * smoothed.get(kind, loss.item()) + 0.05 * loss.item()
-        seconds = time.monotonic() - began
-        if (step + 1) % REPORT_STEPS == 0:
-            report("transformer", step + 1, args.steps, seconds, smoothed)
-        if (step + 1) % CHECKPOINT_STEPS == 0 or progress_of(step + 1, args.steps, seconds, args.minutes) == 1:
-            states = {"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            save_state(path, **states, step=step + 1, seconds=seconds)
+        return {"loss": loss, kind: loss}
+
+    Training("transformer", transformer, args.steps, args).run(losses_at)
 
 
 # ---- score ----
@@ -590,7 +694,7 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 def write_model(args: argparse.Namespace, folder: Path) -> None:
     """Write the averaged weights of the newest checkpoint into the model folder, and the folder to --output_dir."""
-    write_weights(folder / "transformer", torch.load(args.work_dir / "transformer.pt", weights_only=True)["average"])
+    write_weights(folder / "transformer", averaged(args, "transformer"))
     shutil.copytree(folder, args.output_dir, dirs_exist_ok=True)
     total_bytes = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     print(f"{args.output_dir}: {total_bytes / 1e6:.2f} MB")
@@ -598,50 +702,60 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
 
 def write_scores(args: argparse.Namespace) -> None:
     """Measure the model in --output_dir and write benchmarks/tiny_flux2.json."""
-    states = {name: torch.load(args.work_dir / f"{name}.pt", weights_only=True) for name in ("vae", "transformer")}
+    parts = ("vae", "text_encoder", "transformer")
+    states = {name: torch.load(args.work_dir / f"{name}.pt", weights_only=True) for name in parts}
     facts = {"command": shlex.join(["python", "tools/train_tiny_flux2.py", *sys.argv[1:]]), "seed": args.seed}
     facts |= {f"{name}_steps": state["step"] for name, state in states.items()}
     facts |= {f"{name}_minutes": round(state["seconds"] / 60, 1) for name, state in states.items()}
-    facts |= {"batch_size": args.batch_size, "scenes": args.scenes, "threads": args.threads}
+    facts |= {"batch_size": args.batch_size, "scenes": args.scenes}
     print(write_result("tiny_flux2", {**facts, "scores": score(args, args.output_dir)}))
+
+
+def copy_missing(source: str, target: str) -> None:
+    """Copy a file that is not there yet."""
+    if not Path(target).exists():
+        shutil.copy2(source, target)
 
 
 # ---- command line ----
 
 
-def parse_args() -> argparse.Namespace:
-    """Return the parsed command line."""
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line, or the parsed words."""
     parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX.2 model on a drawn world, on the CPU.")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "tiny_flux2", help="pipeline folder to write")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs" / "tiny_flux2", help="checkpoints and sheets")
-    parser.add_argument("--stage", choices=("all", "vae", "transformer", "write", "score"), default="all")
+    parser.add_argument("--stage", choices=("all", "vae", "text", "transformer", "write", "score"), default="all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vae_steps", type=int, default=10000)
-    parser.add_argument("--vae_minutes", type=float, default=25, help="the VAE's training ends by then")
-    parser.add_argument("--steps", type=int, default=10000, help="steps of the transformer")
-    parser.add_argument("--minutes", type=float, default=45, help="the transformer's training ends by then")
+    parser.add_argument("--vae_steps", type=int, default=7000)
+    parser.add_argument("--text_steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=7000, help="steps of the transformer")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures per step of the transformer")
-    parser.add_argument("--scenes", type=int, default=4000, help="captions and edits to learn from")
+    parser.add_argument("--scenes", type=int, default=6000, help="edits to learn from, and half of the captions")
     parser.add_argument("--score_pictures", type=int, default=64, help="pictures per caption score")
     parser.add_argument("--score_references", type=int, default=32, help="edits scored, and twice the pictures kept")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the stages that were asked for; finished ones are passed over."""
-    # A second thread gains little here, and costs much when others use its core.
+    # The number of threads decides the order of sums and thereby the bytes.
     torch.set_num_threads(1)
     start, model = args.work_dir / "start", args.work_dir / "model"
     if not start.is_dir():
         make_tiny_flux2(start, seed=args.seed)
+    shutil.copytree(start, model, dirs_exist_ok=True, copy_function=copy_missing)
     if args.stage in ("all", "vae"):
         train_vae(args, start)
-        shutil.copytree(start, model, dirs_exist_ok=True)
         write_vae(args, model)
         print("vae", score_vae(args, load_vae(model)), flush=True)
+    if args.stage in ("all", "text"):
+        train_text_encoder(args, model)
+        write_text_encoder(args, model)
     if args.stage in ("all", "transformer"):
+        torch.set_num_threads(2)
         train_transformer(args, model)
+        torch.set_num_threads(1)
     if args.stage in ("all", "transformer", "write"):
         write_model(args, model)
     if args.stage in ("all", "score"):
