@@ -935,9 +935,12 @@ def test_the_demo_photos_are_the_same_every_time(tmp_path: Path):
     for name in ("first", "second"):
         result = run_python("tools/draw_demo_photos.py", tmp_path / name)
         assert result.returncode == 0, result.stderr
-    photos = sorted((tmp_path / "first").iterdir())
+    files = sorted((tmp_path / "first").iterdir())
+    assert all(file.read_bytes() == (tmp_path / "second" / file.name).read_bytes() for file in files)
+    photos, captions = ([file for file in files if file.suffix == suffix] for suffix in (".jpg", ".txt"))
     assert [photo.name for photo in photos] == [f"toy-{number}.jpg" for number in range(1, 6)]
-    assert all(photo.read_bytes() == (tmp_path / "second" / photo.name).read_bytes() for photo in photos)
+    assert [file.stem for file in captions] == [photo.stem for photo in photos]
+    assert all(file.read_text(encoding="utf-8").startswith("a photo of sks toy ") for file in captions)
     shapes, orientations = set(), []
     for photo in photos:
         with image.open(photo) as opened:

@@ -2,10 +2,10 @@
 
     python tools/draw_demo_photos.py outputs/demo/photos
 
-They show one toy, which the embedded model never saw, before five backgrounds of the drawn world, one of them at sunset.
-The photos differ in size and shape, and the third one is stored lying on its side with an EXIF tag that says so, as
-telephones do. Beside each lies its caption: "a photo of sks toy" and where; what is said of the background is not
-learned as part of the toy. The same Pillow draws the same bytes every time.
+They show one toy, which the embedded model never saw, before five backgrounds of the drawn world, once at sunset. The
+photos differ in size and shape, and the third one is stored lying on its side with an EXIF tag that says so, as
+telephones do. Beside each lies its caption, "a photo of sks toy" and where: a background that is named is not learned
+as part of the toy. The same Pillow draws the same bytes every time.
 """
 
 import argparse
@@ -66,9 +66,7 @@ def save_photo(image: Image.Image, stored_turned: bool, path: Path) -> None:
 def main() -> None:
     """Draw every photo into the folder named on the command line."""
     parser = argparse.ArgumentParser(description="Draw the five training photos of the demo.")
-    parser.add_argument(
-        "output_dir", type=Path, help="folder for toy-1.jpg to toy-5.jpg and their captions; made if missing"
-    )
+    parser.add_argument("output_dir", type=Path, help="folder for photos and captions; made if missing")
     output_dir = parser.parse_args().output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(PHOTOS, start=1):

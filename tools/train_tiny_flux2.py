@@ -6,9 +6,9 @@
 
 The VAE learns to draw; the text encoder learns what a text says of a scene; then the transformer learns flow matching
 exactly as FLUX.2 is called: two of three steps from a caption alone, one from an instruction and one reference picture
-in the layout [text | target | reference]. Steps and threads are fixed, so the same seed gives the same bytes on the same
-kind of machine with the same versions, interrupted or not. Checkpoints and sheets of pictures go to --work_dir. The VAE
-and the text encoder do not need each other: `--stage vae` and `--stage text` may run side by side.
+in the layout [text | target | reference]. Steps and threads are fixed, so a seed gives the same bytes on the same kind
+of machine with the same versions, interrupted or not. Checkpoints and sheets of pictures go to --work_dir. The VAE and
+the text encoder do not need each other: `--stage vae` and `--stage text` may run side by side.
 
 Sections: settings, training, VAE, text encoder, data, transformer, score, files, command line.
 Shapes: B batch, C channels, H height, W width, L tokens, D width of the text.
