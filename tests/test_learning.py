@@ -37,7 +37,7 @@ BACKGROUNDS = ("on a green background", "on the beach", "on a white background",
 
 @pytest.fixture(scope="module")
 def figures():
-    """`figures(name, **numbers)` prints what was measured; LEARNING_JSON names a file that gets all of it."""
+    """`figures(name, **numbers)` prints what was measured; LEARNING_JSON names a file whose figures it replaces."""
     measured: dict[str, dict[str, float]] = {}
 
     def note(name: str, **numbers: float) -> None:
@@ -46,12 +46,13 @@ def figures():
 
     yield note
     if path := os.environ.get("LEARNING_JSON"):
+        stored = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {"figures": {}}
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
         content = {
             "command": "make test-learning",
             "machine": platform.machine(),
             "versions": versions,
-            "figures": measured,
+            "figures": stored["figures"] | measured,
         }
         Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -205,12 +206,15 @@ def test_an_edit_learned_from_twenty_pairs_is_applied_to_unseen_pictures(night_d
 
 @pytest.mark.learning
 def test_prior_preservation_keeps_the_class_nearer_to_the_base(t2i, tiny, tmp_path, figures):
-    """After learning "a photo of sks circle", circles drift less from the base's when the class is trained too."""
+    """After learning "a photo of sks circle", its class drifts less from the base's pictures when it is trained too.
+
+    Seen: 0.060 with it, 0.143 without, where the class has become the toy.
+    """
     photos = tmp_path / "photos"
     photos.mkdir()
     for number, photo in enumerate(PHOTOS):
         draw_photo(photo).save(photos / f"{number}.png")
-    prompts = [f"a photo of a circle {background}" for background in BACKGROUNDS]
+    prompts = ["a photo of a circle"] * 10
     base = draw(tiny, None, prompts, [None] * len(prompts))
     drift = {}
     prior = ("--with_prior_preservation", "--class_prompt", "a photo of a circle", "--num_class_images", 24)
@@ -220,7 +224,7 @@ def test_prior_preservation_keeps_the_class_nearer_to_the_base(t2i, tiny, tmp_pa
         drawn = draw(tiny, lora, prompts, [None] * len(prompts))
         drift[name] = statistics.mean(map(difference, base, drawn))
     figures("prior preservation", drift_without=drift["without"], drift_with=drift["with"])
-    assert drift["with"] < 0.8 * drift["without"]
+    assert drift["with"] < 0.7 * drift["without"]
 
 
 @pytest.mark.learning
