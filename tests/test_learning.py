@@ -264,7 +264,7 @@ def test_shift_weighting_and_guidance_each_run_and_are_compared(t2i, tiny, subje
         lora = train(t2i, tiny, subject, tmp_path / name.replace(" ", "-"), *flags)
         gains[name] = judge(tiny, lora, base_distances)["gain"]
     figures("gain by setting", **gains)
-    assert min(gains.values()) > 0.03
+    assert min(gains.values()) > 0.03, gains
 
 
 OTHER_BASES = {
