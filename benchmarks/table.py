@@ -78,7 +78,7 @@ def print_learning() -> None:
     print("| five photos of the toy and five other scenes, 300 steps | nearer to it by |\n|---|---|")
     for what, gain in gains.items():
         print(f"| {what} | {gain:.3f} |")
-    print("\n| what else was measured | so | or so |\n|---|---|---|")
+    print("\n| what else was measured | first | second |\n|---|---|---|")
     rows = {"distance to the toy: base, LoRA": (subject["base"], subject["lora"])}
     rows["with the LoRA: for the toy's name, for another prompt"] = (subject["lora"], subject["other_prompt"])
     rows["gain in standard deviations over four seeds"] = (subject["deviations"],)

@@ -194,7 +194,10 @@ def night_distance(i2i, tiny, unseen, tmp_path_factory):
 
 
 def test_an_edit_learned_from_twenty_pairs_is_applied_to_unseen_pictures(night_distance, figures):
-    """Make it night: the LoRA comes close to the truth; the base does not, nor does a LoRA that saw no references."""
+    """Make it night: the LoRA comes close to the truth; the base does not, nor does a LoRA that saw no references.
+
+    Seen: 0.024 from the truth, 0.107 from others; the base 0.315, without references 0.122.
+    """
     (base, _), (learned, to_others), (dropped, dropped_to_others) = map(night_distance, (None, 0, 1))
     figures("edit", base=base, lora=learned, lora_to_other_pictures=to_others, references_dropped=dropped,
             dropped_to_other_pictures=dropped_to_others)  # fmt: skip
@@ -229,7 +232,10 @@ def test_prior_preservation_keeps_the_class_nearer_to_the_base(t2i, tiny, tmp_pa
 
 @pytest.mark.learning
 def test_rank_alpha_and_learning_rate_act_in_the_expected_direction(t2i, tiny, subject, tmp_path, figures):
-    """More of each learns the training data better in the same number of steps."""
+    """More of each learns the training data better in the same number of steps.
+
+    Seen: 0.225 and 0.107 for the ranks, 0.205 and 0.095 for the alphas, 0.354 and 0.107 for the rates.
+    """
     cases = {
         "rank 1": ("--rank", 1),
         "rank 32": (),
@@ -250,7 +256,7 @@ def test_rank_alpha_and_learning_rate_act_in_the_expected_direction(t2i, tiny, s
 
 @pytest.mark.learning
 def test_shift_weighting_and_guidance_each_run_and_are_compared(t2i, tiny, subject, base_distances, tmp_path, figures):
-    """A toy's figures: every setting brings the toy nearer."""
+    """A toy's figures: every setting brings the toy nearer. Seen: sigma_sqrt by 0.073, the others by 0.115 to 0.123."""
     cases = {
         "shift linear": (),
         "shift none": ("--timestep_shift", "none"),
@@ -280,7 +286,10 @@ OTHER_BASES = {
 def test_a_base_in_fewer_bits_learns_the_subject_too(
     t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures, base
 ):
-    """Trained on a base in bf16 (the adapter stays fp32) or quantised, and drawn on the full weights."""
+    """Trained on a base in bf16 (the adapter stays fp32) or quantised, and drawn on the full weights.
+
+    Seen: 0.122 on full weights, 0.122 in bf16, 0.122 in FP8, 0.116 in NF4.
+    """
     full = judge(tiny, subject_lora, base_distances)["gain"]
     lora = train(t2i, tiny, subject, tmp_path / base, *OTHER_BASES[base])
     quantized = judge(tiny, lora, base_distances)["gain"]
@@ -290,7 +299,10 @@ def test_a_base_in_fewer_bits_learns_the_subject_too(
 
 @pytest.mark.learning
 def test_a_bf16_adapter_and_an_fp32_adapter_at_a_low_learning_rate(t2i, tiny, subject, tmp_path, monkeypatch, figures):
-    """The reference trains the adapter in bf16; small updates of lora_A round away there. The base is bf16 in both."""
+    """The reference trains the adapter in bf16; small updates of lora_A round away there. The base is bf16 in both.
+
+    Seen: 19 % of lora_A's numbers moved in bf16, all in fp32; the losses are 0.556 and 0.530.
+    """
     flags = ("--mixed_precision", "bf16", "--learning_rate", "2e-5", "--adam_weight_decay", "0")
     moved = {}
     for name in ("fp32", "bf16"):
