@@ -137,7 +137,7 @@ def save_state(path: Path, **values) -> None:
 class Training:
     """One model's training: two optimizers, a rate that falls, averaged weights, and a checkpoint that it goes on from.
 
-    Muon moves the inner matrices, convolutions among them (in equal time its errors were a quarter lower than AdamW's);
+    Muon moves the inner matrices, convolutions among them;
     AdamW moves the rest: what enters and leaves the model, and vectors.
     """
 
