@@ -1,17 +1,23 @@
 """Peak memory and seconds per step of the real architectures on this GPU, with random weights: nothing is downloaded.
 
-    python benchmarks/gpu.py --budget 500
+    python benchmarks/gpu.py --budget 500                    adds to benchmarks/gpu.json
+    python benchmarks/gpu.py --budget 500 --out OTHER.json   where that is easier to bring home
 
-The script's own training step runs on each row of a list, the most valuable first, at most 25 s each. Results are added
-to benchmarks/gpu.json; the next call goes on with the rows that this kind of GPU does not have there. A row that runs
-out of memory or is refused says so, and the next one follows. `tools/plan_memory.py` reads the file.
+The script's own training step runs on each row of a list, the most valuable first, at most 25 s each besides compiling.
+Results are written after each row; the next call goes on with the rows that this kind of GPU does not have there. A
+row that runs out of memory or is refused says so, and the next one follows. A compiled row runs in a process of its
+own: a second base in one process would reach torch.compile's recompile limit, and run eagerly in silence.
+`tools/plan_memory.py` reads the file.
 """
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,38 +33,52 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bare_training
 from plan_memory import BASES, Job, step_tflop
 
-ROW_SECONDS, MOST_STEPS = 25.0, 10
-ROWS = [  # model, base, share of the blocks recomputed, pixels, references of 1 MP
-    ("dev", "bf16", 1.0, 1024, 0), ("dev", "fp8", 1.0, 1024, 0), ("klein-9B", "bf16", 1.0, 1024, 0),
+ROW_SECONDS, COMPILE_SECONDS, MOST_STEPS = 25.0, 100.0, 10
+KEYS = ("model", "base", "share", "resolution", "references", "compiled", "streamed")
+EAGER = [  # model, base, share of the blocks recomputed, pixels, references of 1 MP
+    ("dev", "fp8", 1.0, 1024, 0), ("dev", "bf16", 1.0, 1024, 0), ("klein-9B", "bf16", 1.0, 1024, 0),
     ("dev", "nf4", 1.0, 512, 0), ("klein-4B", "bf16", 1.0, 1024, 0), ("dev", "bf16", 1.0, 512, 0),
     ("dev", "fp8", 1.0, 512, 0), ("dev", "int8", 1.0, 512, 0), ("dev", "fp8", 1.0, 1024, 1),
     ("klein-9B", "fp8", 1.0, 1024, 0), ("dev", "nf4", 1.0, 1024, 0), ("klein-9B", "nf4", 1.0, 1024, 0),
     ("klein-4B", "bf16", 0.0, 1024, 0), ("dev", "bf16", 1.0, 1024, 1), ("klein-9B", "bf16", 0.0, 512, 0),
-    ("klein-4B", "bf16", 1.0, 1024, 1),
+    ("klein-4B", "bf16", 1.0, 1024, 1), ("dev", "bf16", 0.053, 1024, 0),
 ]  # fmt: skip
-KEYS = ("model", "base", "share", "resolution", "references")
+COMPILED = [("dev", "fp8", 1.0, 1024, 0), ("dev", "bf16", 1.0, 1024, 0), ("klein-9B", "fp8", 1.0, 1024, 0),
+            ("klein-9B", "bf16", 1.0, 1024, 0), ("dev", "fp8", 1.0, 512, 0)]  # fmt: skip
+STREAMED = [("dev", "fp8", 1.0, 1024, 0, False, 1.0), ("dev", "bf16", 1.0, 1024, 0, False, 1.0),
+            ("dev", "fp8", 1.0, 1024, 0, False, 0.5), ("klein-9B", "bf16", 1.0, 1024, 0, False, 1.0)]  # fmt: skip
+ROWS = [(*row, True, 0.0) for row in COMPILED] + STREAMED + [(*row, False, 0.0) for row in EAGER]
 
 
-def flags_of(base: str, share: float) -> list[Any]:
+def flags_of(row: dict[str, Any]) -> list[Any]:
     """The script's flags of a row."""
-    words = [ROOT / word if word.endswith(".json") else word for word in BASES[base][1]]
-    return words + (["--gradient_checkpointing", share] if share else [])
+    words = [ROOT / word if word.endswith(".json") else word for word in BASES[row["base"]][1]]
+    words += ["--gradient_checkpointing", row["share"]] if row["share"] else []
+    return words + (["--stream_blocks", row["streamed"]] if row["streamed"] else [])
 
 
 def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]:
     """Builds the model of a row on the device and trains for some steps; returns what was measured."""
     started, job = time.perf_counter(), Job(row["model"], row["resolution"], row["references"])
+    torch.manual_seed(0)  # equal weights, so that losses of rows can be compared
     with tempfile.TemporaryDirectory() as folder:
-        run = job.run(folder, *flags_of(row["base"], row["share"]))
+        run = job.run(folder, *flags_of(row))
         parts = bare_training.make_parts(job.script, run, job.references)
         state = bare_training.set_up(job.script, run, parts)
-        batches, times = bare_training.make_batches(job.script, run, parts), []
+        built = time.perf_counter() - started
+        batches, times, losses = bare_training.make_batches(job.script, run, parts), [], []
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        seconds += COMPILE_SECONDS * row["compiled"]
         while len(times) < 2 or (len(times) < MOST_STEPS and time.perf_counter() - started < seconds):
-            times.append(job.script.train_step(run, parts, state, batches)["seconds"])
-    step = statistics.median(times[1:])  # the first one warms up
+            values = job.script.train_step(run, parts, state, batches)
+            times.append(values["seconds"])
+            losses.append(values["loss"])
+    step = statistics.median(times[1:])  # the first one warms up, and compiles
     values = {"steps": len(times) - 1, "seconds_per_step": step, "tflops": step_tflop(job, row["share"]) / step}
+    values |= {"build_seconds": built, "first_step_seconds": times[0], "losses": losses}
+    if row["compiled"]:
+        values["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if run.device.type == "cuda":
         values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         values["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
@@ -66,16 +86,26 @@ def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]
 
 
 def attempt(row: dict[str, Any]) -> dict[str, Any]:
-    """`measure`, or why there is no number."""
+    """`measure`, or why there is no number; a compiled row in a process of its own."""
     try:
-        return measure(row)
+        return measure_alone(row) if row["compiled"] else measure(row)
     except torch.OutOfMemoryError as error:
         return {"failed": f"out of memory: {str(error).splitlines()[0]}"}
-    except Exception as error:  # one row that a library refuses must not cost the others
+    except (Exception, SystemExit) as error:  # one row that a library refuses must not cost the others
         return {"failed": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def measure_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """`measure` in a new process, compiled by Inductor."""
+    command = [sys.executable, __file__, "--row", json.dumps(row)]
+    environment = {**os.environ, "ACCELERATE_DYNAMO_BACKEND": "inductor"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1][:300])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device, times: int = 10) -> float:
@@ -98,8 +128,9 @@ def matmul_peaks(device: torch.device, size: int) -> dict[str, float | None]:
     peaks = {"bf16": 2 * size**3 / seconds_of(lambda: left @ right, device) / 1e12, "fp8": None}
     try:
         (rows, row_scales), (columns, column_scales) = script.to_fp8(left), script.to_fp8(right)
-        operands = rows, columns.t(), row_scales, column_scales.t(), torch.bfloat16
-        peaks["fp8"] = 2 * size**3 / seconds_of(lambda: script.fp8_matmul(*operands), device) / 1e12
+        operands, options = (rows, columns.t(), row_scales, column_scales.t()), {"out_dtype": torch.bfloat16}
+        product = functools.partial(torch._scaled_mm, *operands, **options, use_fast_accum=True)
+        peaks["fp8"] = 2 * size**3 / seconds_of(product, device) / 1e12
     except RuntimeError as error:
         print(f"FP8: {error}".splitlines()[0])
     return peaks
@@ -109,8 +140,17 @@ def predicted_gb(row: dict[str, Any]) -> float | None:
     """What benchmarks/plan_memory.json says about a row."""
     path = ROOT / "benchmarks" / "plan_memory.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    found = [known["training_gb"] for known in rows if all(known[key] == row[key] for key in KEYS)]
+    rows = [] if row["compiled"] or row["streamed"] else rows
+    found = [known["training_gb"] for known in rows if all(known[key] == row[key] for key in KEYS[:5])]
     return found[0] if found else None
+
+
+def version_of(library: str) -> str | None:
+    """Its version, or None if it is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def run_rows(path: Path, rows: list[tuple], budget: float, gpu: str, device: torch.device, size: int) -> list[dict]:
@@ -121,14 +161,14 @@ def run_rows(path: Path, rows: list[tuple], budget: float, gpu: str, device: tor
         content["peaks"][gpu] = matmul_peaks(device, size)
     known = {tuple(row[key] for key in KEYS) for row in content["rows"] if row["gpu"] == gpu}
     for place in (place for place in rows if place not in known):
-        if time.perf_counter() - started + ROW_SECONDS > budget:
-            print(f"budget: the rest is for the next call, from {place} on")
-            break
         row = dict(zip(KEYS, place, strict=True))
+        if time.perf_counter() - started + ROW_SECONDS + COMPILE_SECONDS * row["compiled"] > budget:
+            print(f"budget: {place} is for the next call")
+            continue
         values = attempt(row)
         peak = content["peaks"][gpu]["fp8" if row["base"] == "fp8" else "bf16"]
         share = values["tflops"] / peak if peak and "tflops" in values else None
-        versions = {library: importlib.metadata.version(library) for library in (*LIBRARIES, "bitsandbytes")}
+        versions = {library: version_of(library) for library in (*LIBRARIES, "bitsandbytes")}
         facts = {"gpu": gpu, "predicted_gb": predicted_gb(row), "share_of_matmul_peak": share, "versions": versions}
         content["rows"].append({**row, **values, **facts})
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -140,11 +180,15 @@ def main() -> None:
     """Runs the list on the first GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=500, help="seconds for this call (default: 500)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json", help="the file that is added to")
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # one row as JSON: what measure_alone starts
     args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(args.row)))
+        return
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU here: these rows stay 'not measured'; tools/plan_memory.py predicts them")
-    path, gpu = ROOT / "benchmarks" / "gpu.json", torch.cuda.get_device_name()
-    run_rows(path, ROWS, args.budget, gpu, torch.device("cuda"), 8192)
+    run_rows(args.out, ROWS, args.budget, torch.cuda.get_device_name(), torch.device("cuda"), 8192)
 
 
 if __name__ == "__main__":

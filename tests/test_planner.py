@@ -1,6 +1,7 @@
 """tools/plan_memory.py: what it counts is what is allocated, what it prints fits and runs."""
 
 import shlex
+import sys
 
 import bare_training
 import plan_memory
@@ -173,7 +174,7 @@ def gpu_benchmark(monkeypatch):
 
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
 def test_a_row_of_the_gpu_benchmark_trains_the_real_step(gpu_benchmark, small, base):
-    row = dict(zip(gpu_benchmark.KEYS, (small, base, 1.0, 128, 0), strict=True))
+    row = dict(zip(gpu_benchmark.KEYS, (small, base, 1.0, 128, 0, False, 0.0), strict=True))
     values = gpu_benchmark.measure(row, seconds=0)
     assert values["steps"] == 1 and values["seconds_per_step"] > 0 and values["tflops"] > 0
     assert "peak_gb" not in values  # there is no GPU
@@ -191,7 +192,7 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped_and_a_failed_row_costs_no_ot
         return {"tflops": 1.0, "peak_gb": 2.0, "seconds_per_step": 1.0}
 
     monkeypatch.setattr(gpu_benchmark, "measure", fake)
-    rows = [(small, "bf16", 1.0, size, 0) for size in (256, 512, 768)]
+    rows = [(small, "bf16", 1.0, size, 0, False, 0.0) for size in (256, 512, 768)]
     options = path, rows, 1000, "some GPU", torch.device("cpu"), 64
     gpu_benchmark.run_rows(path, rows, 1.0, *options[3:])  # no time for any
     assert seen == []
@@ -202,8 +203,42 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped_and_a_failed_row_costs_no_ot
 
 
 def test_the_rows_of_the_gpu_benchmark_are_few_and_different(gpu_benchmark):
-    assert len(gpu_benchmark.ROWS) == len(set(gpu_benchmark.ROWS)) == 16
-    assert gpu_benchmark.ROW_SECONDS * 16 <= 500
+    assert len(gpu_benchmark.ROWS) == len(set(gpu_benchmark.ROWS)) == 26
+    first = gpu_benchmark.ROWS[: len(gpu_benchmark.COMPILED)]
+    seconds = gpu_benchmark.ROW_SECONDS + gpu_benchmark.COMPILE_SECONDS
+    assert all(row[5] for row in first) and seconds * 4 <= 500, "a call of 500 s measures four compiled rows"
+
+
+def test_a_compiled_row_runs_in_a_process_of_its_own_and_says_what_was_compiled(gpu_benchmark, small, monkeypatch):
+    """On the CPU with a backend that only traces; the row that fails there is told by its last line."""
+    run = gpu_benchmark.subprocess.run
+    traced = lambda *words, env, **options: run(*words, env={**env, "ACCELERATE_DYNAMO_BACKEND": "eager"}, **options)  # noqa: E731
+    monkeypatch.setattr(gpu_benchmark.subprocess, "run", traced)
+    monkeypatch.setattr(gpu_benchmark, "__file__", str(plan_memory.ROOT / "benchmarks" / "gpu.py"))
+    row = dict(zip(gpu_benchmark.KEYS, (str(small), "fp8", 1.0, 128, 0, True, 1.0), strict=True))
+    monkeypatch.setattr(gpu_benchmark, "COMPILE_SECONDS", 0.0)
+    values = gpu_benchmark.measure_alone(row)
+    assert values["graphs"] >= 2 and values["steps"] >= 1
+    assert "no-such-model" in gpu_benchmark.attempt({**row, "model": "no-such-model"})["failed"]
+
+
+def test_a_machine_without_bitsandbytes_loses_no_row(gpu_benchmark, small, tmp_path, monkeypatch):
+    real = gpu_benchmark.importlib.metadata.version
+
+    def version(library: str) -> str:
+        if library == "bitsandbytes":
+            raise gpu_benchmark.importlib.metadata.PackageNotFoundError(library)
+        return real(library)
+
+    def refuse(row: dict) -> dict:
+        sys.exit("pip install bitsandbytes")
+
+    monkeypatch.setattr(gpu_benchmark.importlib.metadata, "version", version)
+    monkeypatch.setattr(gpu_benchmark, "measure", refuse)
+    rows = [(small, base, 1.0, 128, 0, False, 0.0) for base in ("bf16", "nf4")]
+    done = gpu_benchmark.run_rows(tmp_path / "gpu.json", rows, 1000, "some GPU", torch.device("cpu"), 64)
+    assert ["pip install" in row["failed"] for row in done] == [True, True]
+    assert done[0]["versions"]["bitsandbytes"] is None
 
 
 def test_the_predictions_in_the_readme_are_those_of_the_stored_file():

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ROOT / "tools" / "architectures.json"
 PARTS = ("transformer", "vae", "text_encoder")
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-NOTHING = torch.nn.ModuleList()
 
 
 def read_architecture(name: str) -> dict[str, Any]:
@@ -84,18 +83,21 @@ def random_moments(data: Any, picture: Any, *_: Any) -> torch.Tensor:
 
 
 def fill(module: torch.nn.Module, run: Any) -> None:
-    """Gives the parameters of a module on the meta device memory on the run's device, and random values."""
+    """Gives the parameters of a module on the meta device memory on the run's device, and random values.
+
+    What bitsandbytes quantises to 8 bits comes from the CPU, as in the script: from the device it would stay there.
+    """
+    home = torch.device("cpu") if (run.quantization or {}).get("load_in_8bit") else run.device
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=run.dtype, device=run.device)
             value = value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1.0)
-            setattr(part, name, torch.nn.Parameter(value, requires_grad=False))
+            setattr(part, name, torch.nn.Parameter(value.to(home), requires_grad=False))
 
 
 def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
     """The script's own layers in FP8 or of bitsandbytes in one block, if the run asks for them."""
-    holder = SimpleNamespace(transformer_blocks=torch.nn.ModuleList([block]), single_transformer_blocks=NOTHING)
-    script.quantize_blocks(run, holder)
+    script.quantize_block(run, block)
 
 
 def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None]) -> torch.nn.Module:
@@ -106,10 +108,14 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
     with torch.device("meta"):
         transformer = script.Flux2Transformer2DModel.from_config(run.model.config("transformer"))
     for name, module in transformer.named_children():
-        for part in module if name in BLOCKS else [module]:
-            fill(part, run)
-            if name in BLOCKS:
-                quantise(script, run, part)
+        if name not in BLOCKS:
+            fill(module, run)
+    transformer.stream = script.BlockStream(run.device)
+    for number, block in enumerate(script.blocks_of(transformer)):
+        fill(block, run)
+        quantise(script, run, block)
+        if script.is_streamed(run, number):
+            transformer.stream.keep(block)
     return transformer
 
 

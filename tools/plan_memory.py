@@ -290,7 +290,7 @@ def measured_rates() -> dict[str, dict[str, float]]:
     result = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {"rows": []}
     rates: dict[str, dict[str, list[float]]] = {}
     for row in result["rows"]:
-        if row.get("tflops"):
+        if row.get("tflops") and not (row["compiled"] or row["streamed"]):
             rates.setdefault(row["gpu"], {}).setdefault(row["base"], []).append(row["tflops"])
     return {gpu: {base: statistics.median(found) for base, found in bases.items()} for gpu, bases in rates.items()}
 
@@ -433,8 +433,28 @@ def measured_cell(model: str, rung: Rung) -> str:
     """Measured peaks of a rung from benchmarks/gpu.json, or 'not measured'."""
     rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.is_file() else []
     found = [row for row in rows if (row["model"], row["base"], row["share"]) == (model, rung.base, rung.share)]
-    cells = [f"{row['resolution']} px: {row['peak_gb']:.1f}" for row in found if row.get("peak_gb")]
-    return ", ".join(cells) or "not measured"
+    found = [row for row in found if row.get("peak_gb") and not (row["compiled"] or row["streamed"])]
+    cells = {f"{row['resolution']} px" + " + 1 ref." * row["references"]: row["peak_gb"] for row in found}
+    return ", ".join(f"{size}: {peak:.1f}" for size, peak in sorted(cells.items())) or "not measured"
+
+
+def speed_lines() -> Iterator[str]:
+    """Markdown lines: seconds per step of the rows in benchmarks/gpu.json."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.is_file() else []
+    yield "| measured, batch 1 | eager | compiled | `--stream_blocks` | peak GB: eager, compiled, streamed |"
+    yield "|---|---|---|---|---|"
+    kinds = {(False, 0.0): "eager", (True, 0.0): "compiled", (False, 1.0): "streamed"}
+    places: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        kind = kinds.get((row["compiled"], row["streamed"]))
+        if kind and row.get("seconds_per_step") and row["share"] == 1.0:
+            place = (row["model"], row["base"], row["resolution"], row["references"])
+            places.setdefault(place, {})[kind] = row
+    for (model, base, size, references), found in sorted(places.items()):
+        what = f"{model}, {BASES[base][0]}, {size} px" + " + 1 ref." * references
+        seconds = [f"{found[kind]['seconds_per_step']:.2f} s" if kind in found else "-" for kind in kinds.values()]
+        peaks = [f"{found[kind]['peak_gb']:.1f}" if kind in found else "-" for kind in kinds.values()]
+        yield f"| {what} | {' | '.join(seconds)} | {', '.join(peaks)} |"
 
 
 def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -485,7 +505,7 @@ def everything() -> None:
 def readme_tables() -> str:
     """What the README shows of benchmarks/plan_memory.json."""
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
-    return "\n".join([*table(rows), "", *phase_lines(rows)])
+    return "\n".join([*table(rows), "", *speed_lines(), "", *phase_lines(rows)])
 
 
 def parse_words(words: list[str] | None) -> argparse.Namespace:
