@@ -481,13 +481,26 @@ def launched_with(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
+LAUNCH_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}  # and the values that change nothing
+
+
 def process_count() -> int:
     """Processes that the launcher started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    count = os.environ.get("WORLD_SIZE", "")
+    return int(count) if count.isdigit() else 1
+
+
+def is_launched() -> bool:
+    """Whether the environment has all that a launcher tells a process."""
+    return "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCH_VARIABLES)
 
 
 def check_launch(args: Args) -> Iterator[str]:
     """Problems of the accelerate configuration, which arrives in the environment."""
+    left_over = [name for name, alone in LAUNCH_VARIABLES.items() if os.environ.get(name, alone) != alone]
+    if left_over and not is_launched():
+        yield (f"the environment has {', '.join(left_over)}, left by another run: `unset {' '.join(left_over)}`, "
+               "or start with accelerate launch, which sets WORLD_SIZE, RANK, LOCAL_RANK and MASTER_ADDR")  # fmt: skip
     asked = [name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")]
     asked += ["TPU"] if os.environ.get("PJRT_DEVICE") == "TPU" and "TPU" not in asked else []
     for name in asked:
@@ -715,7 +728,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
     if __name__ == "__main__":
         end_with_launcher()
-    parser, speaks = build_parser(), os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
+    parser = build_parser()
+    speaks = not is_launched() or os.environ["LOCAL_RANK"] == "0"  # one process of each machine
     try:
         args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -835,7 +849,32 @@ class ModelFiles:
         path = self.folder / subfolder / file
         if not path.is_file():
             raise UserError(f"{self.name}: {subfolder}/{file} is missing; is this a complete diffusers folder?")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: is not JSON ({error}); download it again") from None
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The files that hold a part: one, or the shards that an index names. Raises UserError if any is missing."""
+        stem, variant = "model" if part == "text_encoder" else "diffusion_pytorch_model", self.variant or ""
+        index = f"{stem}.safetensors.index.{variant}.json".replace("..", ".")
+        names = [f"{stem}.{variant}.safetensors".replace("..", ".")]
+        if (self.folder / part / index).is_file():
+            names = sorted(set(self.config(part, index)["weight_map"].values()))
+        files = [self.folder / part / name for name in names]
+        if missing := [path.name for path in files if not path.is_file()]:
+            found = sorted(path.name for path in (self.folder / part).glob("*.safetensors"))
+            raise UserError(f"{self.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
+                            f"{missing[0]} (found: {', '.join(found[:3]) or 'none'}); download this part again, or "
+                            "choose by --variant what is there")  # fmt: skip
+        return files
+
+    def is_here(self, part: str) -> bool:
+        """Whether all weight files of the part are on this machine."""
+        try:
+            return bool(self.weight_files(part))
+        except UserError:
+            return False
 
     @property
     def is_distilled(self) -> bool:
@@ -857,12 +896,6 @@ def find_model(args: Args) -> ModelFiles:
     """Finds the checkpoint and fetches its configs, no weights. Raises UserError if it cannot be reached."""
     name = args.pretrained_model_name_or_path
     if Path(name).is_dir():
-        wanted = ["transformer/*.safetensors", "vae/*.safetensors", "scheduler/*.json"]
-        wanted += [] if args.remote_text_encoder else ["text_encoder/*.safetensors", "tokenizer/*.json"]
-        if missing := [pattern for pattern in wanted if not any(Path(name).glob(pattern))]:
-            raise UserError(
-                f"--pretrained_model_name_or_path {name}: {missing[0]} is missing; is the download complete?"
-            )
         return ModelFiles(name, Path(name), False, {}, args.variant)
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
     configs = ["*.json", "*/*.json", "README.md", "tokenizer/*"]
@@ -910,6 +943,85 @@ def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{model.name} is stored quantised: install `pip install bitsandbytes`")
     return stored
+
+
+# what bitsandbytes stores beside a weight, and without which of it a weight of this type cannot be read
+BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
+BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
+
+
+def read_headers(model: ModelFiles, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(type, shape) of every weight of a part, which stay unread. Raises UserError for a file that is not whole."""
+    headers = {}
+    for path in model.weight_files(part):
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                headers |= {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
+        except SafetensorError as error:
+            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
+                            "clone run `git lfs pull`") from None  # fmt: skip
+    return headers
+
+
+def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
+    """All weights of a part as they are stored, by memory map."""
+    return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
+
+
+def check_part(run: Run, part: str) -> None:
+    """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
+    headers, config = read_headers(run.model, part), run.model.config(part)
+    stored = config.get("quantization_config") or {}
+    if part == "text_encoder" and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return  # a format of transformers, which reports on it when it loads it
+    if part == "text_encoder":
+        report = read_text_encoder(run, device_map="meta")[1]
+    else:
+        with torch.device("meta"):
+            model = (AutoencoderKLFlux2 if part == "vae" else Flux2Transformer2DModel).from_config(config)
+        needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = [(name, headers[name][1], shape) for name, shape in needed.items() if name in headers]
+        report = {"missing": [*needed.keys() - headers.keys()], "unexpected": [*headers.keys() - needed.keys()],
+                  "misshapen": [entry for entry in shapes if entry[1] != entry[2]]}  # fmt: skip
+    if stored:
+        report["unexpected"] = [name for name in report["unexpected"] if not BNB_TENSORS.search(name)]
+        report["misshapen"] = [entry for entry in report["misshapen"] if entry[1][1:] != (1,)]  # 4 bits as (bytes, 1)
+    for name, (kind, _) in headers.items():
+        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(kind, ())]
+        report["missing"] += [other for other in beside if name.endswith(".weight") and other not in headers]
+    refuse_misfits(run, part, report)
+
+
+def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
+    """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
+    report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
+    counts = [(kind, sorted(names)) for kind, names in report.items() if names]
+    if not counts:
+        return
+    advice = "it is incomplete or another model's: download it again, or choose another checkpoint"
+    if any("scale" in name for name in report["unexpected"]):
+        advice = "scales beside weights are a quantised format that is not read here: choose an unquantised checkpoint"
+    told = "; ".join(f"{len(names)} {kind}, such as {' and '.join(names[:2])}" for kind, names in counts)
+    raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({told}); {advice}")
+
+
+def check_parts(run: Run) -> None:
+    """Checks the parts that are here; those of a Hub model that are not, `fetch_part` checks after their download."""
+    found, needed = run.model.config("scheduler", "scheduler_config.json"), FlowMatchEulerDiscreteScheduler.__name__
+    if found.get("_class_name") != needed:
+        raise UserError(f"{run.model.name}/scheduler: its class is {found.get('_class_name')}, FLUX.2's is {needed}")
+    for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
+        if not run.model.remote or run.model.is_here(part):
+            check_part(run, part)
+
+
+def fetch_part(run: Run, part: str) -> Path:
+    """The folder of a part; after a download it is checked before the next one."""
+    folder = run.model.part(part)
+    if run.model.remote:
+        check_part(run, part)
+    return folder
 
 
 def public_name(model: ModelFiles) -> str:
@@ -1867,8 +1979,24 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
 # region shared: text
 def load_tokenizer(run: Run) -> Any:
-    """The family's tokenizer or processor."""
-    return getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
+    """The family's tokenizer or processor. Raises UserError unless a prompt comes through it whole.
+
+    In silence transformers makes an empty one where the vocabulary is missing, and takes any text for a template.
+    """
+    trial, where = "a photo", f"{run.model.name}/tokenizer"
+    try:
+        tokenizer = getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
+        ids = tokenize(run.family, tokenizer, trial, None)["input_ids"][0]
+        whole = trial in tokenizer.decode(ids)
+    except Exception as error:  # the libraries have no common base of errors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{where}: cannot be read ({reason}); download it again") from None
+    config = run.model.config("text_encoder")
+    known = config.get("text_config", config)["vocab_size"]
+    if not whole or max(ids) >= known:
+        raise UserError(f"{where}: is not the text encoder's, a prompt becomes {ids.tolist()[:8]} of {known} tokens; "
+                        "download it again, or after a clone run `git lfs pull`")  # fmt: skip
+    return tokenizer
 
 
 def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int | None) -> dict[str, torch.Tensor]:
@@ -1891,29 +2019,51 @@ def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int |
     return tokenizer(text, return_tensors="pt", **limits)
 
 
-def load_text_encoder(run: Run) -> nn.Module:
-    """The text encoder with only the layers that are read, frozen, in the compute dtype.
+UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.")  # of the layers, those cut off
+
+
+def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, list]]:
+    """The text encoder by transformers with only the layers that are read, and its report for `refuse_misfits`.
 
     One layer more than the last hidden state stays, because transformers puts the final norm on the last one: with
     exactly max(layers) of them the third slice would differ from the pipeline's.
     """
-    folder = run.model.part("text_encoder")
+    kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
     config = transformers.AutoConfig.from_pretrained(folder)
     text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
     keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = text_config.layer_types[:keep]
-    options = {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    if options.get("device_map") == "meta":
+        vars(config).pop("quantization_config", None)  # reading such weights takes more than their headers
+    options |= {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    try:
+        encoder, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{run.model.name}/text_encoder: cannot be read as {kind.__name__} ({reason})") from None
+    report = {}
+    for name, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys")):
+        matches = ((entry, UNREAD.search(str(entry))) for entry in info[key])
+        report[name] = [entry for entry, match in matches if not match or match[1] and int(match[1]) < keep]
+    return encoder, report
+
+
+def load_text_encoder(run: Run) -> nn.Module:
+    """The text encoder with only the layers that are read, frozen, in the compute dtype."""
+    fetch_part(run, "text_encoder")
+    options = {}
     spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
     if spread:
         options["device_map"] = "auto"
     if spread and run.processes > 1:  # the other GPUs are the other processes'
         free = torch.cuda.mem_get_info(run.device)[0] - 2**30
         options["max_memory"] = {run.device.index: free, "cpu": 2**62}
-    encoder = getattr(transformers, run.family.text_encoder).from_pretrained(folder, **options)
+    encoder, report = read_text_encoder(run, **options)
+    refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
     drop_unread_parts(encoder)
-    stored = getattr(config, "quantization_config", None)  # then transformers has put it on the device already
+    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
         shard(run, encoder, getattr(encoder.model, "language_model", encoder.model).layers)
@@ -2168,22 +2318,17 @@ class LatentSpace:
 
 
 def open_latent_space(run: Run) -> LatentSpace:
-    """Reads the statistics from the VAE's weight file without loading the VAE. Raises UserError if they are missing."""
-    folder, epsilon = run.model.part("vae"), run.model.config("vae")["batch_norm_eps"]
-    suffix = f".{run.model.variant}.safetensors" if run.model.variant else ".safetensors"
-    for path in sorted(folder.glob(f"*{suffix}"), reverse=True):  # the plain file sorts behind its variants
-        with safe_open(path, "pt") as weights:
-            if "bn.running_mean" in weights.keys():
-                mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
-                identity, std = run.model.identity("vae"), torch.sqrt(variance + epsilon)
-                return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", identity)
-    raise UserError(f"{run.model.name}: no bn.running_mean in vae/*{suffix}; is this a FLUX.2 autoencoder?")
+    """Reads the statistics from the VAE's weight file without loading the VAE."""
+    fetch_part(run, "vae")
+    weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae")["batch_norm_eps"]
+    mean, std = weights["bn.running_mean"].float(), torch.sqrt(weights["bn.running_var"].float() + epsilon)
+    return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", run.model.identity("vae"))
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
     """The VAE, frozen, in fp32: it is small, and bf16 would cost up to 0.4 % in the statistics."""
     options = {"torch_dtype": torch.float32, "variant": run.model.variant, "use_safetensors": True}
-    vae = AutoencoderKLFlux2.from_pretrained(run.model.part("vae"), **options)
+    vae = AutoencoderKLFlux2.from_pretrained(fetch_part(run, "vae"), **options)
     return vae.to(run.device).eval().requires_grad_(False)
 
 
@@ -2498,17 +2643,12 @@ def stored_linear(run: Run, tensors: dict[str, torch.Tensor], name: str, linear:
 
 def load_stored_quantized(run: Run) -> Flux2Transformer2DModel:
     """A transformer in a format of bitsandbytes, as it is stored. Not by diffusers, whose loader wants a GPU for it."""
-    folder, variant, tensors = run.model.part("transformer"), run.model.variant, {}
-    for path in folder.glob("*.safetensors"):
-        if f".{variant}" in path.name if variant else path.name.count(".") == 1:
-            tensors |= load_file(path)
+    tensors = read_weights(run.model, "transformer")
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel.from_config(run.model.config("transformer"))
     replace_linears(transformer, functools.partial(stored_linear, run, tensors))
     rest = {name: tensor.to(run.dtype) for name, tensor in tensors.items()}
     transformer.load_state_dict(rest, strict=False, assign=True)
-    if missing := [name for name, parameter in transformer.named_parameters() if parameter.is_meta]:
-        raise UserError(f"{run.model.name}: {len(missing)} weights are missing, for instance {missing[0]}")
     return transformer
 
 
@@ -2698,12 +2838,12 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
 
     Block by block it is quantised, if that is asked, and pinned, if it is one of those that stream.
     """
-    stored = run.model.config("transformer").get("quantization_config")
+    folder, stored = fetch_part(run, "transformer"), run.model.config("transformer").get("quantization_config")
     if stored:
         transformer = load_stored_quantized(run)
     else:
         options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
-        transformer = Flux2Transformer2DModel.from_pretrained(run.model.part("transformer"), **options)
+        transformer = Flux2Transformer2DModel.from_pretrained(folder, **options)
     if run.args.attention_backend:
         try:
             transformer.set_attention_backend(run.args.attention_backend)
@@ -2811,6 +2951,7 @@ def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -
     """
     targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
     adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
+    adapter["rank_pattern"] = {}  # diffusers 0.36 to 0.39 read it without asking whether it is there
     header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
     architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
     facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
@@ -4567,10 +4708,11 @@ def output_lock(args: Args) -> Iterator[None]:
 
 @contextlib.contextmanager
 def started_run(args: Args) -> Iterator[Run]:
-    """The run: alone in its output folder, its log lines set up; where memory runs out, it is said what helps."""
+    """The run: alone in its output folder, its model checked; where memory runs out, it is said what helps."""
     set_up_logging()  # first of all: it secures the streams before a file is opened
     with output_lock(args):
         run = start_accelerator(args)
+        check_parts(run)
         with explain_out_of_memory(run):
             yield run
 

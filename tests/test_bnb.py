@@ -413,14 +413,36 @@ def test_another_format_of_storage_is_refused_by_name(script, tiny, tmp_path):
         start_run(script, model, tmp_path)
 
 
-def test_a_stored_checkpoint_with_a_hole_is_refused(script, stored_models, tmp_path):
-    """A weight that no file has is named, not drawn at random."""
-    model = shutil.copytree(stored_models["nf4"], tmp_path / "model")
-    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = {name: tensor for name, tensor in script.load_file(path).items() if not name.startswith("proj_out.")}
-    path.write_bytes(script.safetensors_bytes(tensors))
-    with pytest.raises(script.UserError, match=r"1 weights are missing, for instance proj_out\.weight"):
-        script.load_transformer(start_run(script, model, tmp_path))
+@pytest.mark.parametrize(
+    ("kind", "part", "hole", "told"),
+    [
+        ("nf4", "transformer", r"^proj_out\.", r"\d+ missing, such as proj_out\.weight"),
+        ("nf4", "transformer", r"blocks\.0.*to_out.*\.absmax$", r"\d+ missing, .*to_out.*weight\.absmax"),
+        ("int8", "transformer", r"\.SCB$", r"\d+ missing, .*\.SCB and "),
+        ("nf4", "text_encoder", r"layers\.2\.mlp", r"3 missing, .*layers\.2\.mlp"),
+        ("int8", "text_encoder", r"layers\.2\.mlp\.up_proj\.SCB$", r"1 missing, .*layers\.2\.mlp\.up_proj\.SCB"),
+    ],
+)
+def test_a_stored_checkpoint_with_a_hole_is_refused(script, stored_models, tmp_path, kind, part, hole, told):
+    """A weight that no file has is named before anything is loaded, and so is what a stored weight is read with."""
+    model = shutil.copytree(stored_models[kind], tmp_path / "model")
+    path = next((model / part).glob("*.safetensors"))
+    tensors = {name: tensor for name, tensor in script.load_file(path).items() if not re.search(hole, name)}
+    path.write_bytes(script.safetensors_bytes(tensors, {"format": "pt"}))
+    with pytest.raises(script.UserError, match=rf"{part}: the weights do not fit the model .{told}"):
+        script.check_parts(start_run(script, model, tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_quantised_weights_whose_config_does_not_say_so_are_refused(script, stored_models, tmp_path, kind, part):
+    """Integers without their scales would be taken for weights."""
+    model = shutil.copytree(stored_models[kind], tmp_path / "model")
+    config = json.loads((model / part / "config.json").read_text())
+    del config["quantization_config"]
+    (model / part / "config.json").write_text(json.dumps(config))
+    with pytest.raises(script.UserError, match=rf"{part}: the weights do not fit the model .* unexpected"):
+        script.check_parts(start_run(script, model, tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- the card

@@ -487,9 +487,40 @@ def test_layers_that_do_not_fit_the_transformer_are_an_error(failure):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_processes_that_are_not_one_run_are_refused(failure, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_several_processes_that_are_not_one_run_are_refused(script, failure, monkeypatch):
+    monkeypatch.setattr(script, "process_count", lambda: 2)
     assert has(failure(), "2 processes", "configs/accelerate/")
+
+
+LEFT_OVER = [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "3"},
+    {"RANK": "1"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", LEFT_OVER, ids=str)
+def test_what_a_launcher_left_in_the_environment_is_told_in_one_sentence(script, good, monkeypatch, capsys, variables):
+    """Instead of accelerate's traceback; a process that takes itself for the second of a machine would say nothing."""
+    args = script.parse_args([*good])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args([*good, "--fsdp_text_encoder"])
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert has(shown, "left by another run", "`unset ", *(name for name in variables if name != "MASTER_ADDR"))
+    with pytest.raises(script.UserError, match="accelerate launch"):  # from a notebook
+        script.main(args)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "-1"}], ids=str
+)
+def test_what_changes_nothing_may_be_in_the_environment(script, good, monkeypatch, variables):
+    """As containers of some schedulers have it."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert list(script.check_launch(script.parse_args([*good]))) == []
 
 
 @pytest.mark.parametrize(

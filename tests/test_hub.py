@@ -273,6 +273,27 @@ def test_a_part_is_downloaded_when_it_is_needed_and_only_it(script, hub, tiny, c
     assert "lab/tiny-flux2/vae" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("part", "before"), [("vae", []), ("text_encoder", ["vae"])])
+def test_a_part_is_checked_right_after_its_download_and_at_the_next_start(
+    script, train, hub, tiny, tmp_path, part, before
+):
+    """The rest, for [dev] many GB, is not downloaded for nothing; what is here already is checked first of all."""
+    model = hub.models["lab/tiny-flux2"] = shutil.copytree(tiny, tmp_path / "uploaded")
+    path = next((model / part).glob("*.safetensors"))
+    weights = script.load_file(path)
+    name = next(name for name in weights if name.endswith("layers.4.mlp.up_proj.weight") or part == "vae")
+    path.write_bytes(script.safetensors_bytes({other: weights[other] for other in weights if other != name}))
+    flags = ("--pretrained_model_name_or_path", "lab/tiny-flux2")
+    train(*flags, "--dry_run")
+    for more in ((), ("--dry_run",)):
+        with pytest.raises(
+            script.UserError, match=f"lab/tiny-flux2/{part}: the weights do not fit the model .1 missing"
+        ):
+            train(*flags, *more)
+    weights = {name.split("/")[0] for name in hub.downloads if name.endswith(".safetensors")}
+    assert weights == {*before, part}
+
+
 def test_a_download_that_does_not_fit_the_disk_is_refused_before_it_starts(script, hub, tiny, monkeypatch):
     hub.models["lab/tiny-flux2"] = tiny
     model = script.find_model(model_args(script))

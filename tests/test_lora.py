@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -439,6 +440,33 @@ def test_the_header_carries_rank_alpha_and_modules_as_given(script, tiny, tmp_pa
     metadata = header(tmp_path / script.LORA_FILE)
     assert metadata["format"] == "pt" and "Flux.2-dev" in metadata["modelspec.architecture"]
     assert str(tiny.parent) not in json.dumps(metadata) and str(tmp_path) not in json.dumps(metadata)
+
+
+def older_diffusers(header: dict[str, str]) -> LoraConfig:
+    """The adapter that diffusers 0.36 to 0.39 makes of a header, by their rules.
+
+    They take the keys of `transformer.` for arguments of LoraConfig, after a look at `rank_pattern` and
+    `target_modules` that does not ask whether these are there, and refuse a name that PEFT does not know.
+    """
+    stored = json.loads(header["lora_adapter_metadata"])
+    config = {
+        key.removeprefix("transformer."): value for key, value in stored.items() if key.startswith("transformer.")
+    }
+    for key in list(config["rank_pattern"].copy()):
+        assert [name for name in config["target_modules"] if name == key or key not in name], key
+    return LoraConfig(**config)
+
+
+@pytest.mark.parametrize("alpha", ["4", "8", "1.5"])
+def test_both_files_load_by_the_header_rules_of_diffusers_before_0_40(script, tiny, tmp_path, alpha):
+    """Rank and alpha as trained; in the file for ComfyUI alpha is the rank, since it is multiplied in."""
+    trained(script, tiny, tmp_path, "--lora_alpha", alpha)
+    files = [script.LORA_FILE, *([] if alpha == "4" else [script.COMFYUI_FILE])]
+    for file, expected in zip(files, (float(alpha), 4.0), strict=False):
+        config = older_diffusers(header(tmp_path / file))
+        assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (4, expected, {}, {})
+        names = {re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", name) for name in load_file(tmp_path / file)}
+        assert set(config.target_modules) == names
 
 
 def test_the_names_in_the_file_are_those_of_diffusers(script, tiny, tmp_path):

@@ -21,6 +21,7 @@ from unit_parts import start_run
 DEVICE = torch.device("cpu", 0)  # computes like "cpu", but is told from it: here "cpu" is where models wait
 KINDS = {"Mistral3ForConditionalGeneration": "encoder", "AutoencoderKLFlux2": "vae",
          "Flux2Transformer2DModel": "transformer"}  # fmt: skip
+WHOLE = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}  # transformers' report
 DRAW = ("--validation_prompt", "a toy", "--validation_steps", "1", "--num_inference_steps", "1")
 DRAW += ("--num_validation_images", "1", "--skip_final_inference")
 
@@ -150,10 +151,10 @@ def test_offload_lets_accelerate_spread_the_encoder_over_gpu_and_cpu(script, tin
     """It is not moved afterwards; without the flag it goes to the GPU whole."""
     moves = []
     encoder = SimpleNamespace(eval=lambda: encoder, requires_grad_=lambda _: encoder, to=lambda d: moves.append(d.type))
-    encoder.model = SimpleNamespace()
+    encoder.model = encoder.config = SimpleNamespace()
     model = script.transformers.Mistral3ForConditionalGeneration
     monkeypatch.setattr(
-        model, "from_pretrained", lambda _, **options: moves.append(options.get("device_map")) or encoder
+        model, "from_pretrained", lambda _, **options: moves.append(options.get("device_map")) or (encoder, WHOLE)
     )
     run = start_run(script, tiny, tmp_path, *["--offload"] * offload)
     script.load_text_encoder(replace(run, device=torch.device("cuda")))
@@ -163,8 +164,9 @@ def test_offload_lets_accelerate_spread_the_encoder_over_gpu_and_cpu(script, tin
 def test_with_several_processes_each_spreads_its_encoder_over_its_own_gpu(script, tiny, tmp_path, monkeypatch):
     given = []
     encoder = SimpleNamespace(eval=lambda: encoder, requires_grad_=lambda _: encoder, model=SimpleNamespace())
+    encoder.config = SimpleNamespace()
     model = script.transformers.Mistral3ForConditionalGeneration
-    monkeypatch.setattr(model, "from_pretrained", lambda _, **options: given.append(options) or encoder)
+    monkeypatch.setattr(model, "from_pretrained", lambda _, **options: given.append(options) or (encoder, WHOLE))
     monkeypatch.setattr(script.torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 24 * 2**30))
     run = replace(start_run(script, tiny, tmp_path, "--offload"), device=torch.device("cuda", 3))
     script.load_text_encoder(run)

@@ -122,7 +122,7 @@ def test_secrets_are_masked_in_log_lines_and_errors(script, monkeypatch, capsys)
 
 def test_the_traceback_of_a_program_shows_no_token(t2i, tiny, photos, tmp_path, monkeypatch):
     """A failure that nobody expected: an environment variable that is no number, with a token in it."""
-    monkeypatch.setenv("WORLD_SIZE", CANARY)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", CANARY)
     ended = run_python(ROOT / Path(t2i.__file__).name, *command_line(tiny, photos, tmp_path / "out"), timeout=120)
     assert ended.returncode == 1 and "Traceback" in ended.stderr and "***" in ended.stderr
     assert CANARY not in ended.stdout + ended.stderr

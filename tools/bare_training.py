@@ -44,10 +44,10 @@ def write_checkpoint(architecture: dict[str, Any], folder: Path) -> Path:
         (folder / part / "config.json").write_text(json.dumps(architecture.get(part, {})), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": architecture["pipeline"]}), encoding="utf-8")
     for part in PARTS:
-        (folder / part / "weights.safetensors").touch()
+        (folder / part / "diffusion_pytorch_model.safetensors").touch()
     channels = 4 * architecture["vae"]["latent_channels"]
     statistics = {"bn.running_mean": torch.zeros(channels), "bn.running_var": torch.ones(channels)}
-    save_file(statistics, folder / "vae" / "weights.safetensors")
+    save_file(statistics, folder / "vae" / "diffusion_pytorch_model.safetensors")
     return folder
 
 
