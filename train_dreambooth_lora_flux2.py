@@ -750,8 +750,13 @@ import transformers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, gather
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.optimization import get_scheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from diffusers.training_utils import compute_density_for_timestep_sampling, generate_aspect_ratio_buckets
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    generate_aspect_ratio_buckets,
+)
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -2706,17 +2711,8 @@ def shift_factor(args: Args, tokens: int) -> float:
     if args.timestep_shift == "linear":
         return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
     if args.timestep_shift == "empirical":
-        return math.exp(empirical_mu(tokens, args.num_inference_steps))
+        return math.exp(compute_empirical_mu(tokens, args.num_inference_steps))
     return 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
-
-
-def empirical_mu(tokens: int, steps: int) -> float:
-    """mu of FLUX.2's inference schedule (black-forest-labs/flux2, sampling.py): linear in tokens and in steps."""
-    at_200 = 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:
-        return at_200
-    at_10 = 8.73809524e-05 * tokens + 1.89833333
-    return at_200 + (at_200 - at_10) / 190.0 * (steps - 200)
 
 
 def shift_sigmas(sigmas: torch.Tensor, factor: float) -> torch.Tensor:
@@ -2726,67 +2722,7 @@ def shift_sigmas(sigmas: torch.Tensor, factor: float) -> torch.Tensor:
 
 def loss_weights(args: Args, sigmas_B: torch.Tensor) -> torch.Tensor:
     """Weight of each sample's loss; sigma_sqrt is capped at 100, it would be 10^6 at sigma 0.001."""
-    if args.weighting_scheme == "sigma_sqrt":
-        return sigmas_B.pow(-2.0).clamp(max=100.0)
-    if args.weighting_scheme == "cosmap":
-        return 2 / (math.pi * (1 - 2 * sigmas_B + 2 * sigmas_B**2))
-    return torch.ones_like(sigmas_B)
-
-
-def flow_matching_losses(
-    args: Args, transformer: nn.Module, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    *condition: Any,
-) -> torch.Tensor:  # fmt: skip
-    """Loss (B) of each sample: mean squared error of the velocity over the target's tokens and channels.
-
-    x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0; `condition` is what `predict_velocity`
-    needs besides. Tokens stay packed: the mean does not care about their order. Sigma and the mix are fp32, the forward
-    runs in the compute dtype.
-    """
-    sigmas_B11 = sigmas_B.view(-1, 1, 1)
-    noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    velocity_BLC = predict_velocity(args, transformer, noisy_BLC, sigmas_B, *condition)
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
-    return loss_weights(args, sigmas_B) * errors_B
-
-
-def call_transformer(
-    args: Args, transformer: nn.Module, tokens_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, ids: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """The transformer's output (B, L, C), called exactly as the pipeline's denoising loop does.
-
-    The timestep takes the pipeline's way (1000 sigma, rounded to the compute dtype, / 1000), so that bf16 sees the same
-    grid in training as at inference.
-    """
-    dtype, device = prompt_embeds_BLD.dtype, tokens_BLC.device
-    guidance = None
-    if transformer.config.guidance_embeds:
-        guidance = torch.full([len(tokens_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
-    return transformer(
-        hidden_states=tokens_BLC.to(dtype),
-        timestep=(sigmas_B * 1000).to(dtype) / 1000,
-        guidance=guidance,
-        encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
-        img_ids=ids.to(device, non_blocking=True),
-        return_dict=False,
-    )[0]
-
-
-def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses (B), sigmas (B)) of one micro-batch from the loader."""
-    rows, columns = (side // parts.space.cell for side in batch["target"][0])
-    sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, rows * columns))
-    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
-    on_device = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
-    if "moments" not in batch:
-        on_device["moments"] = encode_pixels(parts.vae_on_device(run), on_device["pixels"])
-        parts.rest_vae(run.args)
-    clean_BLC = tokens_from_moments(parts.space, on_device["moments"], on_device.get("posterior_noise"))
-    prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
-    inputs = clean_BLC, on_device["noise"], on_device["sigmas"], prompt_embeds_BLD
-    return losses_of_samples(run, parts, batch, inputs, rows, columns), on_device["sigmas"]
+    return compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas_B).clamp(max=100.0)
 
 
 # endregion shared: flow-matching
@@ -2795,18 +2731,54 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
 # differs: the image-to-image script puts references behind the noisy tokens
 def predict_velocity(
     args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, rows: int, columns: int,
+    prompt_embeds_BLD: torch.Tensor, height: int, width: int,
 ) -> torch.Tensor:  # fmt: skip
-    """The transformer's velocity (B, L, C) for noisy tokens of a grid of rows and columns."""
-    return call_transformer(args, transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, position_ids(rows, columns))
+    """The transformer's velocity (B, L, C) for noisy tokens of `height` x `width`.
+
+    Called exactly as the pipeline's denoising loop does. The timestep takes the pipeline's way (1000 sigma, rounded to
+    the compute dtype, / 1000), so that bf16 sees the same grid in training as at inference.
+    """
+    dtype, device, guidance = prompt_embeds_BLD.dtype, noisy_BLC.device, None
+    if transformer.config.guidance_embeds:
+        guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
+    return transformer(
+        hidden_states=noisy_BLC.to(dtype),
+        timestep=(sigmas_B * 1000).to(dtype) / 1000,
+        guidance=guidance,
+        encoder_hidden_states=prompt_embeds_BLD,
+        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
+        img_ids=position_ids(height, width).to(device, non_blocking=True),
+        return_dict=False,
+    )[0]
 
 
-# differs: the image-to-image script may drop the references of some samples
-def losses_of_samples(
-    run: Run, parts: TrainingParts, batch: dict[str, Any], inputs: tuple[torch.Tensor, ...], rows: int, columns: int
-) -> torch.Tensor:
-    """Loss (B) of each sample, in one forward; `inputs` are clean tokens, noise, sigmas and prompt embeddings."""
-    return flow_matching_losses(run.args, parts.transformer, *inputs, rows, columns)
+# differs: in the image-to-image script some samples have references
+def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses (B), sigmas (B)) of one micro-batch from the loader: what is minimised, from the cache to the number.
+
+    x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0. The loss of a sample is the mean of the
+    squared error over the tokens and channels of its target. Everything is fp32 but the transformer.
+    """
+    # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
+    height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
+    sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, height * width))
+    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
+    tensors = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
+    sigmas_B, noise_BLC = tensors["sigmas"], tensors["noise"]
+
+    # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
+    if "moments" not in tensors:
+        tensors["moments"] = encode_pixels(parts.vae_on_device(run), tensors["pixels"])
+        parts.rest_vae(run.args)
+    clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
+
+    # what the transformer makes of the mix, against what it should
+    sigmas_B11 = sigmas_B.view(-1, 1, 1)
+    noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
+    prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
+    velocity_BLC = predict_velocity(run.args, parts.transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, height, width)
+    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    return loss_weights(run.args, sigmas_B) * errors_B, sigmas_B
 
 
 # ----------------------------------------------------------------------------------------------- Optimizer and schedule

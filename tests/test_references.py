@@ -14,7 +14,7 @@ import torch
 from conftest import draw_photo, draw_photos
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
-from unit_parts import log_lines, start_run
+from unit_parts import log_lines, losses_of, start_run
 
 FAMILIES = ("dev", "klein")
 # (width, height) of references: odd, at the limits of the pipelines, above 1 MP, exactly 1 MP.
@@ -777,10 +777,10 @@ def test_the_loss_is_on_the_targets_tokens_only(i2i, reference_tokens):
     clean, noise = (torch.randn(2, 10, 32, generator=generator) for _ in range(2))
     references = [(torch.randn(2, reference_tokens, 32), i2i.position_ids(1, reference_tokens, time=10))]
     model = Answers(noise - clean, rubbish=100.0)
-    inputs = clean, noise, torch.tensor([0.3, 0.8]), torch.zeros(2, 4, 96), 2, 5
-    assert i2i.flow_matching_losses(arguments(i2i), model, *inputs, references).tolist() == [0.0, 0.0]
+    inputs = clean, noise, torch.tensor([0.3, 0.8]), 2, 5
+    assert losses_of(i2i, arguments(i2i), model, *inputs, references).tolist() == [0.0, 0.0]
     model.velocity = torch.zeros_like(clean)
-    losses = i2i.flow_matching_losses(arguments(i2i), model, *inputs, references)
+    losses = losses_of(i2i, arguments(i2i), model, *inputs, references)
     assert torch.allclose(losses, (noise - clean).square().mean(dim=(1, 2)))
 
 

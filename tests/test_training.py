@@ -410,7 +410,7 @@ def test_epochs_count_pictures_times_repeats_and_validation_follows_them(
 )
 def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(script, quick, monkeypatch, scheme, shift):
     """sigma = shift(1 - u), and the loss is the plain one times the scheme's weight."""
-    batches, losses = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script, "flow_matching_losses")
+    batches = spy(monkeypatch, script, "batch_losses")
     flags = ("--weighting_scheme", scheme, "--timestep_shift", shift, "--train_batch_size", "4")
     folder = quick("--cache_latents", *flags, "--max_train_steps", "1")
     factor = {
@@ -419,21 +419,23 @@ def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(script, 
         "empirical": math.exp(compute_empirical_mu(16, 28)),
         "2.5": 2.5,
     }[shift]
-    u = batches[0].args[2]["u"].double()
+    run, parts, batch = batches[0].args
+    u, given = batch["u"].double(), batches[0].result[1]
     sigmas = factor * (1 - u) / (1 + (factor - 1) * (1 - u))
-    assert batches[0].result[1] == pytest.approx(sigmas.tolist(), abs=1e-6)
-    args, transformer, clean, noise, given, prompts, *grid = losses[0].args
-    assert grid[:2] == [4, 4] and given.dtype == torch.float32 and len(losses) == 1
+    assert given == pytest.approx(sigmas.tolist(), abs=1e-6) and given.dtype == torch.float32 and len(batches) == 1
+    clean, noise = script.tokens_from_moments(parts.space, batch["moments"]), batch["noise"]
     mixed = (1 - given.view(-1, 1, 1)) * clean + given.view(-1, 1, 1) * noise
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in parts.transformer.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()  # back to the weights of the first step
+    prompts = parts.prompts.batch(batch["caption"], run.dtype)
+    references = [script.encode_references(run, parts, batch["references"])] if "references" in batch else []
     with torch.no_grad():
-        velocity = script.predict_velocity(args, transformer, mixed, given, prompts, *grid)
+        velocity = script.predict_velocity(run.args, parts.transformer, mixed, given, prompts, 4, 4, *references)
     plain = (velocity - (noise - clean)).square().mean(dim=(1, 2)).double()
     weight = {"cosmap": 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)), "sigma_sqrt": (1 / sigmas**2).clamp(max=100)}
     expected = plain * weight.get(scheme, torch.ones(4).double())
-    torch.testing.assert_close(losses[0].result.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(batches[0].result[0].detach().double(), expected, rtol=1e-5, atol=1e-6)
     assert column(folder, "loss")[0] == pytest.approx(expected.mean().item(), rel=1e-5)
 
 

@@ -4,7 +4,11 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+
+import torch
 
 
 def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any:
@@ -20,6 +24,30 @@ def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any
     if "--dataset_name" not in flags and "--instance_data_dir" not in flags:
         words += ["--instance_data_dir", data]
     return script.start_accelerator(script.parse_args([str(word) for word in [*words, *flags]]))
+
+
+def losses_of(
+    script: Any, args: Any, model: Any, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
+    height: int, width: int, references: list = (),
+) -> torch.Tensor:  # fmt: skip
+    """`batch_losses` of a batch with these clean tokens, noise and (unshifted) sigmas; nothing is encoded.
+
+    Each sample has all of the `references`, pairs of tokens (B, L, C) and position ids.
+    """
+    args.timestep_shift = "none"
+    space = SimpleNamespace(cell=16, mean_C=torch.zeros(clean_BLC.shape[2]), std_C=torch.ones(clean_BLC.shape[2]))
+    latents = torch.nn.functional.pixel_shuffle(clean_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
+    prompts = SimpleNamespace(batch=lambda captions, dtype: torch.zeros(len(captions), 8, 96))
+    parts = SimpleNamespace(space=space, prompts=prompts, transformer=model)
+    run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=torch.float32)
+    count = len(sigmas_B)
+    batch = {"target": [(16 * height, 16 * width)] * count, "u": 1 - sigmas_B, "noise": noise_BLC,
+             "moments": torch.stack([latents, latents], dim=1), "caption": ["a"] * count,
+             "references": [list(references)] * count}  # fmt: skip
+    if script.TASK == "image-to-image":
+        with mock.patch.object(script, "encode_references", lambda *_: references):
+            return script.batch_losses(run, parts, batch)[0]
+    return script.batch_losses(run, parts, batch)[0]
 
 
 @contextlib.contextmanager
