@@ -1217,27 +1217,35 @@ def read_tables(files: list[Path]) -> dict[Path, Table]:
 
 def read_metadata(path: Path) -> Table:
     """The rows of a metadata file by the line they end at. Raises UserError with the line."""
-    rows, line = {}, 0
+    line = 0
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(io.StringIO(text))
-            if other := [mark for mark in (";", "\t") if reader.fieldnames and mark in reader.fieldnames[0]]:
-                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-            for row in reader:
-                rows[reader.line_num] = row
-        else:
-            for line, row in enumerate(text.split("\n"), start=1):
-                rows |= {line: json.loads(row)} if row.strip() else {}
+            return read_csv(path, text)
+        rows: Table = {}
+        for line, row in enumerate(text.split("\n"), start=1):
+            rows |= {line: json.loads(row)} if row.strip() else {}
+            if not isinstance(rows.get(line, {}), dict):
+                raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
+        return rows
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {line} is not readable as JSON ({error.msg}, column {error.colno})") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
-    for line, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
+
+
+def read_csv(path: Path, text: str) -> Table:
+    """The rows of a CSV file by the line they end at. Raises UserError where cells would be lost."""
+    reader, rows = csv.DictReader(io.StringIO(text)), {}
+    header = reader.fieldnames or [""]
+    if other := re.search(r"[;\t]", header[0]):
+        raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for row in reader:
         if None in row:
-            raise UserError(f"{path}: line {line} has more cells than columns; put texts with commas in quotes")
+            raise UserError(f"{path}: line {reader.line_num} has more cells than columns; quote texts with commas")
+        rows[reader.line_num] = row
     return rows
 
 
@@ -1408,6 +1416,8 @@ def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, li
     column = choose_column("caption_column", args.caption_column, name, columns, *USUAL_CAPTIONS)
     tell_columns(name, len(table), columns, images, column)
     if column is None:
+        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
+            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
         return "", [()] * len(table)
     feature, captions = table.features[column], []
     classes = getattr(getattr(feature, "feature", feature), "names", ())
@@ -1483,7 +1493,7 @@ def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
         settled.append(replace(row, captions=texts, origin=row.origin if row.captions else "--instance_prompt"))
     counts = Counter(row.origin for row in settled)
     first = {row.origin: row for row in reversed(settled)}  # an example of each origin, then others
-    report = ", ".join(f"{count} images from {origin}" for origin, count in counts.items())
+    report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for row in list(dict.fromkeys([*map(first.get, counts), *settled]))[:3]:
         others = f" (one of {len(row.captions)}, drawn at each visit)" * (len(row.captions) > 1)
         report += f"\n    {row.picture.name}: {row.captions[0][:120]}{others}"
@@ -1723,6 +1733,8 @@ def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
     for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
         small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} picture(s)" + f", {small} of them enlarged" * (small > 0))
+    if blurred := [s.source.name for s in samples if cover_size(s.size, s.target)[0] > 4 * s.size[0]]:
+        log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
     check_own_data(run, samples)
     return samples, buckets
 

@@ -269,6 +269,14 @@ def test_a_csv_with_other_separators_says_so(script, tmp_path, mark):
         listed(script, tmp_path)
 
 
+def test_two_columns_of_one_name_are_an_error(script, tmp_path):
+    """The captions of the first would be lost."""
+    fill(tmp_path, "a.jpg")
+    write(tmp_path, "metadata.csv", "file_name,text,text\na.jpg,x,y\n")
+    with pytest.raises(script.UserError, match=r"metadata\.csv: two columns have one name: file_name, text, text"):
+        listed(script, tmp_path)
+
+
 @pytest.mark.parametrize("flags", [("--image_column", "photo"), ("--caption_column", "text")])
 def test_a_column_without_metadata_is_an_error(script, tmp_path, flags):
     fill(tmp_path, "a.jpg")
@@ -346,15 +354,15 @@ def test_the_report_says_where_captions_come_from_with_three_examples(script, tm
     with log_lines() as lines:
         script.settle_captions(args, script.list_rows(args))
     first, *examples = next(line for line in lines if "captions of" in line).splitlines()
-    assert "3 images from metadata.jsonl" in first
-    assert "1 images from caption files" in first and "2 images from --instance_prompt" in first
+    assert "3 image(s) from metadata.jsonl" in first
+    assert "1 image(s) from caption files" in first and "2 image(s) from --instance_prompt" in first
     assert [line.strip() for line in examples] == ["a.jpg: x", "d.jpg: from a file", "e.jpg: sks"]
 
 
 def test_the_report_says_that_an_image_has_several_captions(script):
     with log_lines() as lines:
         script.settle_captions(arguments(script), [script.Row(script.Source("a"), ("one", "two"), "column text")])
-    assert any("1 images from column text" in line and "a: one (one of 2" in line for line in lines)
+    assert any("1 image(s) from column text" in line and "a: one (one of 2" in line for line in lines)
 
 
 def test_images_without_a_caption_beside_others_with_one_are_a_warning(script):
@@ -418,6 +426,14 @@ def test_a_data_set_without_captions_warns_with_its_columns(script, tmp_path, ph
     with log_lines(logging.WARNING) as lines:
         assert [row.captions for row in table_rows(script, tmp_path, folder)] == [()]
     assert any("captions from no column; columns not used: words" in line for line in lines)
+
+
+def test_caption_files_in_a_data_set_are_told(script, tmp_path):
+    """`datasets` does not read them."""
+    write(fill(tmp_path / "d" / "train", "a.jpg", "b.jpg"), "a.txt", "x")
+    with log_lines(logging.WARNING) as lines:
+        table_rows(script, tmp_path, tmp_path / "d")
+    assert any("caption files are not read; they are with --instance_data_dir" in line for line in lines)
 
 
 def test_a_split_can_be_chosen_and_a_wrong_one_names_those_there_are(script, tmp_path, photos):
@@ -504,6 +520,14 @@ def test_a_strip_is_cropped_before_it_is_enlarged(script, size, crop, monkeypatc
     monkeypatch.setattr(Image.Image, "resize", watched)
     pixels = script.picture_to_pixels(strip, (1024, 1024), crop, False)
     assert pixels.shape == (3, 1024, 1024) and all(max(size) <= 1024 for size in made)
+
+
+def test_images_that_are_enlarged_a_lot_are_named(script, tiny, tmp_path):
+    data = fill(tmp_path / "data", "a.jpg")
+    Image.new("RGB", (600, 5)).save(data / "strip.png")
+    with log_lines(logging.WARNING) as lines:
+        visits(script, tiny, tmp_path, data)
+    assert any("1 image(s) are enlarged more than four times: strip.png" in line for line in lines)
 
 
 def test_a_strip_shows_the_place_that_the_crop_asks_for(script, monkeypatch):
