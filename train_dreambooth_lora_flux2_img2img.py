@@ -1248,7 +1248,7 @@ def caption_files(files: list[Path], pictures: Iterable[Path]) -> dict[Path, Pat
     texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
     same = {path.with_suffix(""): path for path in reversed(texts)}
     found = {path: same.get(path.with_suffix("")) or same.get(path) for path in pictures}
-    similar = {plain(path.with_suffix("")): path for path in reversed(texts) if path not in found.values()}
+    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
     for path in [path for path, text in found.items() if text is None]:
         found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
     return {path: text for path, text in found.items() if text}

@@ -168,12 +168,21 @@ def test_a_caption_file_is_found_however_its_name_is_written(script, tmp_path, i
 
 def test_a_caption_file_of_the_very_name_goes_before_a_similar_one(script, tmp_path):
     """On a disk that knows upper case both images are there, each with its own caption or none."""
-    fill(tmp_path, "a.jpg", "A.jpg", "b.jpg", "B.jpg")
-    if len(list(tmp_path.iterdir())) < 4:
+    fill(tmp_path, "a.jpg", "A.jpg", "b.jpg", "B.jpg", "c.jpg", "C.jpg")
+    if len(list(tmp_path.iterdir())) < 6:
         pytest.skip("this disk does not tell a.jpg from A.jpg")
-    for name, text in {"a.txt": "small", "A.txt": "large", "B.txt": "large b"}.items():
+    for name, text in {"a.txt": "small", "A.txt": "large", "B.txt": "large b", "c.jpg.txt": "small c"}.items():
         write(tmp_path, name, text)
-    assert listed(script, tmp_path) == {"A.jpg": "large", "B.jpg": "large b", "a.jpg": "small", "b.jpg": None}
+    large = {"A.jpg": "large", "B.jpg": "large b", "C.jpg": None}
+    assert listed(script, tmp_path) == {**large, "a.jpg": "small", "b.jpg": None, "c.jpg": "small c"}
+
+
+def test_txt_goes_before_caption_among_similar_names_too(script, tmp_path):
+    fill(tmp_path, "A.jpg")
+    for name in ("a.caption", "a.txt"):
+        write(tmp_path, name, name)
+    assert listed(script, tmp_path) == {"A.jpg": "a.txt"}
+    assert any("1 .caption file(s) not used: 'a.caption'" in line for line in warned(script, tmp_path))
 
 
 def test_a_link_to_a_missing_caption_is_told(script, tmp_path):
@@ -295,6 +304,12 @@ def test_the_image_column_of_metadata_can_be_chosen_and_is_image_too(script, tmp
 
 
 # ---- what is not used is told ----
+
+
+def test_flags_of_data_sets_are_said_to_have_no_effect_on_folders(script):
+    flags = ("--dataset_split", "test", "--dataset_config_name", "x")
+    notes = "\n".join(script.flag_notes(arguments(script, "--instance_data_dir", "x", *flags)))
+    assert all(f"{flag} has no effect without --dataset_name" in notes for flag in flags[::2])
 
 
 def test_what_is_not_used_is_told_by_name_as_a_warning(script, tmp_path):
