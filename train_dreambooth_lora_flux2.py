@@ -1683,12 +1683,12 @@ class TrainingSet(Dataset):
         sample, (rows, columns) = self.samples[index], (side // run.cell for side in self.samples[index].target)
         flip = run.args.random_flip and self.draw("flip", position) < 0.5
         drop = self.draw("caption dropout", position) < run.args.caption_dropout
-        caption = sample.captions[int(self.draw("caption", position) * len(sample.captions))]
+        number = int(self.draw("caption", position) * len(sample.captions)) % len(sample.captions)
         item = {
             "name": sample.source.name,
             "position": position,
             "target": sample.target,
-            "caption": "" if drop else caption,
+            "caption": "" if drop else sample.captions[number],
             "noise": torch.randn(rows * columns, self.space.channels, generator=self.generator("noise", position)),
             "u": draw_u(run.args, self.generator("sigma", position)),
         }

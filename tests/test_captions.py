@@ -270,6 +270,13 @@ def test_a_csv_row_with_too_many_cells_names_the_line_after_cells_of_several_lin
         listed(script, tmp_path)
 
 
+def test_a_csv_row_whose_image_is_missing_names_the_line_after_cells_of_several_lines(script, tmp_path):
+    fill(tmp_path, "a.jpg")
+    write(tmp_path, "metadata.csv", 'file_name,text\na.jpg,"one\ntwo"\ngone.jpg,x\n')
+    with pytest.raises(script.UserError, match=r"line 4: 'gone\.jpg' leads out of the folder or does not exist"):
+        listed(script, tmp_path)
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_a_csv_with_other_separators_says_so(script, tmp_path, mark):
     fill(tmp_path, "a.jpg")
