@@ -57,6 +57,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import warnings
 import zipfile
@@ -153,11 +154,13 @@ SHARED_FLAGS = {
         flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
     ],
     "Data": [
-        flag("dataset_name", str, None, "hub id, or a folder that `datasets` can load, instead of --instance_data_dir"),
+        flag("dataset_name", str, None, "instead of --instance_data_dir: hub id, folder that `datasets` can load, "
+             "save_to_disk folder, .parquet, .jsonl or .csv file"),
         flag("dataset_config_name", str, None, "configuration of that data set"),
-        flag("image_column", str, "image", "column with the pictures to train on"),
-        flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction of metadata"),
-        flag("instance_data_dir", str, None, "folder of pictures, with NAME.txt captions or a metadata.jsonl/csv"),
+        flag("dataset_split", str, "train", "split of that data set"),
+        flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
+        flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
+        flag("instance_data_dir", str, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
         flag("instance_prompt", str, None, "caption of pictures without one; replaces [trigger] in captions"),
         flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
         flag("repeats", COUNT, 1, "visits of each picture in one epoch"),
@@ -686,6 +689,7 @@ def flag_notes(args: Args) -> list[str]:
             "num_validation_images", "validation_guidance_scale", "validation_size", "validation_steps")),
         ("remote_text_encoder_url", args.remote_text_encoder, "--remote_text_encoder"),
         ("hub_model_id", args.push_to_hub, "--push_to_hub"),
+        *((name, bool(args.dataset_name), "--dataset_name") for name in ("dataset_config_name", "dataset_split")),
         *((name, False, "being read: it is accepted and ignored") for name in ACCEPTED_NO_EFFECT),
         *own_conditions(args),
     ]  # fmt: skip
@@ -1045,7 +1049,7 @@ def digest(*parts: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------------- Data
 # region shared: data
 PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 MAX_PIXELS = 100_000_000
 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decode_picture refuses by its own limit
 DECODE_POLICY = 2  # raise it when decode_picture changes: checked pictures are checked again
@@ -1131,7 +1135,10 @@ def picture_to_pixels(
     `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
     """
     height, width = cover_size((picture.height, picture.width), target)
-    if (height, width) != (picture.height, picture.width):
+    if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
+        place = crop[::-1] if crop else (0.5, 0.5)
+        picture = PIL.ImageOps.fit(picture, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
+    elif (height, width) != (picture.height, picture.width):
         picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
     return crop_to_pixels(picture, target, crop, flip)
 
@@ -1167,6 +1174,7 @@ class Source:
     row: int = -1
     column: str = ""
     roots: tuple[Path, ...] = ()  # folders that a cell of a table from the Hub may name a file of
+    folder: Path = Path()  # where a table of this machine lies: its cells may name files from there
 
     def read(self) -> bytes:
         """The file's bytes. Raises OSError."""
@@ -1177,7 +1185,10 @@ class Source:
             return b""
         if cell["bytes"] is not None:
             return cell["bytes"]
+        if "://" in cell["path"]:
+            raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
         path = Path(os.path.normpath(cell["path"]))
+        path = next((found for found in (self.folder / path, path) if found.is_file()), path)
         if self.roots and not any(path.is_relative_to(root) for root in self.roots):
             raise OSError(f"its path leads out of the data set, to {path}")
         return path.read_bytes()
@@ -1257,16 +1268,17 @@ class Row:
     """One row of the data as listed, nothing opened; without references it trains as text-to-image."""
 
     picture: Source
-    caption: str | None
+    captions: tuple[str, ...]  # one of them is drawn at each visit
+    origin: str = ""  # where the captions come from, for the report
     references: tuple[Source, ...] = ()
 
 
 # differs: samples of the text-to-image script have no references
 @dataclass(frozen=True)
 class Sample(Picture):
-    """One training sample after the checks: the target picture, the instruction and the references."""
+    """One training sample after the checks: the target picture, the instructions and the references."""
 
-    caption: str
+    captions: tuple[str, ...]
     references: tuple[Picture, ...] = ()
 
     @property
@@ -1278,7 +1290,7 @@ class Sample(Picture):
     def content(self) -> tuple[Any, ...]:
         """What a resumed run must find unchanged."""
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
-        return self.sha256, self.caption, self.target, *references
+        return self.sha256, *self.captions, self.target, *references
 
 
 @dataclass(frozen=True)
@@ -1293,70 +1305,58 @@ class ListedSource(Source):
 
 
 # region shared: listing
-def list_pictures(folder: Path) -> list[Path]:
-    """Pictures below `folder`, sorted; hidden files and folders such as .cache are skipped."""
-    return [path for path in list_files(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
+Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
+CAPTION_SUFFIXES = (".txt", ".caption")
+USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
+TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
+
+
+def plain(name: str | Path) -> str:
+    """A path or the name of a column as it is compared: without blanks at the ends, in one case and Unicode form."""
+    return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
+
+
+def some(names: list[str]) -> str:
+    """The first five names, for a message."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Files below `folder`, sorted, without hidden ones; a link to nothing is among them, to be told by name."""
-    found = (path for path in folder.rglob("*") if path.is_file() or (path.is_symlink() and not path.exists()))
+    """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def tell_other_files(folder: Path) -> None:
-    """Logs what is in a folder of pictures and will not be looked at, so that a format we cannot read is noticed."""
-    usual = {*PICTURE_SUFFIXES, ".txt", ".caption", ".jsonl", ".csv"}
-    others = [path.name for path in list_files(folder) if path.suffix.lower() not in usual]
-    if others := [name for name in others if name.lower() not in ("thumbs.db", "desktop.ini")]:
-        names = ", ".join(map(repr, others[:5])) + ", ..." * (len(others) > 5)
-        log.info(f"data: {len(others)} other file(s) in {folder.name} are no pictures that can be read: {names}")
+def list_pictures(files: list[Path]) -> list[Path]:
+    """The images among the files; a link to nothing is one, to be told by name."""
+    return [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir()]
 
 
-def metadata_file(folder: Path) -> Path | None:
-    """metadata.jsonl or metadata.csv in `folder`, or None."""
-    return next((file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()), None)
+def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
+    """Warns by name of what lies in a data folder and is not used: captions without an image, other metadata, ..."""
+    kinds: dict[str, list[str]] = {}
+    for path in sorted({*files}.difference(used)):
+        if path.name.lower() not in ("thumbs.db", "desktop.ini", "readme.md", "license"):
+            kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
+            kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
+    for kind, names in kinds.items():
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
+    if kinds:
+        log.info("data: captions are NAME.txt beside NAME.jpg, or metadata.jsonl, else metadata.csv, of each folder")
 
 
-def read_metadata(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the metadata file in `folder`; [] without one. Raises UserError."""
-    if (path := metadata_file(folder)) is None:
-        return []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = filter(str.strip, text.split("\n"))
-        rows = list(csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else map(json.loads, lines))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
-    if long := [number for number, row in enumerate(rows, start=2) if isinstance(row, dict) and None in row]:
-        raise UserError(f"{path}: line {long[0]} has more cells than columns; put texts with commas in quotes")
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f'{path}: every line must be an object like {{"file_name": ..., "text": ...}}')
-    return rows
-
-
-USUAL_CAPTIONS = ("text", "caption", "prompt", "instruction")
-
-
-def metadata_captions(folder: Path, rows: list[dict[str, Any]], column: str | None) -> list[str | None]:
-    """The caption of each row, None where it has none. Raises UserError if there is no such column."""
-    if column and not rows:
-        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv")
-    columns = sorted({str(key) for row in rows for key in row})
-    if column and column not in columns:
-        raise UserError(f"--caption_column {column}: not in {metadata_file(folder)}; columns: {', '.join(columns)}")
-    column = column or next((name for name in USUAL_CAPTIONS if name in columns), "text")
-    return [str(row.get(column) or "").strip() or None for row in rows]
-
-
-def inside(folder: Path, name: Any) -> Path:
-    """`folder/name` of a metadata row. Raises UserError if it is no name, leads out of the folder or to no file."""
-    if not name or not isinstance(name, str):
-        raise UserError(f"{metadata_file(folder)}: every row needs a 'file_name'")
-    path = Path(os.path.normpath(folder / name))  # not resolved: the files of a Hub snapshot are links to elsewhere
-    if not path.is_relative_to(folder) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"{metadata_file(folder)}: '{name}' leads out of the folder or does not exist")
-    return path
+def tell_names(args: Args, folder: Path, pictures: list[Path]) -> None:
+    """Warns of file and folder names that mean something to other trainers, and nothing here."""
+    masks = [path.name for path in pictures if re.search(r"[-_. ]mask(label)?$", path.stem, re.IGNORECASE)
+             or path.parent.name.lower() in ("mask", "masks")]  # fmt: skip
+    if masks:
+        log.warning(f"data: {len(masks)} image(s) look like masks; move them elsewhere, or they are trained on as "
+                    f"images: {some(masks)}")  # fmt: skip
+    parents = dict.fromkeys(part for path in pictures for part in path.relative_to(folder.parent).parts[:-1])
+    for match in filter(None, (re.fullmatch(r"(\d+)_(.+)", part) for part in parents)):
+        if int(match[1]) != args.repeats:
+            log.warning(f"data: folder '{match[0]}': repeats and prompt in its name are not read, as they are by other "
+                        f"trainers; give --repeats {match[1]} --instance_prompt '{match[2]}'")  # fmt: skip
 
 
 def file_source(folder: Path, path: Path) -> Source:
@@ -1364,63 +1364,232 @@ def file_source(folder: Path, path: Path) -> Source:
     return Source(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path=path)
 
 
-def list_folder_pictures(args: Args) -> list[Row]:
-    """The pictures of --instance_data_dir with captions from its metadata file, else from files beside them."""
-    folder = Path(os.path.abspath(args.instance_data_dir))
-    pictures, rows = list_pictures(folder), read_metadata(folder)
-    tell_other_files(folder)
-    if not pictures:
-        raise UserError(f"--instance_data_dir {folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    texts = metadata_captions(folder, rows, args.caption_column)
-    captions = {inside(folder, row.get("file_name")): text for row, text in zip(rows, texts, strict=True)}
-    listed = [Row(file_source(folder, path), captions.get(path) or sidecar_caption(path)) for path in pictures]
-    origin = "its metadata file" if rows else "caption files"
-    captioned = f"{sum(bool(row.caption) for row in listed)} captions from {origin}"
-    log.info(f"data: {len(pictures)} pictures in {args.instance_data_dir}, {captioned}")
+def caption_files(files: list[Path], pictures: Iterable[Path]) -> dict[Path, Path]:
+    """The caption file beside each picture that has one: NAME.txt or NAME.caption, also behind NAME's own ending.
+
+    The very name goes before one that differs in case, blanks or Unicode form, and that is then no other picture's.
+    """
+    texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
+    same = {path.with_suffix(""): path for path in reversed(texts)}
+    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in pictures}
+    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
+    for path in [path for path, text in found.items() if text is None]:
+        found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
+    return {path: text for path, text in found.items() if text}
+
+
+def read_caption(path: Path) -> tuple[str, ...]:
+    """The text of a caption file as one caption, none if it is empty. Raises UserError if it is not UTF-8."""
+    try:
+        return caption_texts(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def caption_texts(cell: Any, classes: Iterable[str] = ()) -> tuple[str, ...]:
+    """The captions in a cell: none, one, or a list of several; `classes` are the names behind its numbers.
+
+    Raises UserError for what is no text.
+    """
+    values = cell if isinstance(cell, list) else [cell]
+    if classes:
+        values = [[*classes, None][value] for value in values if value is not None]  # -1 is no class
+    if wrong := [value for value in values if not isinstance(value, str | None)]:
+        raise UserError(f"the caption is a {type(wrong[0]).__name__}, it must be text or a list of texts")
+    texts = [text.strip() for text in values if text and text.strip()]
+    if wrong := [text for text in texts if re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)]:
+        raise UserError(f"the caption is a list that was written as text: {wrong[0][:60]}; use metadata.jsonl")
+    return tuple(texts)
+
+
+def read_tables(files: list[Path]) -> dict[Path, Table]:
+    """The rows of the metadata.jsonl, or else the metadata.csv, of each folder; files without rows are left out."""
+    names = ("metadata.csv", "metadata.jsonl")
+    paths = {path.parent: path for name in names for path in files if plain(path.name) == name}
+    return {path: rows for path in paths.values() if (rows := read_metadata(path))}
+
+
+def read_metadata(path: Path) -> Table:
+    """The rows of a metadata file by the line they end at. Raises UserError with the line."""
+    line = 0
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".csv":
+            return read_csv(path, text)
+        rows: Table = {}
+        for line, row in enumerate(text.split("\n"), start=1):
+            rows |= {line: json.loads(row)} if row.strip() else {}
+            if not isinstance(rows.get(line, {}), dict):
+                raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
+        return rows
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {line} is not readable as JSON ({error.msg}, column {error.colno})") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
+
+
+def read_csv(path: Path, text: str) -> Table:
+    """The rows of a CSV file by the line they end at. Raises UserError where cells would be lost."""
+    reader, rows = csv.DictReader(io.StringIO(text)), {}
+    header = reader.fieldnames or [""]
+    if other := re.search(r"[;\t]", header[0]):
+        raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for row in reader:
+        if None in row:
+            raise UserError(f"{path}: line {reader.line_num} has more cells than columns; quote texts with commas")
+        rows[reader.line_num] = row
+    return rows
+
+
+def columns_of(rows: Table) -> list[str]:
+    """All columns of a metadata file."""
+    return list(dict.fromkeys(key for row in rows.values() for key in row))
+
+
+def find_column(columns: list[str], *names: str) -> str | None:
+    """The column that is called like the first of the names that is there."""
+    return next((column for name in names for column in (name, *columns)
+                 if column in columns and plain(column) == plain(name)), None)  # fmt: skip
+
+
+def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[str], *usual: str) -> str | None:
+    """The column that a flag asks for, or else one of the usual ones, or None. Raises UserError if it is not there."""
+    column = find_column(columns, *([asked] if asked else usual))
+    if asked and column is None:
+        raise UserError(f"--{flag_name} {asked}: not in {origin}; columns: {', '.join(columns)}")
+    return column
+
+
+def tell_columns(origin: Any, count: int, columns: list[str], images: list[str], caption: str | None) -> None:
+    """Logs the number of rows, which columns are used, and which are not."""
+    unused = ", ".join(column for column in columns if column not in (*images, caption))
+    level = log.warning if unused and caption is None else log.info
+    captions = f"captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused)
+    level(f"data: {origin}: {count} rows, images from {', '.join(images)}, {captions}")
+
+
+def inside(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
+    """The file `name` of a metadata row in `folder`, one of `names` where it is written a little otherwise.
+
+    Raises UserError if it is no name, leads out of `root` or to no file.
+    """
+    if not name or not isinstance(name, str):
+        raise UserError("every row needs a 'file_name'")
+    path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
+    path = path if os.path.isfile(path) else names.get(plain(path), path)
+    if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
+        raise UserError(f"'{name}' leads out of the folder or does not exist")
+    return path
+
+
+def metadata_rows(
+    args: Args, root: Path, path: Path, rows: Table, columns: list[str], names: dict[str, Path]
+) -> list[tuple[list[Path], tuple[str, ...]]]:
+    """(files, captions) of each row of a metadata file: of `columns` the first must name a file, the others may.
+
+    Raises UserError with all rows that cannot be used.
+    """
+    caption = choose_column("caption_column", args.caption_column, path, columns_of(rows), *USUAL_CAPTIONS)
+    found, problems = [], ""
+    for line, row in rows.items():
+        first, *others = (row.get(column) for column in columns)
+        cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
+        try:
+            files = [inside(root, path.parent, name, names) for name in cells]
+            found.append((files, caption_texts(row.get(caption))))
+        except UserError as error:
+            problems += f"\n    line {line}: {error}"
+    if problems:
+        raise UserError(f"{path}: rows cannot be used:{problems}")
+    tell_columns(path.relative_to(root), len(rows), columns_of(rows), columns, caption)
+    return found
+
+
+def list_folder(args: Args) -> list[tuple[list[Source], tuple[str, ...], str]]:
+    """(images, captions, where these come from) of each row of the metadata below --instance_data_dir, or each image.
+
+    Where metadata give an image no caption it is read from a file beside it. Raises UserError.
+    """
+    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
+    files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
+    tables, names = read_tables(files), {plain(path): path for path in files}
+    for name in ("image_column", "caption_column", "cond_image_column"):
+        if vars(args).get(name) not in (None, "image") and not tables:
+            raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
+    columns = {path: metadata_columns(args, path, rows) for path, rows in tables.items()}
+    found = [(images, texts, path.name) for path, rows in tables.items()
+             for images, texts in metadata_rows(args, folder, path, rows, columns[path], names)]  # fmt: skip
+    single = all(plain(first) == "file_name" and not more for first, *more in columns.values())
+    if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
+        merged = dict.fromkeys(list_pictures(files), ((), ""))
+        for [image], texts, origin in found:
+            merged[image] = merged.get(image, ((), ""))[0] + texts, origin
+        found = [([image], texts, origin) for image, (texts, origin) in merged.items()]
+    if not found:
+        raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    beside, listed, used = caption_files(files, [images[0] for images, *_ in found]), [], [*tables]
+    for images, texts, origin in found:
+        if not texts and images[0] in beside:
+            texts, origin = read_caption(beside[images[0]]), "caption files"
+            used.append(beside[images[0]])
+        used += images
+        listed.append(([file_source(folder, image) for image in images], texts, origin))
+    tell_unused(folder, files, used)
+    tell_names(args, folder, [images[0] for images, *_ in found])
+    there = {path: columns_of(rows) for path, rows in tables.items()}
+    missed = any(single or len(there[path]) > len(columns[path]) for path in tables)
+    if missed and not any(texts for _, texts, _ in listed):
+        lines = "".join(f"\n    {path}: {', '.join(names)}" for path, names in there.items())
+        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
     return listed
 
 
-def sidecar_caption(path: Path) -> str | None:
-    """The text of NAME.txt or NAME.caption beside a picture, or None. Raises UserError if it is not UTF-8."""
-    for suffix in (".txt", ".caption"):
-        sidecar = path.with_suffix(suffix)
-        if os.path.isfile(sidecar):  # Path.is_file raises where the name is too long
-            try:
-                return sidecar.read_text(encoding="utf-8-sig").strip() or None
-            except UnicodeDecodeError:
-                raise UserError(f"{sidecar}: not UTF-8 text; save it as UTF-8") from None
-    return None
-
-
 def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its pictures not decoded. Raises UserError for a missing column, naming all."""
+    """The table of --dataset_name, its pictures not decoded. Raises UserError with the cause if it cannot be loaded."""
     import datasets  # only now: it costs a second and most runs use a folder
 
-    name, options = args.dataset_name, {"cache_dir": args.cache_dir, "split": "train", "token": args.hub_token}
+    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
+    options = {"cache_dir": args.cache_dir, "split": split, "token": args.hub_token}
+    options |= {"data_files": name} if path.is_file() else {}
+    builder = TABLE_FILES.get(path.suffix.lower(), name) if path.is_file() else name
     try:
-        table = datasets.load_dataset(name, args.dataset_config_name, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # the last one for a loading script, which is never run
-        raise UserError(f"--dataset_name {name}: cannot be loaded ({error})") from None
-    for flag_name in ("image_column", "caption_column"):
-        require_column(args, table, flag_name, getattr(args, flag_name))
-    log.info(f"data: {len(table)} rows of {name}")
-    return table
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+            if split not in splits:
+                raise ValueError(f"it has {', '.join(splits)}")
+            return splits[split]
+        return datasets.load_dataset(builder, args.dataset_config_name, **options)
+    except Exception as error:  # the readers of files and of the Hub have no common base of errors
+        reason = cause_of_loading_error(error)
+        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
 
 
-def require_column(args: Args, table: Any, flag_name: str, column: str | None) -> None:
-    """Raises UserError, naming the columns that there are, unless the table has `column`."""
-    if column is not None and column not in table.column_names:
-        raise UserError(f"--{flag_name} {column}: not in {args.dataset_name}; columns: {', '.join(table.column_names)}")
-
-
-def dataset_roots(args: Args) -> tuple[Path, ...]:
-    """Where downloads lie: a table from the Hub must not name other files of this machine. () for the user's own."""
+def cause_of_loading_error(error: BaseException) -> str:
+    """What is wrong with the files of a data set, in one line; `datasets` wraps it and says only that something is."""
     import datasets
 
-    if os.path.exists(args.dataset_name):
-        return ()
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
+    differ = isinstance(error, datasets.table.CastError)
+    text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
+    return " ".join(text.split())
+
+
+def dataset_places(args: Args) -> tuple[tuple[Path, ...], Path]:
+    """(folders that its cells may name files of, folder that they name them from).
+
+    A table from the Hub must not name other files of this machine than downloads; () for the user's own.
+    """
+    import datasets
+
+    path = Path(os.path.abspath(args.dataset_name))
+    if path.exists():
+        return (), path.parent if path.is_file() else path
     caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
-    return tuple(Path(os.path.abspath(root)) for root in caches if root)
+    return tuple(Path(os.path.abspath(root)) for root in caches if root), Path()
 
 
 def column_pictures(args: Args, table: Any, flag_name: str, column: str) -> list[Source]:
@@ -1431,14 +1600,27 @@ def column_pictures(args: Args, table: Any, flag_name: str, column: str) -> list
         pictures = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--{flag_name} {column}: holds no pictures ({error})") from None
-    roots = dataset_roots(args)
-    return [Source(f"row {row}", None, pictures, row, column, roots) for row in range(len(table))]
+    places = dataset_places(args)
+    return [Source(f"row {row}", None, pictures, row, column, *places) for row in range(len(table))]
 
 
-def dataset_captions(args: Args, table: Any) -> list[str | None]:
-    """The caption of each row, None where it has none."""
-    texts = table[args.caption_column][:] if args.caption_column else [None] * len(table)
-    return [str("" if text is None else text).strip() or None for text in texts]
+def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[tuple[str, ...]]]:
+    """(where they are from, captions of each row) of a data set whose image columns are `images`."""
+    name, columns = args.dataset_name, table.column_names
+    column = choose_column("caption_column", args.caption_column, name, columns, *USUAL_CAPTIONS)
+    tell_columns(name, len(table), columns, images, column)
+    if column is None:
+        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
+            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+        return "", [()] * len(table)
+    feature, captions = table.features[column], []
+    classes = getattr(getattr(feature, "feature", feature), "names", ())
+    for row, cell in enumerate(table[column][:]):
+        try:
+            captions.append(caption_texts(cell, classes))
+        except UserError as error:
+            raise UserError(f"{name}: row {row}, column {column}: {error}") from None
+    return f"column {column}", captions
 
 
 # endregion shared: listing
@@ -1452,77 +1634,73 @@ def list_rows(args: Args) -> list[Row]:
     elif args.cond_data_dir:
         rows = match_folders(args)
     else:
-        rows = list_metadata_rows(args) or list_folder_pictures(args)
+        rows = list_folder_rows(args)
     if len(counts := Counter(len(row.references) for row in rows)) > 1:
         listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
         log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
-    if plain := counts[0]:
-        level = log.info if plain < len(rows) else log.warning
-        level(f"data: {plain} of {len(rows)} rows have no reference and train as text-to-image")
+    if without := counts[0]:
+        level = log.info if without < len(rows) else log.warning
+        level(f"data: {without} of {len(rows)} rows have no reference and train as text-to-image")
     return rows
 
 
-def find_column(name: str, columns: list[str]) -> str | None:
-    """The column `name` of a metadata file, or NAME_file_name(s) as the Hub's image folders call it."""
-    return next((column for column in (name, f"{name}_file_name", f"{name}_file_names") if column in columns), None)
+def find_file_column(columns: list[str], name: str) -> str | None:
+    """The column `name` of a metadata file, by what the Hub's image folders make of it: `image` is file_name there."""
+    usual = ["file_name"] if name == "image" else []
+    return find_column(columns, name, f"{name}_file_name", f"{name}_file_names", *usual)
 
 
-def metadata_columns(args: Args, folder: Path, columns: list[str]) -> tuple[str, list[str]]:
-    """(column of the targets, columns of the references) of a metadata file.
+USUAL_REFERENCES = (
+    r"(cond|condition|conditioning|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
+)
+
+
+def names_images(rows: Table, column: str) -> bool:
+    """Whether a column of a metadata file holds names of image files, and not addresses or words."""
+    cells = [row.get(column) for row in rows.values()]
+    names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
+    return any("://" not in name and Path(name.strip()).suffix.lower() in PICTURE_SUFFIXES for name in names)
+
+
+# differs: metadata files of the text-to-image script name no references
+def metadata_columns(args: Args, path: Path, rows: Table) -> list[str]:
+    """The column of the targets of a metadata file, then those of the references.
 
     The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
-    References are --cond_image_column, else every other `*_file_name` column. Raises UserError.
+    References are --cond_image_column, else every other `*_file_name` column and usual names. Raises UserError.
     """
-    references = {name: find_column(name, columns) for name in args.cond_image_column or []}
+    columns = columns_of(rows)
+    references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
     wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
     if args.image_column == "image":
-        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")))
-        targets = [name for name in usual if name in columns and name not in references.values()]
+        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
+        found = {name: find_column(columns, name) for name in usual}
+        targets = [column for name, column in found.items() if column and column not in references.values()
+                   and (name != "image" or names_images(rows, column))]  # fmt: skip
         wanted += [] if targets else ["every row needs a 'file_name', or an --image_column"]
     else:
-        targets = list(filter(None, [find_column(args.image_column, columns)]))
+        targets = list(filter(None, [find_file_column(columns, args.image_column)]))
         wanted += [] if targets else [f"--image_column {args.image_column} is not there"]
     if wanted:
-        raise UserError(f"{metadata_file(folder)}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
-    if len(targets) > 1:
-        raise UserError(f"{metadata_file(folder)}: is {' or '.join(targets)} the target? Give --image_column")
-    found = [name for name in columns if re.fullmatch(r"(.+_)?file_names?", name) and name != targets[0]]
-    return targets[0], list(references.values()) or found
+        raise UserError(f"{path}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
+    if len(targets) > 1 or targets[0] in references.values():
+        raise UserError(f"{path}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
+    usual = [name for name in columns if name != targets[0] and (re.fullmatch(r"(.+_)?file_names?", plain(name)) or
+             re.fullmatch(USUAL_REFERENCES, plain(name)) and names_images(rows, name))]  # fmt: skip
+    return [targets[0], *(references.values() or usual)]
 
 
-def list_metadata_rows(args: Args) -> list[Row]:
-    """The rows of a metadata file that has references; [] without one. Raises UserError with all missing files."""
-    folder = Path(os.path.abspath(args.instance_data_dir))
-    metadata, rows, problems = read_metadata(folder), [], ""
-    if args.cond_image_column and not metadata:
-        raise UserError(f"--cond_image_column: {folder} has no metadata.jsonl or metadata.csv")
-    columns = list(dict.fromkeys(str(key) for row in metadata for key in row))
-    target, reference_columns = metadata_columns(args, folder, columns) if metadata else ("", [])
-    if not reference_columns and target in ("", "file_name"):
-        return []
-    captions = metadata_captions(folder, metadata, args.caption_column)
-    for number, (row, caption) in enumerate(zip(metadata, captions, strict=True), start=1):
-        cells = [row.get(column) for column in reference_columns]
-        names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if name]
-        try:
-            picture, *references = (file_source(folder, inside(folder, name)) for name in (row.get(target), *names))
-            rows.append(Row(picture, caption or sidecar_caption(picture.path), tuple(references)))
-        except UserError as error:
-            problems += f"\n    row {number}: {error}"
-    if problems:
-        raise UserError(f"{folder}: rows of the metadata cannot be used:{problems}")
-    tell_other_files(folder)
-    unused = len(list_pictures(folder)) - len({source for row in rows for source in pictures_of_row(row)})
-    references = f"references from {', '.join(reference_columns) or 'no column'}"
-    log.info(f"data: {len(rows)} rows in {folder}: {target}, {references}; {unused} pictures are in no row")
-    return rows
+def list_folder_rows(args: Args) -> list[Row]:
+    """The rows of --instance_data_dir, with the references that its metadata files name."""
+    found = list_folder(args)
+    return [Row(picture, texts, origin, tuple(references)) for (picture, *references), texts, origin in found]
 
 
 def by_stem(folder: Path, paths: list[Path]) -> dict[str, Path]:
     """Pictures below `folder` by their path in it without the ending. Raises UserError where two share one."""
     stems: dict[str, Path] = {}
     for path in paths:
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = plain(path.relative_to(folder).with_suffix(""))
         if stems.setdefault(stem, path) != path:
             raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
     return stems
@@ -1535,9 +1713,13 @@ def match_folders(args: Args) -> list[Row]:
     """
     folder = Path(os.path.abspath(args.instance_data_dir))
     others = [Path(os.path.abspath(other)) for other in args.cond_data_dir]
-    listed = {row.picture.path: row for row in list_folder_pictures(args)}
-    paths = [path for path in listed if not any(path.is_relative_to(other) for other in others)]
-    pictures, found = by_stem(folder, paths), [by_stem(other, list_pictures(other)) for other in others]
+    listed = {row.picture.path: row for row in list_folder_rows(args)}
+    if any(row.references for row in listed.values()):
+        raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
+    files = {other: list_files(other) for other in others}
+    pictures, found = by_stem(folder, list(listed)), [by_stem(other, list_pictures(files[other])) for other in others]
+    for other in others:
+        tell_unused(other, files[other], list_pictures(files[other]))
     without = [str(path) for stem, path in pictures.items() if not any(stem in stems for stems in found)]
     without += [str(path) for stems in found for stem, path in stems.items() if stem not in pictures]
     if without:
@@ -1553,25 +1735,24 @@ def match_folders(args: Args) -> list[Row]:
     return rows
 
 
-USUAL_REFERENCES = r"(cond|condition|conditioning|control|reference|source|input|original|before)(_?images?)?(_?\d+)?"
-
-
 def list_dataset_rows(args: Args) -> list[Row]:
     """The rows of --dataset_name with references from --cond_image_column, else from columns usual for them."""
     import datasets
 
     table = open_dataset(args)
-    columns = args.cond_image_column or [
-        name for name, feature in table.features.items() if name != args.image_column
-        and re.fullmatch(USUAL_REFERENCES, name) and isinstance(getattr(feature, "feature", feature), datasets.Image)
-    ]  # fmt: skip
-    for column in columns:
-        require_column(args, table, "cond_image_column", column)
-    log.info(f"data: targets from {args.image_column}, references from {', '.join(columns) or 'no column'}")
+    name, there = args.dataset_name, table.column_names
+    target = choose_column("image_column", args.image_column, name, there)
+    usual = [name for name, feature in table.features.items() if name != target
+             and re.fullmatch(USUAL_REFERENCES, plain(name))
+             and isinstance(getattr(feature, "feature", feature), datasets.Image)]  # fmt: skip
+    given = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
+    columns = given or usual
+    if target in columns:
+        raise UserError(f"--image_column {target}: is a --cond_image_column too; columns: {', '.join(there)}")
+    origin, captions = dataset_captions(args, table, [target, *columns])
     references = [column_references(args, table, column) for column in columns]
-    pictures, captions = column_pictures(args, table, "image_column", args.image_column), dataset_captions(args, table)
-    rows = zip(pictures, captions, *references, strict=True)
-    return [Row(picture, caption, tuple(itertools.chain(*found))) for picture, caption, *found in rows]
+    rows = zip(column_pictures(args, table, "image_column", target), captions, *references, strict=True)
+    return [Row(picture, texts, origin, tuple(itertools.chain(*found))) for picture, texts, *found in rows]
 
 
 def column_references(args: Args, table: Any, column: str) -> list[list[Source]]:
@@ -1586,9 +1767,9 @@ def column_references(args: Args, table: Any, column: str) -> list[list[Source]]
     lengths = [length for chunk in cells.chunks for length in chunk.value_lengths().to_pylist()]
     lists = table.select_columns(column).cast_column(column, datasets.List(datasets.Image(decode=False)))
     references: list[list[Source]] = [[] for _ in lengths]
-    roots = dataset_roots(args)
+    places = dataset_places(args)
     for row, item in ((row, item) for row, length in enumerate(lengths) for item in range(length or 0)):
-        references[row].append(ListedSource(f"row {row}, {column} {item}", None, lists, row, column, roots, item))
+        references[row].append(ListedSource(f"row {row}, {column} {item}", None, lists, row, column, *places, item))
     return references
 
 
@@ -1596,9 +1777,7 @@ def filled_cells(cells: Any) -> list[bool]:
     """Whether each cell of an arrow column holds a picture; some writers leave a struct of nulls instead of none."""
     filled: list[bool] = []
     for chunk in cells.chunks:
-        parts = (
-            chunk.flatten() if hasattr(chunk, "field") else [chunk]
-        )  # bytes and path; their nulls include the cell's
+        parts = chunk.flatten() if hasattr(chunk, "field") else [chunk]  # bytes and path, null where the cell is
         filled += map(any, zip(*(part.is_valid().to_pylist() for part in parts), strict=True))
     return filled
 
@@ -1641,18 +1820,32 @@ def own_tensors(data: TrainingSet, sample: Sample, position: int, crop: Any, fli
 
 # region shared: samples
 def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
-    """Fills missing captions with --instance_prompt and replaces [trigger]. Raises UserError if one is needed."""
-    missing = [row.picture.name for row in rows if row.caption is None]
-    triggered = [row.picture.name for row in rows if row.caption and "[trigger]" in row.caption]
+    """Fills missing captions with --instance_prompt and replaces [trigger]; reports where captions come from.
+
+    Raises UserError if an --instance_prompt is needed.
+    """
+    missing = [row.picture.name for row in rows if not row.captions]
+    triggered = [row.picture.name for row in rows if "[trigger]" in "".join(row.captions)]
     prompt = args.instance_prompt
     if (missing or triggered) and not prompt:
         names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
-        raise UserError(f"--instance_prompt: needed, {len(names)} picture(s) have {reason}: {', '.join(names[:5])}")
+        raise UserError(f"--instance_prompt: needed, {len(names)} image(s) have {reason}: {some(names)}")
     if prompt and not missing and not triggered:
-        log.info("data: every picture has a caption, --instance_prompt is not used")
+        log.warning("data: every image has a caption, --instance_prompt is not used")
     elif missing and len(missing) < len(rows):
-        log.info(f"data: {len(missing)} pictures have no caption and get --instance_prompt: {', '.join(missing[:5])}")
-    return [replace(row, caption=(row.caption or prompt).replace("[trigger]", prompt or "")) for row in rows]
+        log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
+    settled = []
+    for row in rows:
+        texts = tuple(text.replace("[trigger]", prompt or "") for text in row.captions or (prompt,))
+        settled.append(replace(row, captions=texts, origin=row.origin if row.captions else "--instance_prompt"))
+    counts = Counter(row.origin for row in settled)
+    first = {row.origin: row for row in reversed(settled)}  # an example of each origin, then others
+    report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
+    for row in list(dict.fromkeys([*map(first.get, counts), *settled]))[:3]:
+        others = f" (one of {len(row.captions)}, drawn at each visit)" * (len(row.captions) > 1)
+        report += f"\n    {row.picture.name}: {row.captions[0][:120]}{others}"
+    log.info(f"data: captions of {report}")
+    return settled
 
 
 class PictureIndex:
@@ -1680,7 +1873,8 @@ class PictureIndex:
                 return known[2], self.pictures[known[2]]
             data = source.read()
         except OSError as error:
-            return "", [0, 0, f"cannot be read ({error.strerror or error})"]
+            reason = error.strerror if source.path and error.strerror else error  # the name of a row is no path
+            return "", [0, 0, f"cannot be read ({reason})"]
         sha256 = hashlib.sha256(data).hexdigest()
         if stamp:
             self.files[str(source.path)], self.changed = [*stamp, sha256], True
@@ -1786,8 +1980,8 @@ class SampleStream:
     """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
 
     Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples
-    and keys noise, sigma, crop, flip and caption dropout. Buckets come in proportion to their size. Each bucket goes
-    through permutation after permutation, and a batch may reach into the next one: nothing is dropped.
+    and keys noise, sigma, crop, flip, caption and its dropout. Buckets come in proportion to their size. Each bucket
+    goes through permutation after permutation, and a batch may reach into the next one: nothing is dropped.
     """
 
     def __init__(
@@ -1836,11 +2030,12 @@ class TrainingSet(Dataset):
         sample, (rows, columns) = self.samples[index], (side // run.cell for side in self.samples[index].target)
         flip = run.args.random_flip and self.draw("flip", position) < 0.5
         drop = self.draw("caption dropout", position) < run.args.caption_dropout
+        number = int(self.draw("caption", position) * len(sample.captions)) % len(sample.captions)
         item = {
             "name": sample.source.name,
             "position": position,
             "target": sample.target,
-            "caption": "" if drop else sample.caption,
+            "caption": "" if drop else sample.captions[number],
             "noise": torch.randn(rows * columns, self.space.channels, generator=self.generator("noise", position)),
             "u": draw_u(run.args, self.generator("sigma", position)),
         }
@@ -1885,6 +2080,8 @@ def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
     for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
         small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} picture(s)" + f", {small} of them enlarged" * (small > 0))
+    if blurred := [s.source.name for s in samples if cover_size(s.size, s.target)[0] > 4 * s.size[0]]:
+        log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
     check_own_data(run, samples)
     return samples, buckets
 
@@ -1907,11 +2104,11 @@ def report_captions(run: Run, samples: list[Sample]) -> None:
     if run.args.remote_text_encoder:
         return  # the tokenizer is the server's
     tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
-    texts = sorted({sample.caption for sample in samples})
+    texts = sorted({text for sample in samples for text in sample.captions})
     lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
     log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
-    if cut := [s.source.name for s in samples if lengths[s.caption] > most]:
-        log.warning(f"data: {len(cut)} captions are cut at {most} tokens: {', '.join(cut[:5])}")
+    if long := [s.source.name for s in samples for text in s.captions if lengths[text] > most]:
+        log.warning(f"data: {len(long)} captions are cut at {most} tokens: {some(long)}")
 
 
 # endregion shared: samples
@@ -1927,7 +2124,7 @@ def make_samples(run: Run, rows: list[Row], buckets: list[Size]) -> list[Sample]
             Reference(*reference, target, pair_size=size) if run.args.align_cond_image
             else Reference(*reference, whole_tokens(capped_size(reference[2]), run.cell)) for reference in found
         )  # fmt: skip
-        samples.append(Sample(*picture, target, row.caption, references))
+        samples.append(Sample(*picture, target, row.captions, references))
     return samples
 
 
@@ -2278,7 +2475,7 @@ def encode_missing_prompts(run: Run, cache: PromptCache, missing: list[str]) -> 
 
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
-    prompts = [sample.caption for sample in samples]
+    prompts = [caption for sample in samples for caption in sample.captions]
     prompts += final_prompts(run.args) + (run.args.validation_prompt or []) + own_prompts(run.args)
     if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
         prompts.append("")
@@ -3511,7 +3708,7 @@ def known_sample(args: Args, samples: list[Sample], row: int, prompt: str) -> Sa
     if row >= len(args.validation_image or []):
         return None
     hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in split_paths(args.validation_image[row])]
-    same = (s for s in samples if s.caption == prompt and [reference.sha256 for reference in s.references] == hashes)
+    same = (s for s in samples if prompt in s.captions and [reference.sha256 for reference in s.references] == hashes)
     return next(same, None)
 
 

@@ -342,13 +342,13 @@ def test_an_earlier_run_is_accepted_when_the_user_says_what_to_do_with_it(parse,
 
 def test_an_empty_folder_is_an_error_that_names_it(failure, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert has(failure("--instance_data_dir", tmp_path / "empty"), "--instance_data_dir", "empty", "no picture", ".jpg")
+    assert has(failure("--instance_data_dir", tmp_path / "empty"), "--instance_data_dir", "empty", "no image", ".jpg")
 
 
 def test_a_folder_with_only_hidden_files_counts_as_empty(failure, tmp_path):
     folder = draw_photos(tmp_path / "hidden", 1)
     (folder / "00.jpg").unlink()
-    assert has(failure("--instance_data_dir", folder), "no picture")
+    assert has(failure("--instance_data_dir", folder), "no image")
 
 
 def test_all_corrupt_pictures_are_listed_with_their_reasons(failure, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from conftest import draw_photo, draw_photos
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
-from unit_parts import log_lines, losses_of, start_run
+from unit_parts import caption_of, log_lines, losses_of, start_run
 
 FAMILIES = ("dev", "klein")
 # (width, height) of references: odd, at the limits of the pipelines, above 1 MP, exactly 1 MP.
@@ -291,7 +291,7 @@ def listed(i2i, folder: Path, *flags) -> list[tuple]:
     """(target, caption, references) of the rows, by name."""
     rows = i2i.list_rows(arguments(i2i, "--instance_data_dir", folder, *flags))
     shown = str(folder.parent) + os.sep  # references in folders of their own are named by their path
-    return [(r.picture.name, r.caption, [source.name.removeprefix(shown) for source in r.references]) for r in rows]
+    return [(r.picture.name, caption_of(r), [source.name.removeprefix(shown) for source in r.references]) for r in rows]
 
 
 def test_metadata_with_file_name_columns_gives_rows_with_several_one_and_no_reference(i2i, pairs):
@@ -352,7 +352,7 @@ def test_rows_without_references_have_their_target_where_the_flag_says(i2i, pair
     write_metadata(pairs, {"output": "t0.jpg", "text": "x"})
     with log_lines() as lines:
         assert listed(i2i, pairs, "--image_column", "output") == [("t0.jpg", "x", [])]
-    assert any("6 pictures are in no row" in line for line in lines)
+    assert any("6 .jpg file(s) not used" in line and "t1.jpg" in line for line in lines)
 
 
 def test_the_numbers_of_references_per_row_are_told(i2i, pairs):
@@ -423,8 +423,8 @@ def test_every_row_whose_reference_is_missing_is_listed(i2i, pairs):
     with pytest.raises(i2i.UserError) as error:
         listed(i2i, pairs)
     lines = str(error.value).splitlines()
-    assert len(lines) == 3 and "row 1" in lines[1] and "gone.jpg" in lines[1]
-    assert "row 3" in lines[2] and "leads out" in lines[2]
+    assert len(lines) == 3 and "line 1" in lines[1] and "gone.jpg" in lines[1]
+    assert "line 3" in lines[2] and "leads out" in lines[2]
 
 
 @pytest.fixture
@@ -480,6 +480,103 @@ def test_two_files_of_one_stem_are_an_error(i2i, folders):
         listed(i2i, target, "--cond_data_dir", first)
 
 
+@pytest.mark.parametrize(
+    "column", ["input_image", "source", "Control_Image", "before_image_1", " conditioning_image", "edit_image"]
+)
+def test_usual_names_of_reference_columns_are_found_in_metadata_as_in_data_sets(i2i, pairs, column):
+    write_metadata(pairs, {"file_name": "t0.jpg", column: "a0.jpg", "text": "x"}, {"file_name": "t1.jpg", "text": "y"})
+    with log_lines() as lines:
+        assert listed(i2i, pairs) == [("t0.jpg", "x", ["a0.jpg"]), ("t1.jpg", "y", [])]
+    assert any(f"images from file_name, {column}, captions from text" in line for line in lines)
+    assert any("4 .jpg file(s) not used" in line and "'a1.jpg'" in line for line in lines)
+
+
+@pytest.mark.parametrize("cell", ["somewhere", "https://example.org/a.jpg", 5, None, []])
+def test_a_usual_reference_column_without_names_of_images_is_told_as_not_used(i2i, pairs, cell):
+    write_metadata(pairs, {"file_name": "t0.jpg", "source": cell, "text": "x"})
+    with log_lines() as lines:
+        assert ("t0.jpg", "x", []) in listed(i2i, pairs)
+    assert any("columns not used: source" in line for line in lines)
+
+
+@pytest.mark.parametrize("flags", [(), ("--image_column", "image"), ("--cond_image_column", "edit_image")])
+def test_a_csv_with_the_columns_image_prompt_edit_image_gives_pairs(i2i, pairs, flags):
+    """The default of --image_column can be chosen too."""
+    (pairs / "metadata.csv").write_text("image,prompt,edit_image\nt0.jpg,x,a0.jpg\n")
+    assert listed(i2i, pairs, *flags) == [("t0.jpg", "x", ["a0.jpg"])]
+
+
+def test_image_is_the_column_file_name_of_metadata_for_references_too(i2i, pairs):
+    """As `datasets` calls it."""
+    write_metadata(pairs, {"output": "t0.jpg", "file_name": "a0.jpg", "text": "x"})
+    flags = ("--image_column", "output", "--cond_image_column", "image")
+    assert listed(i2i, pairs, *flags) == [("t0.jpg", "x", ["a0.jpg"])]
+
+
+def test_two_columns_image_and_file_name_with_images_are_a_question(i2i, pairs):
+    write_metadata(pairs, {"image": "t0.jpg", "file_name": "a0.jpg", "text": "x"})
+    with pytest.raises(i2i.UserError, match="is file_name or image the target"):
+        listed(i2i, pairs)
+    assert listed(i2i, pairs, "--cond_image_column", "file_name") == [("t0.jpg", "x", ["a0.jpg"])]
+
+
+def test_a_column_cannot_be_target_and_reference(i2i, pairs, tmp_path, photo_paths):
+    write_metadata(pairs, {"output": "t0.jpg", "text": "x"})
+    with pytest.raises(i2i.UserError, match="is output the target"):
+        listed(i2i, pairs, "--image_column", "output", "--cond_image_column", "output")
+    name = as_parquet(tmp_path / "d", {"image": photo_paths[:1]}, {"image": datasets.Image()})
+    with pytest.raises(i2i.UserError, match="--image_column image: is a --cond_image_column too"):
+        rows_of(i2i, name, tmp_path, "--cond_image_column", "image")
+
+
+def test_metadata_in_a_subfolder_gives_its_pairs(i2i, pairs):
+    """Before and after would both be plain targets otherwise."""
+    folder = pairs.parent / "above"
+    shutil.move(pairs, folder / "a")
+    write_metadata(folder / "a", {"file_name": "t0.jpg", "before_file_name": "a0.jpg", "text": "x"})
+    assert listed(i2i, folder) == [("a/t0.jpg", "x", ["a/a0.jpg"])]
+
+
+def test_several_rows_of_one_target_stay_rows_and_lists_are_several_instructions(i2i, pairs):
+    write_metadata(
+        pairs,
+        {"file_name": "t0.jpg", "before_file_name": "a0.jpg", "text": ["x", "y"]},
+        {"file_name": "t0.jpg", "before_file_name": "b0.jpg", "text": "z"},
+    )
+    assert listed(i2i, pairs) == [("t0.jpg", ("x", "y"), ["a0.jpg"]), ("t0.jpg", "z", ["b0.jpg"])]
+
+
+def test_pairs_without_a_caption_take_the_prompt_unless_a_column_is_missed(i2i, pairs):
+    row = {"file_name": "t0.jpg", "before_file_name": "a0.jpg"}
+    write_metadata(pairs, row)
+    assert listed(i2i, pairs) == [("t0.jpg", None, ["a0.jpg"])]
+    write_metadata(pairs, {**row, "anweisung": "x"})
+    with pytest.raises(i2i.UserError, match="--caption_column.*(.|\n)*file_name, before_file_name, anweisung"):
+        listed(i2i, pairs)
+
+
+def test_captions_beside_references_are_told(i2i, folders):
+    """The target's are read."""
+    target, first, _ = folders
+    (first / "b.txt").write_text("make it day")
+    with log_lines() as lines:
+        listed(i2i, target, "--cond_data_dir", first)
+    assert any("1 .txt file(s) not used: 'b.txt'" in line for line in lines)
+
+
+def test_folders_are_matched_in_any_case_and_unicode_form(i2i, tmp_path):
+    draw_photo(tmp_path / "t" / "E\u0301.jpg", (96, 80), 0)
+    draw_photo(tmp_path / "r" / "\u00c9.JPG", (96, 80), 1)
+    assert [len(references) for *_, references in listed(i2i, tmp_path / "t", "--cond_data_dir", tmp_path / "r")] == [1]
+
+
+def test_references_from_metadata_and_from_folders_at_once_are_refused(i2i, folders):
+    target, first, _ = folders
+    write_metadata(target, {"file_name": "a.jpg", "before_file_name": "b.jpg", "text": "x"})
+    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata in .* name references too"):
+        listed(i2i, target, "--cond_data_dir", first)
+
+
 # ------------------------------------------------------------------------------------------------------------ data sets
 
 
@@ -513,7 +610,7 @@ def test_the_columns_of_the_relighting_data_set_give_triplets(i2i, tmp_path, pho
     features = {"output": image, "file_name": image, "instruction": datasets.Value("string")}
     name = as_parquet(tmp_path / "d", columns, features)
     rows = rows_of(i2i, name, tmp_path, *RELIGHTING)
-    assert [row.caption for row in rows] == ["x", "y", "z"]
+    assert [caption_of(row) for row in rows] == ["x", "y", "z"]
     assert [row.picture.read() for row in rows] == [Path(path).read_bytes() for path in photo_paths[:3]]
     assert [[source.read() for source in row.references] for row in rows] == [
         [Path(photo_paths[3]).read_bytes()], [Path(photo_paths[4]).read_bytes()], [],
@@ -551,7 +648,7 @@ def test_reference_columns_are_found_by_usual_names_only_where_they_hold_picture
     with log_lines() as lines:
         rows = rows_of(i2i, name, tmp_path)
     assert [source.name for source in rows[0].references] == ["row 0, cond_image"]
-    assert any("references from cond_image" in line for line in lines)
+    assert any("images from image, cond_image" in line and "not used: mask, source" in line for line in lines)
 
 
 def test_a_missing_reference_column_of_a_data_set_names_those_there_are(i2i, tmp_path, photo_paths):
@@ -866,6 +963,19 @@ def test_a_validation_reference_that_the_pipeline_would_refuse_ends_the_check(
     with pytest.raises(i2i.UserError, match=reason) as error:
         checked(i2i, tiny, tmp_path, *flags, "--validation_image", "", tmp_path / "v.png")
     assert f"--validation_image {tmp_path / 'v.png'}" in str(error.value)
+
+
+def test_the_target_of_a_row_with_several_instructions_is_known_by_each(i2i, tiny, folders, tmp_path):
+    target, first, _ = folders
+    rows = [{"file_name": "a.jpg", "text": ["one", "two"]}, {"file_name": "b.jpg"}, {"file_name": "sub/c.jpg"}]
+    write_metadata(target, *rows)
+    flags = ("--instance_data_dir", target, "--cond_data_dir", first, "--validation_image", first / "a.jpeg")
+    run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--validation_prompt", "two")
+    assert [i2i.known_sample(run.args, samples, 0, text) is not None for text in ("one", "two", "three")] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_the_target_of_a_validation_row_is_known_when_a_training_row_asks_the_same(i2i, tiny, folders, tmp_path):

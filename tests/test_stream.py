@@ -164,7 +164,7 @@ def samples(script, tiny, photos, reference_flags, tmp_path_factory) -> list:
     """The five photographs, with references where the script has them, as checked samples at 64 x 64."""
     data = ("--instance_data_dir", photos, *reference_flags)
     run = start_run(script, tiny, tmp_path_factory.mktemp("samples"), *data)
-    rows = [replace(row, caption=f"caption of {row.picture.name}") for row in script.list_rows(run.args)]
+    rows = [replace(row, captions=(f"caption of {row.picture.name}",)) for row in script.list_rows(run.args)]
     return script.make_samples(run, rows, [SQUARE])
 
 

@@ -348,7 +348,7 @@ def sample(script, photos) -> object:
     """The second photograph, lying on its side, as a checked sample of 64 x 64."""
     path = photos / "01.jpg"
     source = script.Source(path.name, path=path)
-    return script.Sample(source, hashlib.sha256(path.read_bytes()).hexdigest(), (128, 96), (64, 64), "a cat")
+    return script.Sample(source, hashlib.sha256(path.read_bytes()).hexdigest(), (128, 96), (64, 64), ("a cat",))
 
 
 def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script, tiny, tmp_path, sample, monkeypatch):
@@ -375,7 +375,7 @@ def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, t
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--mixed_precision", "bf16", "--vae_encode_mode", "sample")
     space = script.open_latent_space(start_run(script, model, tmp_path / "b", *flags))
-    other = replace(sample, source=script.Source("other.jpg"), caption="a dog", size=(1, 1))
+    other = replace(sample, source=script.Source("other.jpg"), captions=("a dog",), size=(1, 1))
     assert space.path(other, False).name == first
 
 
@@ -405,7 +405,7 @@ def test_the_second_start_encodes_no_picture_and_loads_no_vae(script, tiny, tmp_
 
     monkeypatch.setattr(script, "encode_pixels", counting)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [sample, replace(sample, caption="a dog")])
+    script.cache_latents(run, space, [sample, replace(sample, captions=("a dog",))])
     assert len(encoded) == 1
     monkeypatch.setattr(script, "load_vae", None)
     assert script.cache_latents(run, space, [sample]) is None

@@ -192,7 +192,7 @@ def verdict(script, tiny, zoo, tmp_path_factory):
     """(rows that are good, log lines) of the check of the whole zoo with --on_bad_image skip."""
     run = start_run(script, tiny, tmp_path_factory.mktemp("run"), "--instance_data_dir", zoo, "--on_bad_image", "skip")
     with log_lines() as lines:
-        rows = script.inspect_rows(run.args, script.list_folder_pictures(run.args), run.cache_dir)
+        rows = script.inspect_rows(run.args, script.list_rows(run.args), run.cache_dir)
     return rows, lines
 
 
@@ -229,15 +229,15 @@ def test_every_bad_picture_is_listed_once_with_its_reason_and_nothing_else_is(ve
     assert report[0].startswith(f"data: {len(listed)} picture(s)")
 
 
-def test_files_that_are_no_pictures_are_told_and_the_systems_own_are_not(verdict):
-    told = [line for line in verdict[1] if "no pictures that can be read" in line]
-    assert len(told) == 1 and "2 other file(s)" in told[0] and "drawing.eps" in told[0] and "photo.heic" in told[0]
+def test_files_that_are_not_used_are_told_and_the_systems_own_are_not(verdict):
+    told = [line for line in verdict[1] if "not used" in line]
+    assert [line.split(" not used: ")[1] for line in told] == ["'drawing.eps'", "'notes.txt'", "'photo.heic'"]
 
 
 def test_without_skip_one_error_lists_them_all(script, tiny, zoo, tmp_path):
     run = start_run(script, tiny, tmp_path, "--instance_data_dir", zoo)
     with pytest.raises(script.UserError) as error:
-        script.inspect_rows(run.args, script.list_folder_pictures(run.args), run.cache_dir)
+        script.inspect_rows(run.args, script.list_rows(run.args), run.cache_dir)
     assert all(f"\n    {name}: " in str(error.value) for name in bad())
     assert "--on_bad_image skip" in str(error.value)
 

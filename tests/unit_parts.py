@@ -51,10 +51,13 @@ def losses_of(
 
 
 @contextlib.contextmanager
-def log_lines() -> Iterator[list[str]]:
-    """The lines that the script logs inside the block; its logger does not propagate, so `caplog` sees none."""
+def log_lines(least: int = logging.INFO) -> Iterator[list[str]]:
+    """The lines that the script logs inside the block; its logger does not propagate, so `caplog` sees none.
+
+    `least` is the level from which on they are kept: logging.WARNING leaves out what is merely told.
+    """
     lines: list[str] = []
-    handler = logging.Handler()
+    handler = logging.Handler(least)
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("flux2_lora")
     level = logger.level
@@ -65,3 +68,8 @@ def log_lines() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def caption_of(row: Any) -> str | tuple[str, ...] | None:
+    """The captions of a listed row as tests compare them: None, one text, or several."""
+    return row.captions if len(row.captions) > 1 else next(iter(row.captions), None)

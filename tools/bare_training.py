@@ -68,7 +68,7 @@ def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     extra = {}
     if references:
         extra = {"references": (script.Picture(source, "reference", (1024, 1024), (1024, 1024)),) * references}
-    sample = script.Sample(source, "picture", size, size, "a photo", **extra)
+    sample = script.Sample(source, "picture", size, size, ("a photo",), **extra)
     space, prompts = script.open_latent_space(run), script.PromptCache(run)
     width = run.model.config("transformer")["joint_attention_dim"]
     shape = (run.args.max_sequence_length, width)
