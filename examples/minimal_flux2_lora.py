@@ -161,7 +161,7 @@ def load_transformer(args: argparse.Namespace, device: str, dtype: torch.dtype) 
     transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
     cast_training_params(transformer, torch.float32)
 
-    # PEFT has set B to 0, so the first step sees the base model. A is drawn from N(0, 1/rank), keyed by its name.
+    # PEFT has set B to 0: the first step sees the base model. A is normal with deviation 1/rank, keyed by its name.
     for name, weight in get_peft_model_state_dict(transformer).items():
         if name.endswith("lora_A.weight"):
             generator = make_generator(args.seed, "lora", name)
