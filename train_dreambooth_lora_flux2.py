@@ -26,6 +26,8 @@ The file reads in the order in which a run happens:
     Validation and results  pictures, metrics, model card, upload
     main                    the story of one run
 
+examples/minimal_flux2_lora.py is the same training in 261 lines, to read first or to start anew from.
+
 Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
 """
 

@@ -26,6 +26,8 @@ Rows without a reference train as plain text-to-image in the same run. The file 
     Validation and results  pictures, metrics, model card, upload
     main                    the story of one run
 
+examples/minimal_flux2_lora.py is the same training in 261 lines without references, to read first.
+
 Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
 """
 
