@@ -222,7 +222,7 @@ def test_a_command_of_the_guide_leaves_the_promised_files(guide):
     assert len(losses_of(folder)) == 2
     assert (folder / "samples" / "contact_sheet.png").is_file()
     assert [path.name for path in (folder / "samples" / "step-000000").iterdir()] == ["prompt-0_image-0.png"]
-    assert (folder / "samples" / "final" / "strength-1.0" / "prompt-0_image-0.png").is_file()
+    assert (folder / "samples" / "final" / "prompt-0_image-0.png").is_file()
 
 
 def test_a_command_of_the_guide_uploads_its_result_to_a_private_repository(guide):
