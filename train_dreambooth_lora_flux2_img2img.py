@@ -276,9 +276,8 @@ FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
-OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "checkpoint-[0-9]*",
-             "abandoned-checkpoint-[0-9]*", "logs/flux2-lora", "samples/step-[0-9]*", "samples/final", "samples/given",
-             "samples/contact_sheet.png")  # fmt: skip
+OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
+             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 # Settings of bitsandbytes, by the names that BitsAndBytesConfig gives them, and the values that training works with.
 BNB_SETTINGS = {
     "load_in_4bit": "true false", "load_in_8bit": "true false", "quant_method": '"bitsandbytes"',
@@ -415,7 +414,7 @@ def check_words(args: Args) -> Iterator[str]:
     for name, value in vars(args).items():
         text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
         if any("\ud800" <= character <= "\udfff" for character in text):
-            yield f"--{name} {text}: is not UTF-8; rename the file, or type it anew"
+            yield f"--{name} {ascii(text)}: is not UTF-8; rename the file, or type it anew"
         if "[trigger]" in text and name in DRAWN_PROMPTS and not args.instance_prompt:
             yield f"--{name}: [trigger] stands for --instance_prompt, which is missing"
     if "[trigger]" in (args.instance_prompt or ""):
@@ -593,7 +592,8 @@ def check_output_dir(args: Args) -> Iterator[str]:
 
 def results_in(folder: Path) -> list[Path]:
     """What is in the folder under the names of a run's results."""
-    return sorted(path for pattern in OWN_FILES for path in folder.glob(pattern))
+    paths = [path for pattern in ("*", "logs/*", "samples/*") for path in folder.glob(pattern)]
+    return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
 
 def unwritable(folder: Path) -> str | None:

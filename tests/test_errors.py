@@ -386,7 +386,10 @@ def test_what_no_run_wrote_is_never_overwritten_whatever_the_flags(refusal, tmp_
     assert path.read_text() == "--rank 4 # mine"
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "samples/mine.png", "checkpoint-best/x", "cache/index.json", "logs/x"])
+NEIGHBOURS = ["notes.txt", "samples/mine.png", "checkpoint-best/x", "checkpoint-2.zip", "cache/index.json", "logs/x"]
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
 def test_files_that_a_run_does_not_write_may_lie_in_the_output_folder(parse, good, tmp_path, name):
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("x")
