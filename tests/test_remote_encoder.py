@@ -289,12 +289,13 @@ def test_a_failing_server_is_noticed_before_a_model_is_loaded_or_the_output_fold
     earlier = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     earlier.parent.mkdir()
     earlier.write_bytes(b"of a run before")
+    (tmp_path / "out" / "config.args").write_text(script.CONFIG_HEAD)
     encoder.fault = "503"
     flags = ["--overwrite_output_dir", "--validation_prompt", "a toy on grass", *["--dry_run"] * dry_run]
     with pytest.raises(script.UserError, match="503"):
         script.main(arguments(encoder, *flags))
     assert earlier.read_bytes() == b"of a run before"
-    assert {path.parts[0] for path in map(Path, files_of(tmp_path / "out"))} <= {earlier.name, "cache"}
+    assert {path.parts[0] for path in map(Path, files_of(tmp_path / "out"))} <= {earlier.name, "config.args", "cache"}
     assert set(encoder.prompts) == {"a toy"}, "one prompt is enough to find out"
 
 
