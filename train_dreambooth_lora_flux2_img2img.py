@@ -315,8 +315,8 @@ DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
 # What is usually meant, by what argparse says.
 LIKELY_CAUSES = {
-    "unrecognized arguments: [^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
-    "argument --resolution: invalid": "It is one number; sizes that are no squares: --aspect_ratio_buckets '832,1216'",
+    r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
 

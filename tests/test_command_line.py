@@ -180,7 +180,8 @@ def test_two_numbers_for_the_resolution_are_led_to_the_buckets(refusal, size):
 
 
 def test_two_words_for_the_resolution_are_led_on_too(refusal):
-    assert "unrecognized arguments: 1216" in refusal("--resolution", "832", "1216")
+    message = refusal("--resolution", "832", "1216")
+    assert "unrecognized arguments: 1216. For sizes that are no squares" in message and "Quote" not in message
 
 
 def test_of_the_processes_of_a_machine_one_tells_a_mistake(parse, good, capsys, monkeypatch):
