@@ -254,7 +254,8 @@ def test_the_token_of_a_command_of_the_guide_is_in_no_file_and_in_no_line(guide)
 
 def test_warm_up_without_effect_is_said_so_where_the_guide_has_it(guide_dog, guide_prodigy):
     assert "--lr_warmup_steps has no effect" in guide_dog[0].stdout
-    assert "--lr_warmup_steps" not in guide_prodigy[0].stdout
+    assert "--lr_warmup_steps has no effect" not in guide_prodigy[0].stdout
+    assert "WARNING plan: --lr_warmup_steps 100 in 2 steps" in guide_prodigy[0].stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
