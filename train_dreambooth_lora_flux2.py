@@ -69,7 +69,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # endregion shared: arguments-imports
 
@@ -88,58 +88,54 @@ class CannotWrite(UserError, OSError):
     """A file that cannot be written, on a full disk for instance."""
 
 
-# Tokens of the Hub, and user and password in an address.
-SECRETS = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )[^\s*,;]+")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+def parse_number(cast: type, least: float, most: float, above: bool, text: str) -> float:
+    """A number from `least` to `most`; `above` leaves out the lower end. Raises ArgumentTypeError, which says both."""
+    try:
+        value = cast(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {cast.__name__} value: '{text}'") from None
+    if not least <= value <= most or (above and value == least):
+        end = f" and at most {most}" if most < sys.float_info.max else " and finite"
+        raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {least}{end}, not {text}")
+    return value
 
 
-def printable(text: str) -> str:
-    """`text` for a terminal, without secrets.
-
-    Line breaks stay, other control characters are escaped: a file name or a prompt must not move the cursor.
-    """
-    for secret in (os.environ.get(name, "") for name in SECRET_VARIABLES):
-        text = text.replace(secret, "***") if len(secret) >= 16 else text
-    text = SECRETS.sub("***", text)
-    kept = "\n\xa0\u200d\u3000"  # with the spaces and the joiner of scripts that need them
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+def number(cast: type, least: float, most: float = sys.float_info.max, above: bool = False) -> Callable:
+    """Argparse type of a number in a range."""
+    return functools.partial(parse_number, cast, least, most, above)
 
 
-@dataclass(frozen=True)
-class Number:
-    """Argparse type of a number in a range; `above` leaves out the lower end."""
-
-    cast: type
-    least: float
-    most: float = sys.float_info.max
-    above: bool = False
-
-    def __call__(self, text: str) -> float:
-        """The number. Raises ArgumentTypeError, which says the range."""
-        try:
-            value = self.cast(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {self.cast.__name__} value: '{text}'") from None
-        if not self.least <= value <= self.most or (self.above and value == self.least):
-            end = f" and at most {self.most}" if self.most < sys.float_info.max else " and finite"
-            word = "above" if self.above else "at least"
-            raise argparse.ArgumentTypeError(f"must be {word} {self.least}{end}, not {text}")
-        return value
+COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0)
+SHARE, BETA, FINITE = number(float, 0, 1), number(float, 0, 1 - 2**-24), number(float, -sys.float_info.max)
 
 
-COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = Number(int, 1), Number(int, 0), Number(float, 0, above=True), Number(float, 0)
-SHARE, BETA, FINITE = Number(float, 0, 1), Number(float, 0, 1 - 2**-24), Number(float, -sys.float_info.max)
+def share_or_switch(text: str) -> float:
+    """Argparse type of a share that may also be `true` or `false`."""
+    return SHARE({"true": "1", "false": "0"}.get(text.lower(), text))
+
+
+def to_path(text: str) -> str:
+    """Argparse type of a path, or of several with commas: a shell leaves the `~` in --output_dir=~/x as it is."""
+    return ",".join(map(os.path.expanduser, text.split(",")))
+
+
+class Switch(argparse.Action):
+    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is on by default."""
+
+    def __call__(self, _parser: Any, found: Args, value: Any, option: str | None = None) -> None:
+        """`value` is None, 'true' or 'false'."""
+        setattr(found, self.dest, (value != "false") != str(option).startswith("--no-"))
 
 
 def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple[str, dict[str, Any]]:
     """One row of the flag table.
 
-    `kind` is a type or a Number, bool for a switch (--no-NAME turns one off that is on by default), or the closed set
-    'a|b|c', in which upper and lower case are the same.
+    `kind` is a type or a `number`, bool for a switch, or the closed set 'a|b|c', in which upper and lower case are the
+    same.
     """
     options |= {"default": default, "help": f"{help} (default: {default})"}
     if kind is bool:
-        options |= {"action": argparse.BooleanOptionalAction if default else "store_true"}
+        options |= {"action": Switch, "nargs": "?", "type": str.lower, "choices": ("true", "false")}
     elif isinstance(kind, str):
         options |= {"type": str.lower, "choices": kind.split("|")}
     else:
@@ -149,21 +145,21 @@ def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple
 
 SHARED_FLAGS = {
     "Model": [
-        flag("pretrained_model_name_or_path", str, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
+        flag("pretrained_model_name_or_path", to_path, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
         flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
         flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
-        flag("cache_dir", str, None, "where downloads are kept; None is the Hugging Face cache"),
+        flag("cache_dir", to_path, None, "where downloads are kept; None is the Hugging Face cache"),
         flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
     ],
     "Data": [
-        flag("dataset_name", str, None, "instead of --instance_data_dir: hub id, folder that `datasets` can load, "
+        flag("dataset_name", to_path, None, "instead of --instance_data_dir: hub id, folder that `datasets` can load, "
              "save_to_disk folder, .parquet, .jsonl or .csv file"),
         flag("dataset_config_name", str, None, "configuration of that data set"),
         flag("dataset_split", str, "train", "split of that data set"),
         flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
         flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-        flag("instance_data_dir", str, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
-        flag("instance_prompt", str, None, "caption of pictures without one; replaces [trigger] in captions"),
+        flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+        flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
         flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
         flag("repeats", COUNT, 1, "visits of each picture in one epoch"),
         flag("on_bad_image", "error|skip", "error", "error: list bad pictures and stop; skip: train on the rest"),
@@ -179,7 +175,7 @@ SHARED_FLAGS = {
     ],
     "Prior preservation": [],
     "Text": [
-        flag("max_sequence_length", Number(int, 1, 512), 512, "text tokens with the template, at most 512"),
+        flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template, at most 512"),
         flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
         flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
         flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict",
@@ -188,14 +184,14 @@ SHARED_FLAGS = {
     ],
     "LoRA": [
         flag("rank", COUNT, 16, "rank r of the LoRA matrices"),
-        flag("lora_alpha", POSITIVE, None, "the update is scaled by alpha / rank; None: rank"),
-        flag("lora_dropout", SHARE, 0.0, "dropout on the LoRA's input"),
+        flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank"),
+        flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input"),
         flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
-        flag("init_lora_from", str, None, "start from this .safetensors LoRA of the same rank and modules"),
+        flag("init_lora_from", to_path, None, "start from this .safetensors LoRA of the same rank and modules"),
     ],
     "Flow matching": [
         flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u, or weight"),
-        flag("logit_mean", FINITE, 0.0, "mean of logit(u); below 0 trains more on noisy images"),
+        flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0 trains more on noisy images"),
         flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)"),
         flag("mode_scale", FINITE, 1.29, "scale of the mode density"),
         flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (by image tokens, as "
@@ -217,38 +213,38 @@ SHARED_FLAGS = {
         flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)"),
         flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)"),
         flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)"),
-        flag("adam_weight_decay", NOT_NEGATIVE, 1e-4, "weight decay of the LoRA"),
-        flag("adam_epsilon", POSITIVE, 1e-8, "epsilon of the denominator"),
+        flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA"),
+        flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator"),
         flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
         flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay"),
         flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction"),
         flag("prodigy_safeguard_warmup", bool, True, "Prodigy: keep warm-up out of the step-size estimate"),
-        flag("max_grad_norm", POSITIVE, 1.0, "clip the LoRA's gradient to this L2 norm"),
+        flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm"),
         flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
              "schedule of the learning rate, in optimizer steps"),
         flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up"),
         flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts"),
-        flag("lr_power", NOT_NEGATIVE, 1.0, "power of polynomial"),
+        flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial"),
     ],
     "Memory and speed": [
-        flag("gradient_checkpointing", SHARE, 0.0, "recompute activations in the backward pass: alone in every block, "
-             "0.5 in half of them", nargs="?", const=1.0),
+        flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in "
+             "every block, 0.5 in half of them", nargs="?", const=1.0),
         flag("cache_latents", bool, False, "encode the pictures once, to disk; fixes the crop to the centre"),
-        flag("latents_cache_dir", str, None, "where latents and prompt embeddings are kept; None: OUTPUT_DIR/cache"),
+        flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
         flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
-        flag("stream_blocks", SHARE, 0.0, "keep frozen blocks in host memory and fetch each when it computes, for "
-             "small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
+        flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory and fetch each when it computes, "
+             "for small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
         flag("do_fp8_training", bool, False, "FP8 weights and matmuls in the frozen blocks: half their memory"),
-        flag("bnb_quantization_config_path", str, None, "JSON of bitsandbytes settings: frozen blocks in NF4 or int8"),
+        flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
         flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
         flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
     ],
     "Checkpoints": [
-        flag("output_dir", str, "flux2-lora", "folder for everything that the run writes"),
+        flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
         flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
         flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
         flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
-        flag("resume_from_checkpoint", str, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
+        flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
         flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
     ],
     "Validation": [
@@ -264,7 +260,7 @@ SHARED_FLAGS = {
     ],
     "Logging and Hub": [
         flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
-        flag("logging_dir", str, "logs", "folder of the tracker files below OUTPUT_DIR"),
+        flag("logging_dir", to_path, "logs", "folder of the tracker files below OUTPUT_DIR"),
         flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
         flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
         flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
@@ -280,13 +276,15 @@ SHARED_FLAGS = {
 }  # fmt: skip
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
-PATH_FLAGS = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "cond_data_dir", "output_dir",
-              "cache_dir", "latents_cache_dir", "logging_dir", "init_lora_from", "dataset_name", "validation_image",
-              "bnb_quantization_config_path", "resume_from_checkpoint")  # fmt: skip
 SECRET_FLAGS = ("hub_token",)
+DRAWN_PROMPTS = ("validation_prompt", "final_validation_prompt", "class_prompt")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
+# What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
+CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
+OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
+             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 # Settings of bitsandbytes, by the names that BitsAndBytesConfig gives them, and the values that training works with.
 BNB_SETTINGS = {
     "load_in_4bit": "true false", "load_in_8bit": "true false", "quant_method": '"bitsandbytes"',
@@ -305,10 +303,10 @@ TASK = "text-to-image"
 OWN_FLAGS = {
     "Prior preservation": [
         flag("with_prior_preservation", bool, False, "train beside pictures of the whole class"),
-        flag("class_data_dir", str, None, "folder of class pictures; missing ones are generated into it"),
+        flag("class_data_dir", to_path, None, "folder of class pictures; missing ones are generated into it"),
         flag("class_prompt", str, None, "caption of the class pictures, such as 'a photo of a dog'"),
         flag("num_class_images", COUNT, 100, "class pictures wanted"),
-        flag("prior_loss_weight", NOT_NEGATIVE, 1.0, "weight of the class loss"),
+        flag("prior_loss_weight", POSITIVE, 1.0, "weight of the class loss"),
         flag("prior_generation_precision", "no|fp32|bf16", None, "dtype of the model that draws class pictures"),
         flag("sample_batch_size", COUNT, 4, "class pictures generated at once"),
     ],
@@ -316,21 +314,41 @@ OWN_FLAGS = {
 
 
 # region shared: arguments-parsing
-DEFAULTS = {name: row["default"] for rows in [*SHARED_FLAGS.values(), *OWN_FLAGS.values()] for name, row in rows}
+FLAGS = dict(itertools.chain(*SHARED_FLAGS.values(), *OWN_FLAGS.values()))
+DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
+PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
+# What is usually meant, by what argparse says.
+LIKELY_CAUSES = {
+    r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Adds the likely cause to argparse's own errors; of the processes of a machine one speaks."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2."""
+        causes = [cause for pattern, cause in LIKELY_CAUSES.items() if re.search(pattern, message)]
+        self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Prints and ends."""
+        super().exit(status, message if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the flags in their groups."""
     summary, _, story = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=story.strip("\n"), allow_abbrev=False, exit_on_error=False,
+    parser = Parser(
+        prog=Path(__file__).name, description=summary, epilog=story.strip("\n"), allow_abbrev=False,
         usage="%(prog)s [@SAVED.args] [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for title, shared in SHARED_FLAGS.items():
         group = parser.add_argument_group(title)
         for name, options in shared + OWN_FLAGS.get(title, []):
-            alias = ("--lora_blocks",) if name == "lora_layers" else ()
-            group.add_argument(f"--{name}", *alias, **options)
+            more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
+            group.add_argument(f"--{name}", *more, **options)
     return parser
 
 
@@ -341,7 +359,7 @@ def expand_saved_lines(argv: list[str]) -> list[str]:
         if word.startswith("@") and word.endswith(".args"):
             try:
                 # the bytes: reading as text would turn a carriage return within a prompt into a line break
-                words += shlex.split(Path(word[1:]).read_bytes().decode(), comments=True)
+                words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True)
             except (OSError, ValueError) as error:
                 raise UserError(f"{word}: cannot read it ({error}); give the path of a saved command line") from None
         else:
@@ -349,36 +367,18 @@ def expand_saved_lines(argv: list[str]) -> list[str]:
     return words
 
 
-def parse_words(parser: argparse.ArgumentParser, words: list[str]) -> tuple[Args, list[str]]:
-    """Parses `words`; a flag with a bad value is reported and left out so that all problems show at once."""
-    problems: list[str] = []
-    while True:
-        try:
-            namespace, unknown = parser.parse_known_args(words)
-            break
-        except argparse.ArgumentError as error:
-            problems.append(str(error).removeprefix("argument "))
-            words = without_flag(words, error.argument_name or "")
-    flags = [option for action in parser._actions for option in action.option_strings]
-    for before, word in zip(["", *unknown], unknown, strict=False):
-        if before.startswith("--") and not word.startswith("--"):
-            continue  # the value of an unknown flag
-        near = difflib.get_close_matches(word.split("=")[0], flags, n=3) if word.startswith("--") else []
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-        problems.append(f"{word}: unknown argument; {hint}")
-    return namespace, problems
-
-
-def without_flag(words: list[str], names: str) -> list[str]:
-    """`words` without the flag `names` ('--a' or '--a/--b') and the values that follow it."""
-    kept: list[str] = []
-    inside = False
-    for word in words:
-        if word.startswith("-"):
-            inside = word.split("=")[0] in names.split("/")
-        if not inside:
-            kept.append(word)
-    return kept
+def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
+    """The flags of a command line, with --instance_prompt for [trigger] in the prompts that images are drawn from."""
+    try:
+        found = parser.parse_args(expand_saved_lines(argv))
+    except UserError as error:
+        parser.error(str(error))
+    for name in DRAWN_PROMPTS if found.instance_prompt else ():
+        if isinstance(text := getattr(found, name, None), str):
+            setattr(found, name, text.replace("[trigger]", found.instance_prompt))
+        elif text:
+            setattr(found, name, [prompt.replace("[trigger]", found.instance_prompt) for prompt in text])
+    return found
 
 
 def parse_sizes(text: str) -> list[Size]:
@@ -414,13 +414,15 @@ def check_sizes(args: Args) -> Iterator[str]:
 
 
 def check_words(args: Args) -> Iterator[str]:
-    """Flags whose text cannot be written into the results: it holds a secret, or bytes that are no text."""
+    """Problems of texts: bytes that are no text, and [trigger] where nothing replaces it."""
     for name, value in vars(args).items():
         text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        if name not in SECRET_FLAGS and SECRETS.search(text):
-            yield f"--{name}: holds a token or a password, which the results would show; use HF_TOKEN, `hf auth login`"
         if any("\ud800" <= character <= "\udfff" for character in text):
-            yield f"--{name} {text}: is not UTF-8; rename the file, or type it anew"
+            yield f"--{name} {ascii(text)}: is not UTF-8; rename the file, or type it anew"
+        if "[trigger]" in text and name in DRAWN_PROMPTS and not args.instance_prompt:
+            yield f"--{name}: [trigger] stands for --instance_prompt, which is missing"
+    if "[trigger]" in (args.instance_prompt or ""):
+        yield "--instance_prompt: is what replaces [trigger] elsewhere; write the words themselves, as in 'sks dog'"
 
 
 def check_model(args: Args) -> Iterator[str]:
@@ -598,12 +600,22 @@ def check_output_dir(args: Args) -> Iterator[str]:
     target = args.resume_from_checkpoint
     if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
         yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
-    earlier = [*folder.glob("checkpoint-*"), folder / LORA_FILE, folder / "config.args", folder / "README.md"]
-    earlier = sorted(path.name for path in earlier if os.path.exists(path))
-    if earlier and not (target or args.overwrite_output_dir or args.dry_run):
-        yield (f"--output_dir {folder}: holds {', '.join(earlier[:3])}, of an earlier run. To go on with it add\n"
+    written, config = results_in(folder), folder / "config.args"
+    listed = ", ".join(path.name for path in written[:3])
+    own = config.is_file() and config.read_bytes().startswith(CONFIG_HEAD.encode())
+    if not own and not all((path / "manifest.json").is_file() for path in written):  # as in our checkpoints
+        yield (f"--output_dir {folder}: holds {listed}, which no run of this script wrote. It is not overwritten: "
+               "choose another folder")  # fmt: skip
+    elif written and not (target or args.overwrite_output_dir or args.dry_run):
+        yield (f"--output_dir {folder}: holds {listed}, of an earlier run. To go on with it add\n"
                "      --resume_from_checkpoint latest\n    to start anew and remove its files (not the cache) add\n"
                "      --overwrite_output_dir")  # fmt: skip
+
+
+def results_in(folder: Path) -> list[Path]:
+    """What is in the folder under the names of a run's results."""
+    paths = [path for pattern in ("*", "logs/*", "samples/*") for path in folder.glob(pattern)]
+    return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
 
 def unwritable(folder: Path) -> str | None:
@@ -634,9 +646,10 @@ SHARED_CHECKS = (
 # differs: prior preservation is a text-to-image technique
 def check_own(args: Args) -> Iterator[str]:
     """Problems of the prior preservation flags."""
-    for name, example in (("class_data_dir", "class_pictures"), ("class_prompt", "'a photo of a dog'")):
-        if args.with_prior_preservation and not getattr(args, name):
-            yield f"--with_prior_preservation: needs --{name} as well, such as --{name} {example}"
+    given = args.with_prior_preservation, bool(args.class_data_dir), bool(args.class_prompt)
+    if any(given) and not all(given):
+        yield ("--with_prior_preservation, --class_data_dir class_images and --class_prompt 'a photo of a dog' go "
+               "together; give all three or none")  # fmt: skip
 
 
 # differs: the image-to-image script has folders of references too
@@ -645,44 +658,27 @@ def data_folders(args: Args) -> list[str]:
     return [args.instance_data_dir] if args.instance_data_dir else []
 
 
-# differs: prior preservation is a text-to-image technique
-def own_conditions(args: Args) -> list[tuple[str, bool, str]]:
-    """(flag, whether it has an effect, what it needs) for the flags of this script."""
-    needs = args.with_prior_preservation, "--with_prior_preservation"
-    return [(name, *needs) for name, _ in OWN_FLAGS["Prior preservation"][1:]]
-
-
 # region shared: arguments-result
 def flag_notes(args: Args) -> list[str]:
-    """One line for each flag that has no effect, or an effect that is easily overlooked, with the others chosen."""
-    scheme, schedule, prodigy = args.weighting_scheme, args.lr_scheduler, args.optimizer == "prodigy"
-    conditions = [
-        *((name, scheme == "logit_normal", "--weighting_scheme logit_normal") for name in ("logit_mean", "logit_std")),
-        ("mode_scale", scheme == "mode", "--weighting_scheme mode"),
-        ("lr_warmup_steps", schedule != "constant", "--lr_scheduler constant_with_warmup, or another"),
-        ("lr_num_cycles", schedule == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
-        ("lr_power", schedule == "polynomial", "--lr_scheduler polynomial"),
-        *((name, prodigy, "--optimizer prodigy") for name in DEFAULTS if name.startswith("prodigy_")),
-        ("use_8bit_adam", not prodigy, "--optimizer adamw"),
-        ("use_aspect_ratio_buckets", not args.aspect_ratio_buckets, "leaving --aspect_ratio_buckets out"),
-        ("num_train_epochs", not args.max_train_steps, "leaving --max_train_steps out"),
-        *((name, bool(args.validation_prompt or args.final_validation_prompt), "--validation_prompt") for name in (
-            "num_validation_images", "validation_guidance_scale", "validation_size", "validation_steps")),
-        ("remote_text_encoder_url", args.remote_text_encoder, "--remote_text_encoder"),
-        ("hub_model_id", args.push_to_hub, "--push_to_hub"),
-        *((name, bool(args.dataset_name), "--dataset_name") for name in ("dataset_config_name", "dataset_split")),
-        *((name, False, "being read: it is accepted and ignored") for name in ACCEPTED_NO_EFFECT),
-        *own_conditions(args),
-    ]  # fmt: skip
-    notes = [f"--{name} has no effect without {needs}" for name, works, needs in conditions
-             if not works and getattr(args, name) != DEFAULTS[name]]  # fmt: skip
-    if args.cache_latents and not args.center_crop:
-        notes.append("--cache_latents fixes the crop to the centre")
-    if prodigy and args.learning_rate is not None and args.learning_rate < 0.1:
-        notes.append(f"--learning_rate {args.learning_rate} is small: Prodigy finds the step size itself, 1.0 is usual")
-    if args.hub_token:
-        notes.append("--hub_token shows in the process list and in the traceback of accelerate; better use HF_TOKEN")
-    return notes
+    """One line for each flag whose effect, or lack of one, is easily overlooked."""
+    prodigy, rate, texts = args.optimizer == "prodigy", args.learning_rate, args.validation_prompt or []
+    usual, least, most = (1.0, 0.1, 10.0) if prodigy else (1e-4, 1e-6, 1e-2)
+    conditions = {
+        "--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup":
+            args.lr_warmup_steps and args.lr_scheduler == "constant",
+        f"--learning_rate {rate}: with --optimizer {args.optimizer} {usual:g} is usual":
+            rate is not None and not least <= rate <= most,
+        "--use_8bit_adam has no effect with --optimizer prodigy": args.use_8bit_adam and prodigy,
+        "--cache_latents fixes the crop to the centre": args.cache_latents and not args.center_crop,
+        "--caption_dropout 1: every sample trains on the empty prompt, no caption is used": args.caption_dropout == 1,
+        f"--validation_prompt: {len(texts)} prompts of one word each; quote a text with blanks":
+            len(texts) > 2 and not any(" " in text for text in texts),
+        "--hub_token shows in the process list and in accelerate's traceback; better use HF_TOKEN": args.hub_token,
+        **{f"--{name} has no effect without --dataset_name": getattr(args, name) != DEFAULTS[name]
+           for name in ("dataset_config_name", "dataset_split") if not args.dataset_name},
+        **{f"--{name} has no effect": getattr(args, name) != DEFAULTS[name] for name in ACCEPTED_NO_EFFECT},
+    }  # fmt: skip
+    return [note for note, holds in conditions.items() if holds]
 
 
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
@@ -710,20 +706,15 @@ def end_with_launcher() -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The checked command line (`sys.argv[1:]` if None); prints every problem with its remedy and exits with 2."""
+    """The checked command line (`sys.argv[1:]` if None); prints what is wrong with its remedy and exits with 2."""
     if __name__ == "__main__":
         end_with_launcher()
     parser = build_parser()
     speaks = not is_launched() or os.environ["LOCAL_RANK"] == "0"  # one process of each machine
-    try:
-        args, problems = parse_words(parser, expand_saved_lines(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        parser.exit(2, f"error: {printable(str(error))}\n" * speaks)
-    for check in (*SHARED_CHECKS, check_own):
-        problems += check(args)
-    if problems:
-        listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
+    args = parse_words(parser, sys.argv[1:] if argv is None else argv)
+    if problems := [problem for check in (*SHARED_CHECKS, check_own) for problem in check(args)]:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        listed = "".join(f"  - {problem}\n" for problem in problems)
         parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}" * speaks)
     return args
 
@@ -2038,9 +2029,8 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
         if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
             raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        here = command_line(run.args, remote_text_encoder=False, remote_text_encoder_url=None, offload=True)
-        raise UserError(f"{run.args.remote_text_encoder_url}: no usable answer ({type(error).__name__}: {error}).\n"
-                        f"The same with the text encoder on this machine:\n    {here}") from None  # fmt: skip
+        raise UserError(f"{run.args.remote_text_encoder_url}: no usable answer ({type(error).__name__}: {error}). To "
+                        "encode here, leave --remote_text_encoder out and add --offload") from None  # fmt: skip
     return embedding[0].to(run.dtype)
 
 
@@ -2052,18 +2042,18 @@ def ask_remote_encoder(args: Args, prompt: str, most: int) -> bytes:
     """The body of the server's answer, at most `most` bytes. Raises ValueError, or what the connection raises.
 
     A busy or paused server and a broken connection are tried again. Redirects are not followed: the token goes to
-    https hosts of the Hub and to loopback only.
+    https hosts of the Hub and to loopback only. The client is a bare one: that of the Hub obeys HF_HUB_OFFLINE.
     """
     headers = {"Accept-Encoding": "identity"}  # the bytes that are counted are all there are
     headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(args)) else {}
     request = {"json": {"prompt": prompt}, "headers": headers, "follow_redirects": False}
     url, end = args.remote_text_encoder_url, time.monotonic() + REMOTE_PATIENCE
-    waits = iter(REMOTE_WAITS)
-    while True:
-        wait = next(waits, math.inf)
+    if huggingface_hub.constants.HF_HUB_OFFLINE and is_hub_host(urllib.parse.urlsplit(url)):
+        raise ValueError("HF_HUB_OFFLINE is set, and this is a host of the Hub")
+    for wait in (*REMOTE_WAITS, math.inf):
         try:
             request["timeout"] = max(0.1, min(REMOTE_SILENCE, end - time.monotonic()))
-            with huggingface_hub.get_session().stream("POST", url, **request) as response:
+            with type(huggingface_hub.get_session())() as client, client.stream("POST", url, **request) as response:
                 if response.status_code == 200:
                     return read_capped(response, most, end)
                 problem = f"status {response.status_code} {response.reason_phrase}"
@@ -2072,7 +2062,7 @@ def ask_remote_encoder(args: Args, prompt: str, most: int) -> bytes:
                 asked = response.headers.get("Retry-After", "")
             if asked.isdecimal() and wait < math.inf:
                 wait, problem = int(asked), f"{problem}, Retry-After {asked} s"
-        except (OSError, ValueError):  # offline mode, a refusal, too long an answer: another try would end the same
+        except (OSError, ValueError):  # a refusal, too long an answer: another try would end the same
             raise
         except Exception as error:  # the HTTP library's own: timeouts, broken connections
             problem = f"{type(error).__name__}: {error}"
@@ -2103,8 +2093,13 @@ def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
 def remote_token(args: Args) -> str | None:
     """The token for the remote encoder, or None when its host may not see it."""
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    hub = url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
-    return (args.hub_token or huggingface_hub.get_token()) if hub or url.hostname in LOOPBACK else None
+    seen = is_hub_host(url) or url.hostname in LOOPBACK
+    return (args.hub_token or huggingface_hub.get_token()) if seen else None
+
+
+def is_hub_host(url: urllib.parse.SplitResult) -> bool:
+    """Whether the address is one of the Hub's, reached by https."""
+    return url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
 
 
 class PromptCache:
@@ -2397,15 +2392,20 @@ def translate_flux1_name(name: str) -> str:
     return name
 
 
+def listed_layers(asked: str | None) -> list[str]:
+    """The entries of --lora_layers, of the preset that it names, or of the default."""
+    text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]
+
+
 def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
     """Full names of the Linear modules that get a LoRA.
 
     `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
     `final:proj_out` the last layer. Raises UserError for an entry that matches nothing, with the nearest names.
     """
-    text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
     chosen: set[str] = set()
-    for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
+    for entry in listed_layers(asked):
         whole = entry.startswith("final:")
         name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
         if not whole and name != entry:
@@ -2852,25 +2852,64 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     return parameters
 
 
-def load_lora(parameters: dict[str, torch.Tensor], path: Path, alpha: float) -> None:
-    """Copies a LoRA file into the adapter. Raises UserError unless modules, shapes and alpha are the same."""
-    remedy = "give --rank, --lora_alpha and --lora_layers of that file"
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """(matrices by the names of our parameters, alpha) of a LoRA of ours, diffusers, PEFT, ai-toolkit or kohya.
+
+    Raises UserError. Kohya's alphas are in its matrices when diffusers has converted them; PEFT keeps alpha in a file.
+    """
     try:
         with safe_open(path, "pt") as file:
-            stored = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
+            stored = {name: file.get_tensor(name) for name in file.keys()}
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a LoRA in a safetensors file ({error}); {remedy}") from None
-    if differing := sorted(parameters.keys() ^ stored.keys()):
-        raise UserError(f"{path}: has other modules than --lora_layers, for instance {differing[0]}; {remedy}")
+        peft, beside = any(name.startswith("base_model.") for name in stored), path.with_name("adapter_config.json")
+        if peft and beside.is_file():
+            header = {f"transformer.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
+        if any("dora_scale" in name for name in stored) or header.get("transformer.use_rslora"):
+            raise ValueError("it is a DoRA or rank-stabilised")
+        converted = diffusers.Flux2Pipeline.lora_state_dict(stored)
+        ranks = {matrix.shape[0] for name, matrix in converted.items() if name.endswith(".lora_A.weight")}
+        if len(ranks) != 1 or header.get("transformer.alpha_pattern"):
+            raise ValueError(f"the ranks of its modules are {sorted(ranks)}, or their alphas differ")
+    except Exception as error:  # what diffusers' converters raise at names that they do not know has no common base
+        raise UserError(f"{path}: not a plain LoRA for FLUX.2 of one rank and alpha ({error}); give another") from error
+    alpha = float(header.get("transformer.lora_alpha") or ranks.pop())
+    return {name.removeprefix("transformer."): matrix for name, matrix in converted.items()}, alpha
+
+
+def check_start(run: Run, linears: dict[str, nn.Linear], targets: list[str]) -> None:
+    """Raises UserError unless --init_lora_from fits the model and the flags; says which flags would fit."""
+    path = Path(run.args.init_lora_from)
+    matrices, found_alpha = read_lora(path)
+    modules = {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in matrices}
+    for module in sorted(modules):
+        pair, linear = [matrices.get(f"{module}.lora_{part}.weight") for part in "AB"], linears.get(module)
+        fits = linear is not None and all(matrix is not None for matrix in pair)
+        if not fits or (pair[0].shape[1], pair[1].shape[0]) != (linear.in_features, linear.out_features):
+            raise UserError(f"{path}: is for another model, its {module} does not fit {run.model.name}")
+    (found_rank, _), rank, alpha = pair[0].shape, run.args.rank, lora_alpha(run.args)
+    if (found_rank, found_alpha, modules) != (rank, alpha, {*targets}):
+        layers = fitting_layers([*linears], modules)
+        raise UserError(f"{path}: has rank {found_rank} and alpha {found_alpha:g} on {len(modules)} modules, this run "
+                        f"rank {rank} and alpha {alpha:g} on {len(targets)}. The flags that fit it:\n"
+                        f"    --rank {found_rank} --lora_alpha {found_alpha:g} --lora_layers {layers}")  # fmt: skip
+
+
+def fitting_layers(linear_names: list[str], modules: set[str]) -> str:
+    """A value of --lora_layers that means these modules: the endings of their names, if these mean no others."""
+    endings = {re.sub(r"^.*transformer_blocks\.\d+\.", "", name) for name in modules}
+    for names in (endings, modules):
+        text = ",".join(sorted("final:proj_out" if name == "proj_out" else name for name in names))
+        if {*resolve_lora_layers(linear_names, text)} == modules:
+            break
+    return text
+
+
+def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
+    """Copies a LoRA file that fits into the adapter."""
+    matrices, _ = read_lora(path)
+    assert matrices.keys() == parameters.keys(), "checked before"
     for name, parameter in parameters.items():
-        found, wanted = tuple(stored[name].shape), tuple(parameter.shape)
-        if found != wanted:
-            raise UserError(f"{path}: {name} is {found}, --rank makes it {wanted}; {remedy}")
-    if (found := header.get("transformer.lora_alpha", alpha)) != alpha:
-        raise UserError(f"{path}: was trained with --lora_alpha {found:g}, this run has {alpha:g}; {remedy}")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(stored[name])
+        parameter.data.copy_(matrices[name])
 
 
 def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -> dict[str, str]:
@@ -3036,10 +3075,6 @@ def total_steps(run: Run, samples: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
-OWN_FILES = (LORA_FILE, COMFYUI_FILE, "README.md", "config.args", "metrics.jsonl", "logs/flux2-lora", "samples/final",
-             "samples/given", "samples/contact_sheet.png")  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint folder and its state.json."""
@@ -3067,13 +3102,9 @@ def verify_checkpoint(folder: Path) -> str | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders checkpoint-N of the run, oldest first; other names are nobody's business.
-
-    checkpoint-N-replaced stands before checkpoint-N: see `save_checkpoint`.
-    """
-    pattern = r"checkpoint-\d+(-replaced)?"
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(pattern, path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: (step_of(path), "replaced" not in path.name))
+    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, folders), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -3103,22 +3134,30 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
 
 
 def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run; class pictures are known later than the rest."""
-    names = """rank lora_alpha lora_dropout lora_layers gradient_accumulation_steps optimizer
-        use_8bit_adam lr_scheduler lr_warmup_steps learning_rate scale_lr caption_dropout random_flip center_crop
-        cache_latents vae_encode_mode weighting_scheme logit_mean logit_std mode_scale timestep_shift
-        guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
-        prodigy_beta3 lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
-        prior_loss_weight lr_power cond_dropout align_cond_image do_fp8_training"""
-    result = {"text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization}
-    result["train_batch_size x processes"] = run.args.train_batch_size * run.processes
-    result |= {name: vars(run.args).get(name) for name in names.split()}
+    """What must be the same for a resumed run to be the same run; class pictures are known later than the rest.
+
+    Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
+    """
+    names = """rank lora_dropout gradient_accumulation_steps optimizer use_8bit_adam lr_scheduler lr_warmup_steps
+        caption_dropout random_flip center_crop cache_latents vae_encode_mode weighting_scheme logit_mean logit_std
+        mode_scale guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+        lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup prior_loss_weight lr_power
+        cond_dropout align_cond_image do_fp8_training"""
+    shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
+    result = {name: vars(run.args).get(name) for name in names.split()} | {
+        "lora_alpha": lora_alpha(run.args), "learning_rate": peak_learning_rate(run), "seed": run.seed,
+        "lora_layers": sorted({*map(translate_flux1_name, listed_layers(run.args.lora_layers))}),
+        "prodigy_beta3": math.sqrt(run.args.adam_beta2) if beta3 is None else beta3,
+        "timestep_shift": shift if shift.isalpha() else float(shift),
+        "text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization,
+        "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
+        "transformer": run.model.identity("transformer"), "text encoder and tokenizer": PromptCache(run).key,
+    }  # fmt: skip
     if run.args.timestep_shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
-    result |= {f"{stream.name} data": digest(*(sample.content for sample in stream.samples)) for stream in streams}
-    result.update(
-        embeddings=PromptCache(run).key, seed=run.seed, dtype=str(run.dtype), model=run.model.identity("transformer")
-    )
+    for stream in streams:
+        result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
+        result[f"{stream.name} data"] = digest(*(sample.content for sample in stream.samples))
     if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
         # these schedules bend towards the end: another end is another run
         result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
@@ -3126,11 +3165,17 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
 
 
 def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
-    """Raises UserError naming every setting that differs from the checkpoint's."""
-    then = checkpoint.state["fingerprint"]
-    lines = "".join(f"\n    {key}: was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key])
-    if lines:
-        raise UserError(f"{checkpoint.folder}: not the same run; set back, or start anew:{lines}")
+    """Raises UserError naming every setting that differs from the checkpoint's, and the way to change it."""
+    then, lines = checkpoint.state["fingerprint"], ""
+    changed = [key for key in now if then.get(key) != now[key]]
+    for key in changed:
+        is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
+        lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
+    if {"rank", "lora_alpha", "lora_layers", "transformer"}.isdisjoint(changed):
+        lines += ("\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
+                  f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}")  # fmt: skip
+    if changed:
+        raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
 
 @dataclass
@@ -3189,8 +3234,9 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
     if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
         raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
-    final = run.output_dir / f"checkpoint-{state.step}"
-    temporary, old = run.output_dir / f".tmp-checkpoint-{os.getpid()}", run.output_dir / f"{final.name}-replaced"
+    final, temporary = run.output_dir / f"checkpoint-{state.step}", run.output_dir / f".tmp-checkpoint-{os.getpid()}"
+    if run.resume and run.resume.folder.absolute() == final.absolute():
+        return final  # a finished run was resumed: this is what it goes on from
     try:
         temporary.mkdir()
         tensors, scalars = optimizer_tensors(state)
@@ -3206,11 +3252,8 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
-        replaces = final.exists()  # a finished run that was resumed; what it has stays under a name that `latest` finds
-        if replaces and old.exists():
-            remove_checkpoint(old)
-        if replaces:
-            final.rename(old)
+        if final.exists():
+            remove_checkpoint(final)
         temporary.rename(final)
         flush_to_disk(run.output_dir)
     except BaseException:
@@ -3218,8 +3261,6 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         raise
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
-    if replaces:
-        remove_checkpoint(old)
     rotate_checkpoints(run, final)
     return final
 
@@ -3258,10 +3299,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def set_aside_newer(run: Run) -> None:
-    """Renames checkpoints beyond the step at which a resumed run goes on, the newest first.
-
-    They are damaged, or belong to the way that the run was taken back from: `latest` must not find them later.
-    """
+    """Renames checkpoints beyond the step at which a resumed run goes on: `latest` must not find them later."""
     for folder in reversed(list_checkpoints(run.output_dir)) if run.resume else ():
         if step_of(folder) > run.resume.state["step"]:
             aside = folder.with_name(f"abandoned-{folder.name}")
@@ -3292,10 +3330,8 @@ class Progress(contextlib.AbstractContextManager):
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
         """`done` of `total` are behind us when the phase begins."""
         self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started, terminal = time.monotonic(), False
-        self.last_line = self.started
-        with contextlib.suppress(AttributeError, ValueError):  # stderr may be closed, or none
-            terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+        self.started = self.last_line = time.monotonic()
+        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
         self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
 
     def __exit__(self, *_: Any) -> None:
@@ -3322,7 +3358,8 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            tqdm.write(f"{time.strftime('%H:%M:%S')} {printable(record.getMessage())}", file=sys.stderr)
+            line = f"{time.strftime('%H:%M:%S')} {record.levelname:7} {record.getMessage()}"
+            tqdm.write(line, file=sys.stderr)
 
 
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
@@ -3534,13 +3571,7 @@ def write_config(run: Run, basenames: bool = False) -> str:
     values = {**vars(run.args), "seed": run.seed, "mixed_precision": precision}
     for name in (*ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run"):
         values[name] = None
-    return "".join(f"{line}\n" for line in flag_lines(values, basenames))
-
-
-def command_line(args: Args, **changes: Any) -> str:
-    """The command that starts this script with these flags but for the `changes`, defaults and secrets left out."""
-    values = {name: value for name, value in {**vars(args), **changes}.items() if value != DEFAULTS[name]}
-    return " ".join(["python", shlex.quote(__file__), *flag_lines(values)])
+    return CONFIG_HEAD + "".join(f"{line}\n" for line in flag_lines(values, basenames))
 
 
 def flag_lines(values: dict[str, Any], basenames: bool = False) -> Iterator[str]:
@@ -3686,6 +3717,12 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
         log.warning(f"card: {error}")
 
 
+def printable(text: str) -> str:
+    """`text` with control characters escaped; line breaks and the joiners of scripts that need them stay."""
+    kept = "\n\xa0\u200d\u3000"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 def escape_markdown(text: str) -> str:
     """Text of the user's that cannot end a table cell, a line or a block."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(printable(text).split()))
@@ -3715,15 +3752,10 @@ def end_trackers(run: Run) -> None:
 
 
 def write_metrics(run: Run, values: dict[str, Any]) -> None:
-    """Adds a line to metrics.jsonl, whole or not at all; a failure is a warning."""
-    line, written = (json.dumps(values) + "\n").encode(), 0  # floats are written so that they read back exactly
+    """Adds a line to metrics.jsonl; a failure is a warning."""
     try:
-        with (run.output_dir / "metrics.jsonl").open("ab", buffering=0) as stream:
-            before = stream.tell()
-            written = stream.write(line)
-            if written < len(line):
-                stream.truncate(before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
     except OSError as error:
         warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
 
@@ -3742,39 +3774,26 @@ def trim_metrics(run: Run, step: int) -> None:
 
 
 def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
-    """Pictures from the saved file, read back into the resident adapter, also at strength 0.6 and 0.8.
+    """Pictures from the saved file, read back into the resident adapter.
 
     Returns (prompt, path) for the card's gallery; a failure is a warning, the LoRA is already saved.
     """
     prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
-    failed = None
     try:
-        load_lora(parameters, run.output_dir / LORA_FILE, lora_alpha(run.args))
+        load_lora(parameters, run.output_dir / LORA_FILE)
         parts.transformer.eval()
-        strengths = {strength: final / f"strength-{strength}" for strength in (0.6, 0.8, 1.0)}
-        for strength, folder in strengths.items():
-            for layer in lora_layers_of(parts.transformer):
-                layer.scaling["default"] = strength * lora_alpha(run.args) / run.args.rank
-            try:
-                draw_samples(run, parts, prompts, folder)
-            except Exception as error:
-                if run.sharding:  # the other processes wait for this one's part of the weights
-                    raise
-                failed = failed or error  # told after the last strength: the others wait for this one at each
-        if failed:
-            raise failed
-        drawn = [(f"LoRA strength {strength}", folder) for strength, folder in strengths.items()]
+        draw_samples(run, parts, prompts, final)
         if run.is_main:
-            draw_sheet(prompts, sheet_columns(run, parts, prompts, drawn), final / "contact_sheet.png")
+            draw_sheet(prompts, sheet_columns(run, parts, prompts, [("LoRA", final)]), final / "contact_sheet.png")
     except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
         if run.sharding:  # the other processes wait for this one's part of the weights
             raise
         log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
         return []
     numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
-    return [(prompt, f"samples/final/strength-1.0/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
+    return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
 HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
@@ -3925,7 +3944,7 @@ class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
         for known, code in self.codes if __name__ == "__main__" else ():
             if isinstance(error, known):
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"error: {printable(str(error)) or 'interrupted'}", file=sys.stderr)
+                    print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
                 raise SystemExit(code) from None
 
 
@@ -4000,10 +4019,12 @@ def free_memory(run: Run) -> float:
 
 
 def resume_line(run: Run, *more: str) -> str:
-    """The command that was typed, without secrets, going on from the last checkpoint."""
-    words = without_flag(sys.argv, "--hub_token") if run.args.hub_token else sys.argv
-    words = [word for word in words if word != "--overwrite_output_dir"]
-    return f"python {shlex.join([*words, '--resume_from_checkpoint', 'latest', *more])}"
+    """What goes on from the last checkpoint: a command, or the call of a notebook."""
+    words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
+    if __name__ != "__main__":
+        return f"main(parse_args({words}))"
+    launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
+    return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
 
 @dataclass
@@ -4054,26 +4075,8 @@ class StopSignals:
             self.agreed = int(gather(torch.tensor([self.received or 0], device=run.device)).max()) or None
 
 
-def fill_closed_streams() -> None:
-    """Opens the null device for each of stdin, stdout and stderr that is closed.
-
-    The next file that is opened would get its number, and with it all that libraries print.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-
-
-def print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What Python prints of a failure that nobody expected, without secrets."""
-    print(printable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
-
-
 def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
-    if __name__ == "__main__":
-        sys.excepthook = print_traceback
-    fill_closed_streams()
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate, log.handlers = False, log.handlers or [LogHandler()]
     for library in (transformers, diffusers):
@@ -4099,7 +4102,7 @@ def start_accelerator(args: Args) -> Run:
         raise UserError("\n".join(problems))
     set_up_logging()
     for note in flag_notes(args):
-        log.info(f"note: {note}")
+        log.warning(note)
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
     accelerator = accelerate.Accelerator(
@@ -4153,8 +4156,9 @@ def create_hub_repo(args: Args) -> str | None:
         raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
 
 
-def ignore_signals(_worker: int) -> None:
-    """Workers outlive a signal to the process group (Ctrl-C, Slurm): the main process answers it and ends them."""
+def start_worker(_worker: int) -> None:
+    """Workers log as we do, and outlive a signal to the process group: the main process answers it and ends them."""
+    set_up_logging()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -4167,7 +4171,7 @@ def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[d
         place = run.rank, run.processes
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
         options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
-        options["worker_init_fn"] = ignore_signals
+        options["worker_init_fn"] = start_worker
         dataset = TrainingSet(run, parts.space, stream.samples, stream.name)
         loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
     return zip(*loaders, strict=True)
@@ -4393,9 +4397,9 @@ def write_results(run: Run, state: TrainState, finished: bool) -> None:
     """What the main process saves at the end. Raises SaveFailed."""
     try:
         folder = save_checkpoint(run, state)
-        for path in folder.glob("*_lora*.safetensors") if finished else ():
-            write_atomically(run.output_dir / path.name, path.read_bytes())
-            flush_to_disk(run.output_dir / path.name)
+        if finished:
+            save_lora(run, state.parameters, run.output_dir)
+            flush_to_disk(run.output_dir / LORA_FILE)
     except OSError as error:
         kept = keep_lora(run, state) if finished else []
         kept += [str(folder) for folder in list_checkpoints(run.output_dir)[-1:]]
@@ -4427,7 +4431,7 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
     transformer = parts.transformer = load_transformer(run)
     parameters = add_lora(run, transformer)
     if run.args.init_lora_from:
-        load_lora(parameters, Path(run.args.init_lora_from), lora_alpha(run.args))
+        load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
     geometries = {sample.geometry for stream in parts.streams for sample in stream.samples}
     compile_blocks(transformer, several_sizes=len(geometries) > 1)
@@ -4482,17 +4486,15 @@ def prepare_output(run: Run) -> Run:
 
 
 def begin_output(run: Run) -> None:
-    """Removes what a killed run left half-written, if asked all that an earlier run left, and writes the settings."""
+    """Writes the settings, which make the rest ours; removes what a killed or, if asked, an earlier run left."""
+    write_atomically(run.output_dir / "config.args", write_config(run).encode())
     doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
-    if run.args.overwrite_output_dir and not run.resume and (run.output_dir / "config.args").is_file():
-        doomed += [*list_checkpoints(run.output_dir), *(run.output_dir / name for name in OWN_FILES)]
-        doomed += run.output_dir.glob("samples/step-*")
-        doomed += run.output_dir.glob("abandoned-checkpoint-*")
+    if run.args.overwrite_output_dir and not run.resume:
+        doomed += [path for path in results_in(run.output_dir) if path.name != "config.args"]
     for path in doomed:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     remove_left_overs(run)
     set_aside_newer(run)
-    write_atomically(run.output_dir / "config.args", write_config(run).encode())
 
 
 def check_plan(run: Run, samples: list[Sample]) -> None:
@@ -4500,11 +4502,8 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     config = run.model.config("transformer")
     linears = linear_modules(config)
     targets = resolve_lora_layers(list(linears), run.args.lora_layers)
-    if run.args.init_lora_from:  # into an adapter that exists only here
-        sizes = {name: (linears[name].in_features, linears[name].out_features) for name in targets}
-        adapter = {f"{name}.lora_A.weight": torch.empty(run.args.rank, size[0]) for name, size in sizes.items()}
-        adapter |= {f"{name}.lora_B.weight": torch.empty(size[1], run.args.rank) for name, size in sizes.items()}
-        load_lora(adapter, Path(run.args.init_lora_from), lora_alpha(run.args))
+    if run.args.init_lora_from:
+        check_start(run, linears, targets)
     if run.resume:
         check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
     prompts = len(set(all_prompts(run, samples)))
@@ -4512,7 +4511,10 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
     if run.args.remote_text_encoder:
         probe_remote_encoder(run, all_prompts(run, samples))
-    steps = total_steps(run, len(samples))
+    steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
+    if run.args.lr_scheduler != "constant" and warm_up >= steps:
+        share = f"{steps / warm_up:.0%} of its peak"
+        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at {share}")
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
 
 
@@ -4577,7 +4579,7 @@ def output_lock(args: Args) -> Iterator[None]:
 @contextlib.contextmanager
 def started_run(args: Args) -> Iterator[Run]:
     """The run: alone in its output folder, its model checked; where memory runs out, it is said what helps."""
-    set_up_logging()  # first of all: it secures the streams before a file is opened
+    set_up_logging()
     with output_lock(args):
         run = start_accelerator(args)
         check_parts(run)

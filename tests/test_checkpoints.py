@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import draw_photos
 from diffusers import Flux2Pipeline
 from runs import LORA, assert_same_run, column, command_line, files_of, forbid, lora, metrics, sha256, spy, trajectory
 from safetensors.torch import load_file
+from unit_parts import start_run
 
 pytestmark = pytest.mark.e2e
 
@@ -255,6 +257,77 @@ def test_a_changed_setting_of_optimizer_or_schedule_is_refused_by_name(script, q
         quick("--max_train_steps", "2", *flags, f"--{name}", values[1], "--resume_from_checkpoint", "checkpoint-1")
 
 
+WRITTEN_OUT = {  # what the first run says, what the second says, which is the same
+    "learning rate": ((), ("--learning_rate", "0.0001")),
+    "alpha": ((), ("--lora_alpha", "4")),
+    "layers": (("--lora_layers", "attention"), ("--lora_layers", "attn.to_out.0, attn.to_k,attn.to_v,attn.to_q")),
+    "layers of FLUX.1": (("--lora_layers", "ff.net.2"), ("--lora_blocks", "ff.linear_out")),
+    "shift": (("--timestep_shift", "3"), ("--timestep_shift", "3.0")),
+    "scaled rate": (("--scale_lr", "--learning_rate", "2e-4"), ("--learning_rate=2e-4",)),
+    "layers of the text encoder": ((), ("--text_encoder_out_layers", "10", "20", "30")),
+    "prodigy": (("--optimizer", "prodigy"), ("--optimizer", "Prodigy", "--prodigy_beta3", repr(0.999**0.5))),
+    "switches": ((), ("--random_flip", "false", "--gradient_checkpointing=false")),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN_OUT)
+def test_a_default_that_is_written_out_or_spelled_otherwise_is_the_same_run(script, tiny, photos, tmp_path, case):
+    """What counts is what the run does."""
+    said = []
+    for flags in WRITTEN_OUT[case]:
+        run = start_run(script, tiny, tmp_path, "--instance_data_dir", photos, *flags)
+        said.append(script.fingerprint(run, [script.Stream("instance", [])]))
+    assert said[0] == said[1] == json.loads(json.dumps(said[0]))
+
+
+OTHERS = {
+    "learning_rate": ("--learning_rate", "2e-4"), "lora_alpha": ("--lora_alpha", "3"),
+    "lora_layers": ("--lora_layers", "attention"), "timestep_shift": ("--timestep_shift", "3"),
+    "prodigy_beta3": ("--prodigy_beta3", "0.5"), "dtype": ("--mixed_precision", "bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_resolved_value_that_differs_is_another_run(script, tiny, photos, tmp_path, name):
+    data = ("--instance_data_dir", photos)
+    first, second = (
+        script.fingerprint(start_run(script, tiny, tmp_path, *data, *flags), [script.Stream("instance", [])])
+        for flags in ((), OTHERS[name])
+    )
+    assert first[name] != second[name]
+
+
+def test_a_changed_prompt_is_told_in_words_with_the_way_that_works(script, quick, finished):
+    """No hash is printed; the line that is printed starts a new run from the LoRA."""
+    with pytest.raises(script.UserError) as caught:
+        quick(*SIX, *RESUME, "--instance_prompt", "a photo of zzz toy")
+    message = str(caught.value)
+    assert "instance captions: was ['a photo of sks toy'], is ['a photo of zzz toy']" in message
+    assert not re.search("[0-9a-f]{32}", message)
+    flag, file = shlex.split(message.splitlines()[-1])
+    assert (flag, Path(file)) == ("--init_lora_from", finished / "checkpoint-6" / LORA)
+    folder = quick("--max_train_steps", "1", "--instance_prompt", "a photo of zzz toy", flag, file, output="new")
+    assert column(folder, "step") == [1] and column(folder, "lora_norm")[0] > column(finished, "lora_norm")[0]
+
+
+def test_settings_that_a_lora_cannot_change_are_told_without_that_way(script, quick, finished):
+    """A LoRA of another rank would be refused as a start."""
+    with pytest.raises(script.UserError) as caught:
+        quick(*SIX, *RESUME, "--rank", "8")
+    assert "rank: was 4, is 8" in str(caught.value) and "--init_lora_from" not in str(caught.value)
+
+
+def test_a_finished_run_can_be_resumed_to_export_its_lora_anew(quick):
+    """The checkpoint stays as it is; the LoRA has the precision that is asked for."""
+    flags = ("--mixed_precision", "bf16", "--max_train_steps", "1")
+    folder = quick(*flags)
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "checkpoint-1").iterdir()}
+    assert {tensor.dtype for tensor in lora(folder).values()} == {torch.bfloat16}
+    quick(*flags, *RESUME, "--upcast_before_saving")
+    assert {tensor.dtype for tensor in lora(folder).values()} == {torch.float32}
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "checkpoint-1").iterdir()} == before
+
+
 def test_several_changed_settings_and_other_pictures_are_named_together(script, quick, finished, tmp_path):
     """One error lists them all, with old and new value."""
     flags = ("--rank", "8", "--random_flip", "--instance_data_dir", draw_photos(tmp_path / "others", 3, seed=40))
@@ -262,7 +335,7 @@ def test_several_changed_settings_and_other_pictures_are_named_together(script, 
         quick(*SIX, *RESUME, *flags)
     message = str(caught.value)
     assert "rank: was 4, is 8" in message and "random_flip: was False, is True" in message
-    assert "instance data: was" in message
+    assert "instance data: not what it was" in message
 
 
 @pytest.mark.parametrize("script", ["i2i"], indirect=True)
@@ -272,7 +345,7 @@ def test_another_dropout_of_references_and_other_references_are_refused_by_name(
     """What is trained on are pairs: the same targets with other references are other data."""
     with pytest.raises(script.UserError) as caught:
         quick(*SIX, *RESUME, "--cond_dropout", "0.5", "--cond_data_dir", square_references)
-    assert "cond_dropout: was 0.0, is 0.5" in str(caught.value) and "instance data: was" in str(caught.value)
+    assert "cond_dropout: was 0.0, is 0.5" in str(caught.value) and "instance data: not what" in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------- rotation and disks
@@ -377,7 +450,8 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
     folder = tmp_path / "out"
     assert caught.value.code == code
     assert checkpoints(folder) == [3] and not (folder / LORA).exists()
-    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    line = f"main(parse_args(['@{folder / 'config.args'}', '--resume_from_checkpoint', 'latest']))"
+    assert f"Go on with\n    {line}\n" in capsys.readouterr().err
     quick("--max_train_steps", "6", *RESUME)
     assert_same_run(six_steps, folder)
 

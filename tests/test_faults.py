@@ -357,30 +357,16 @@ def test_a_last_checkpoint_without_room_ends_the_program_with_exit_code_4_and_wh
     assert checkpoints(tmp_path / "out") == [] and list((tmp_path / "out").glob(".tmp*")) == []
 
 
-def test_a_metrics_file_on_a_disk_that_is_really_full_is_one_warning(quick, tmp_path, capsys):
+def test_a_metrics_file_on_a_disk_that_is_really_full_is_one_warning(script, quick, tmp_path, capsys):
     """/dev/full refuses every byte, as a full disk does."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
-    folder = quick()
+    (tmp_path / "out" / "config.args").write_text(script.CONFIG_HEAD)
+    folder = quick("--resume_from_checkpoint", "latest")
     assert capsys.readouterr().err.count("metrics.jsonl: step 1 was not written") == 1
     assert (folder / LORA).is_file()
-
-
-def test_a_line_that_fits_the_disk_in_part_is_taken_back(script, tmp_path):
-    """Half a line would spoil the next one, and the resume that reads the file."""
-    run = script.Args(output_dir=tmp_path, told=set())
-    script.write_metrics(run, {"step": 1, "loss": 0.5})
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, limits[1]))
-    try:
-        script.write_metrics(run, {"step": 2, "loss": 0.25})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    script.write_metrics(run, {"step": 3, "loss": 0.125})
-    assert [line["step"] for line in metrics(tmp_path)] == [1, 3] and run.told == {"metrics.jsonl"}
 
 
 def test_a_damaged_line_of_the_metrics_file_does_not_stop_a_resume(quick, tmp_path):
@@ -426,38 +412,17 @@ def test_a_tracker_that_fails_anywhere_is_one_warning_and_the_lora_is_that_of_a_
     assert capsys.readouterr().err.count("the device is lost") == 1
 
 
-@pytest.mark.parametrize("how", ["a pipe that nobody reads", "closed"])
-def test_log_lines_that_go_nowhere_do_not_end_a_program(t2i, tiny, photos, cache, tmp_path, how):
-    """Exit code 0, and the LoRA is there; a closed stream's number must not go to a file with all that is printed."""
+def test_log_lines_that_nobody_reads_do_not_end_a_program(t2i, tiny, photos, cache, tmp_path):
+    """Exit code 0, and the LoRA is there."""
     words = command_line(tiny, photos, tmp_path / "out", "--seed", "0", "--max_train_steps", "2")
     words += ["--latents_cache_dir", str(cache), "--cache_latents"]
     command = [sys.executable, str(ROOT / Path(t2i.__file__).name), *words]
-    if how == "closed":
-        ended = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&- 2>&-', *command], timeout=120, check=False)
-    else:
-        reader, writer = os.pipe()
-        os.close(reader)
-        ended = subprocess.run(command, stderr=writer, timeout=120, check=False)
-        os.close(writer)
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stderr=writer, timeout=120, check=False)
+    os.close(writer)
     assert ended.returncode == 0
     assert t2i.verify_checkpoint(tmp_path / "out" / "checkpoint-2") is None and (tmp_path / "out" / LORA).is_file()
-
-
-def test_a_closed_stream_is_filled_so_that_no_file_gets_its_number(script, tmp_path):
-    """In a copy of this process, which ends with what it found."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork")
-    if (child := os.fork()) == 0:
-        try:
-            os.close(1)
-            os.close(2)
-            script.fill_closed_streams()
-            with (tmp_path / "lora").open("wb") as file:
-                found = file.fileno() > 2 and os.path.samestat(os.fstat(2), os.stat(os.devnull))
-                os._exit(0 if found else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_usage_error_keeps_its_exit_code_when_nobody_can_read_it(t2i, tiny, photos, tmp_path):

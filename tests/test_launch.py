@@ -222,7 +222,7 @@ def test_a_command_of_the_guide_leaves_the_promised_files(guide):
     assert len(losses_of(folder)) == 2
     assert (folder / "samples" / "contact_sheet.png").is_file()
     assert [path.name for path in (folder / "samples" / "step-000000").iterdir()] == ["prompt-0_image-0.png"]
-    assert (folder / "samples" / "final" / "strength-1.0" / "prompt-0_image-0.png").is_file()
+    assert (folder / "samples" / "final" / "prompt-0_image-0.png").is_file()
 
 
 def test_a_command_of_the_guide_uploads_its_result_to_a_private_repository(guide):
@@ -254,7 +254,8 @@ def test_the_token_of_a_command_of_the_guide_is_in_no_file_and_in_no_line(guide)
 
 def test_warm_up_without_effect_is_said_so_where_the_guide_has_it(guide_dog, guide_prodigy):
     assert "--lr_warmup_steps has no effect" in guide_dog[0].stdout
-    assert "--lr_warmup_steps" not in guide_prodigy[0].stdout
+    assert "--lr_warmup_steps has no effect" not in guide_prodigy[0].stdout
+    assert "WARNING plan: --lr_warmup_steps 100 in 2 steps" in guide_prodigy[0].stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

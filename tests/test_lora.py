@@ -540,57 +540,130 @@ def test_a_bf16_lora_can_be_started_from_too(script, tiny, tmp_path):
         assert parameter.dtype == torch.float32 and parameter.equal(parameters[name].data.bfloat16().float())
 
 
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        (["--rank", "8"], "rank"),
-        (["--lora_layers", "attn.to_q"], "other modules"),
-        (["--lora_layers", EVERYTHING], "other modules"),
-    ],
-)
-def test_a_lora_of_another_shape_is_refused_with_the_reason(script, tiny, tmp_path, flags, reason):
-    """And with the file; the adapter keeps its values."""
-    trained(script, tiny, tmp_path)
-    run = start_run(script, tiny, tmp_path / "second", *flags)
-    parameters = script.add_lora(run, script.load_transformer(run))
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with pytest.raises(script.UserError, match=reason) as error:
-        script.load_lora(parameters, tmp_path / script.LORA_FILE, script.lora_alpha(run.args))
-    assert script.LORA_FILE in str(error.value) and "give --rank" in str(error.value)
-    assert all(parameter.equal(before[name]) for name, parameter in parameters.items())
+@pytest.fixture
+def start_from(script, tiny, photos, tmp_path, monkeypatch):
+    """Dry run of a start from a file: `start_from(path, *flags)`, without weights."""
 
-
-def test_a_lora_of_another_alpha_is_refused_because_it_would_act_at_another_strength(script, tiny, tmp_path):
-    """The tensors fit, but alpha / rank would not."""
-    trained(script, tiny, tmp_path)
-    run = start_run(script, tiny, tmp_path / "second")
-    parameters = script.add_lora(run, script.load_transformer(run))
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with pytest.raises(script.UserError, match="--lora_alpha"):
-        script.load_lora(parameters, tmp_path / script.LORA_FILE, 2 * script.lora_alpha(run.args))
-    assert all(parameter.equal(before[name]) for name, parameter in parameters.items())
-
-
-def test_a_file_that_is_no_lora_is_refused_with_its_name(script, tiny, tmp_path):
-    """Renamed, or half downloaded."""
-    file = tmp_path / "broken.safetensors"
-    file.write_bytes(b"<html>404</html>")
-    run = start_run(script, tiny, tmp_path)
-    parameters = script.add_lora(run, script.load_transformer(run))
-    with pytest.raises(script.UserError, match=r"broken\.safetensors"):
-        script.load_lora(parameters, file, 4)
-
-
-@pytest.mark.parametrize("flags", [["--rank", "8"], ["--lora_alpha", "2"], ["--lora_layers", "attn.to_q"]])
-def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_anything_is_loaded(
-    script, tiny, photos, tmp_path, monkeypatch, flags
-):
-    """The check needs the header of the file and the config of the model, no weights."""
-    trained(script, tiny, tmp_path)
-    for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(script, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-    words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
-    words += ["--resolution", "64", "--rank", "4", "--output_dir", tmp_path / "out", "--report_to", "none"]
-    words += ["--init_lora_from", tmp_path / script.LORA_FILE, *flags]
-    with pytest.raises(script.UserError, match=r"pytorch_lora_weights\.safetensors"):
+    def start(path: Path, *flags: str) -> None:
+        for name in ("load_text_encoder", "load_vae", "load_transformer"):
+            monkeypatch.setattr(script, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
+        words += ["--resolution", "64", "--rank", "4", "--output_dir", tmp_path / "dry", "--report_to", "none"]
+        words += ["--init_lora_from", path, "--dry_run", *flags]
         script.main(script.parse_args([str(word) for word in words]))
+
+    return start
+
+
+FLAGS_OF_FILES = [
+    ("--rank", "2"), ("--lora_alpha", "1.5"), ("--lora_layers", "attention"), ("--lora_layers", EVERYTHING),
+    ("--lora_layers", "transformer_blocks.0.attn.to_q,single_transformer_blocks.1.attn.to_out,final:proj_out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS_OF_FILES, ids=" ".join)
+def test_a_lora_that_does_not_fit_is_refused_with_the_flags_that_fit(script, tiny, tmp_path, start_from, flags):
+    """Rank, alpha and modules of the file, before anything is loaded; the flags that are named do fit."""
+    run, _, parameters = trained(script, tiny, tmp_path, *flags)
+    file = tmp_path / script.LORA_FILE
+    with pytest.raises(script.UserError) as error:
+        start_from(file)
+    facts = f"has rank {run.args.rank} and alpha {script.lora_alpha(run.args):g} on {len(parameters) // 2} modules"
+    assert f"{file}: {facts}, this run rank 4 and alpha 4" in str(error.value)
+    start_from(file, *str(error.value).splitlines()[-1].split())
+
+
+BFL_NAMES = {"to_qkv_mlp_proj": "linear1", "to_out": "linear2", "to_out.0": "img_attn.proj"}
+BFL_NAMES |= dict.fromkeys(("to_q", "to_k", "to_v"), "img_attn.qkv")
+
+
+def as_ai_toolkit(file: Path) -> dict[str, torch.Tensor]:
+    """The matrices of our file under BFL's names; q, k, v of a block share lora_A there."""
+    stored, result = load_file(file), {}
+    for name in sorted(stored, key=lambda name: name.replace("to_q", "to_a")):  # q before k before v
+        single, block, module, part = re.fullmatch(
+            r"transformer\.(single_)?transformer_blocks\.(\d+)\.attn\.(.+)\.(lora_[AB]\.weight)", name
+        ).groups()
+        key = f"diffusion_model.{'single' if single else 'double'}_blocks.{block}.{BFL_NAMES[module]}.{part}"
+        joined = key in result and "lora_B" in part
+        result[key] = torch.cat([result[key], stored[name]]) if joined else stored[name]
+    return result
+
+
+FOREIGN_LAYERS = "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.to_qkv_mlp_proj,attn.to_out"
+
+
+@pytest.fixture
+def foreign(script, tiny, tmp_path) -> Path:
+    """A LoRA file of ours that other trainers could have written: q, k and v share lora_A."""
+    run, _, parameters = trained(script, tiny, tmp_path, "--lora_layers", FOREIGN_LAYERS)
+    for name, parameter in parameters.items():
+        if re.search(r"\.attn\.to_[kv]\.lora_A", name):
+            parameter.data.copy_(parameters[re.sub("to_[kv]", "to_q", name)])
+    script.save_lora(run, parameters, tmp_path)
+    return tmp_path / script.LORA_FILE
+
+
+FORMS = ["ai-toolkit", "kohya", "peft"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lora_of_another_trainer_is_started_from_with_the_same_numbers(
+    script, tiny, tmp_path, foreign, start_from, form
+):
+    """Names as ai-toolkit, kohya and musubi, or PEFT write them; alpha is the rank where the file does not say it."""
+    tensors, alpha = as_ai_toolkit(foreign), "4"
+    if form == "kohya":
+        words = {"diffusion_model.": "lora_unet_", ".lora_A.": "!lora_down.", ".lora_B.": "!lora_up."}
+        for old, new in words.items():
+            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        tensors = {re.sub(r"\.(?=.*!)", "_", n).replace("!", "."): t for n, t in tensors.items()}
+        tensors |= {name[:-17] + ".alpha": torch.tensor(4.0) for name in list(tensors) if "lora_down" in name}
+    if form == "peft":
+        tensors = {name.replace("diffusion_model.", "base_model.model."): tensor for name, tensor in tensors.items()}
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {}}))
+        alpha = "2"
+    file = tmp_path / f"{form}.safetensors"
+    save_file(tensors, file)
+    start_from(file, "--lora_layers", FOREIGN_LAYERS, "--lora_alpha", alpha)
+    matrices, found = script.read_lora(file)
+    ours = load_file(foreign)
+    assert found == float(alpha) and {f"transformer.{name}" for name in matrices} == ours.keys()
+    assert all(matrix.equal(ours[f"transformer.{name}"]) for name, matrix in matrices.items())
+    with pytest.raises(script.UserError, match=f"(?s)has rank 4 and alpha {alpha} .*--lora_alpha {alpha} "):
+        start_from(file, "--lora_alpha", "3")
+
+
+BAD_STARTS = {
+    "a page that was downloaded instead": (lambda t: None, "not a plain LoRA"),
+    "a LoRA of FLUX.1": (
+        lambda t: {"transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": torch.ones(4, 32),
+                   "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": torch.ones(32, 4)},
+        "is for another model, its single_transformer_blocks.0.proj_mlp",
+    ),
+    "a LoRA of a larger model": (
+        lambda t: {name: torch.cat([m, m], dim=1 if "lora_A" in name else 0) for name, m in t.items()},
+        "is for another model",
+    ),
+    "two ranks": (
+        lambda t: {name: m[:2] if name.endswith("0.attn.to_q.lora_A.weight") else m for name, m in t.items()},
+        r"ranks of its modules are \[2, 4\]",
+    ),
+    "a DoRA": (lambda t: {**t, "transformer.x.dora_scale": torch.ones(1)}, "DoRA"),
+    "no lora_B": (lambda t: {n: m for n, m in t.items() if "lora_A" in n}, "is for another model"),
+    "LoKr": (lambda t: {"diffusion_model.single_blocks.0.linear1.lokr_w1": torch.ones(2, 2),
+                        "diffusion_model.single_blocks.0.linear1.lokr_w2": torch.ones(2, 2)}, "not a plain LoRA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_a_file_that_is_no_plain_lora_of_this_model_is_refused_with_its_name(script, tiny, tmp_path, start_from, case):
+    """Before anything is loaded."""
+    trained(script, tiny, tmp_path)
+    change, reason = BAD_STARTS[case]
+    file, tensors = tmp_path / "bad.safetensors", change(load_file(tmp_path / script.LORA_FILE))
+    file.write_text("<html>404</html>")
+    if tensors:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    with pytest.raises(script.UserError, match=rf"bad\.safetensors: .*{reason}"):
+        start_from(file)

@@ -1,7 +1,8 @@
 """Out of memory, on the device or the CPU, is told with its phase and what helps; what was learned is kept."""
 
+import ast
 import functools
-import shlex
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,19 +146,19 @@ def test_the_last_step_is_kept_and_the_line_that_is_printed_goes_on_from_it(
 ):
     """With the flag that helps in it; the end is that of a run that never lacked memory."""
     flags = ["--seed", "0", "--max_train_steps", "4", "--latents_cache_dir", tmp_path / "cache", *reference_flags]
-    words, name = command_line(tiny, photos, tmp_path / "out", *flags), Path(script.__file__).name
+    words = command_line(tiny, photos, tmp_path / "out", *flags)
     script.main(script.parse_args([*words, "--output_dir", str(tmp_path / "quiet")]))
-    monkeypatch.setattr(script.sys, "argv", [name, *words, "--overwrite_output_dir"])
     with monkeypatch.context() as patch:
         fail(patch, script, "batch_losses", HOST, call=4)
         with pytest.raises(script.OutOfMemory) as caught:
-            script.main(script.parse_args(script.sys.argv[1:]))
+            script.main(script.parse_args([*words, "--overwrite_output_dir"]))
     *_, whole, line = str(caught.value).splitlines()
     assert whole.startswith(f"  {tmp_path / 'out' / 'checkpoint-3'} is whole")
     assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-3") is None
-    python, program, *typed = shlex.split(line)
-    assert [python, program] == ["python", name] and "--overwrite_output_dir" not in typed
-    assert typed[-3:] == ["--resume_from_checkpoint", "latest", "--gradient_checkpointing"]
+    settings = tmp_path / "out" / "config.args"
+    call = re.fullmatch(r"main\(parse_args\((.*)\)\)", line.strip())
+    typed = ast.literal_eval(call[1])
+    assert typed == [f"@{settings}", "--resume_from_checkpoint", "latest", "--gradient_checkpointing"]
     script.main(script.parse_args(typed))
     assert_same_run(tmp_path / "quiet", tmp_path / "out")
 

@@ -965,31 +965,6 @@ def test_a_validation_reference_that_the_pipeline_would_refuse_ends_the_check(
     assert f"--validation_image {tmp_path / 'v.png'}" in str(error.value)
 
 
-def test_the_target_of_a_row_with_several_instructions_is_known_by_each(i2i, tiny, folders, tmp_path):
-    target, first, _ = folders
-    rows = [{"file_name": "a.jpg", "text": ["one", "two"]}, {"file_name": "b.jpg"}, {"file_name": "sub/c.jpg"}]
-    write_metadata(target, *rows)
-    flags = ("--instance_data_dir", target, "--cond_data_dir", first, "--validation_image", first / "a.jpeg")
-    run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--validation_prompt", "two")
-    assert [i2i.known_sample(run.args, samples, 0, text) is not None for text in ("one", "two", "three")] == [
-        True,
-        True,
-        False,
-    ]
-
-
-def test_the_target_of_a_validation_row_is_known_when_a_training_row_asks_the_same(i2i, tiny, folders, tmp_path):
-    """By the content of the references and the prompt; the file may be a copy."""
-    target, first, _ = folders
-    shutil.copy(first / "a.jpeg", tmp_path / "copy.jpg")
-    flags = ("--instance_data_dir", target, "--cond_data_dir", first, "--validation_image", tmp_path / "copy.jpg")
-    run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--validation_prompt", "make it night")
-    known = i2i.known_sample(run.args, samples, 0, "make it night")
-    assert known.source.name == "a.jpg"
-    assert i2i.known_sample(run.args, samples, 0, "make it day") is None
-    assert i2i.known_sample(run.args, samples, 1, "make it night") is None
-
-
 def test_pixels_of_pictures_are_exactly_the_image_processors(i2i, tiny, tmp_path):
     """The same operations in the same order, so that the parity of tokens can be exact."""
     picture = noise_picture((64, 48))

@@ -1,7 +1,6 @@
 """The remote text encoder: what is asked and sent to whom, what comes back, and how a server can fail."""
 
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from runs import files_of, forbid
 from servers import Loopback, RemoteEncoder
 
 TOKEN = "hf_canary_token_of_the_tests"
-LOCAL_ALTERNATIVE = "The same with the text encoder on this machine:"
+LOCAL_ALTERNATIVE = "leave --remote_text_encoder out and add --offload"
 
 
 @pytest.fixture
@@ -170,21 +169,6 @@ def test_what_is_no_passing_trouble_is_not_asked_again(script, run_with, encoder
     assert waits == [] and len(encoder.requests) == 5
 
 
-def test_the_local_command_in_the_message_is_the_users_own_without_the_server(script, arguments, encoder):
-    """It parses to the same settings with --offload, whatever is quoted in it, and tells no token."""
-    own = ["--hub_token", TOKEN, "--instance_prompt", "it's a \"toy\"", "--gradient_checkpointing", "0.5",
-           "--no-hub_private", "--logit_mean=-1.5", "--validation_prompt", "a toy", "a toy's box"]  # fmt: skip
-    args = arguments(encoder, *own)
-    encoder.fault = "404"
-    message = refusal(script, script.start_accelerator(args))
-    assert TOKEN not in message and "127.0.0.1" not in message.partition(LOCAL_ALTERNATIVE)[2]
-    python, path, *words = shlex.split(message.partition(LOCAL_ALTERNATIVE)[2])
-    assert python == "python" and Path(path).samefile(script.__file__)
-    changed = {"offload": True, "hub_token": None, "remote_text_encoder": False,
-               "remote_text_encoder_url": script.DEFAULTS["remote_text_encoder_url"]}  # fmt: skip
-    assert vars(script.parse_args(words)) == {**vars(args), **changed}
-
-
 def test_a_paused_server_is_asked_again_a_few_times_with_growing_waits(script, run_with, encoder, waits):
     encoder.fault = "503"
     refusal(script, run_with(encoder))
@@ -263,11 +247,22 @@ def test_a_server_that_is_not_there_is_a_user_error_with_the_local_alternative(s
     assert LOCAL_ALTERNATIVE in refusal(script, run)
 
 
-def test_offline_mode_says_so_at_once(script, run_with, encoder, waits, monkeypatch):
+def test_a_server_of_ones_own_answers_in_offline_mode_too(script, run_with, encoder, monkeypatch):
+    """HF_HUB_OFFLINE is about the Hub."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "offline mode" in refusal(script, run_with(encoder)) and waits == []
+    assert script.encode_prompts(run_with(encoder), ["a red toy"]).get("a red toy").isfinite().all()
+    assert encoder.prompts == ["a red toy"]
+
+
+def test_a_host_of_the_hub_is_not_asked_in_offline_mode(script, arguments, encoder, waits, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    flags = ("--remote_text_encoder_url", "https://a.huggingface.co/predict", "--hub_token", TOKEN)
+    run = script.start_accelerator(arguments(encoder, *flags))
+    assert "HF_HUB_OFFLINE is set" in refusal(script, run) and waits == [] and encoder.requests == []
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(script, run_with, encoder, tmp_path):
@@ -294,12 +289,13 @@ def test_a_failing_server_is_noticed_before_a_model_is_loaded_or_the_output_fold
     earlier = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     earlier.parent.mkdir()
     earlier.write_bytes(b"of a run before")
+    (tmp_path / "out" / "config.args").write_text(script.CONFIG_HEAD)
     encoder.fault = "503"
     flags = ["--overwrite_output_dir", "--validation_prompt", "a toy on grass", *["--dry_run"] * dry_run]
     with pytest.raises(script.UserError, match="503"):
         script.main(arguments(encoder, *flags))
     assert earlier.read_bytes() == b"of a run before"
-    assert {path.parts[0] for path in map(Path, files_of(tmp_path / "out"))} <= {earlier.name, "cache"}
+    assert {path.parts[0] for path in map(Path, files_of(tmp_path / "out"))} <= {earlier.name, "config.args", "cache"}
     assert set(encoder.prompts) == {"a toy"}, "one prompt is enough to find out"
 
 

@@ -766,7 +766,7 @@ def test_a_usage_error_exits_with_2_names_the_flag_and_imports_nothing_heavy(scr
     result = run_python("-c", WATCHED_RUN, script, *MINIMAL_ARGUMENTS, *arguments)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == [2, []]
-    assert named in result.stderr.partition("nothing was loaded:")[2]
+    assert named in result.stderr
 
 
 @pytest.mark.parametrize("script", existing_scripts())

@@ -78,10 +78,8 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, alpha):
     expected = {LORA, "README.md", "config.args", "metrics.jsonl"} | twin
     expected |= {f"checkpoint-3/{name}" for name in CHECKPOINT_FILES | twin}
     if alpha:
-        strengths = ("strength-0.6", "strength-0.8", "strength-1.0")
         expected |= {"samples/contact_sheet.png", "samples/step-000000/prompt-0_image-0.png"}
-        expected |= {"samples/final/contact_sheet.png"}
-        expected |= {f"samples/final/{strength}/prompt-0_image-0.png" for strength in strengths}
+        expected |= {"samples/final/contact_sheet.png", "samples/final/prompt-0_image-0.png"}
     assert outside == expected
     assert any(name.startswith("logs/") and "tfevents" in name for name in written)
     assert {name.split("/")[1] for name in written if name.startswith("cache/")} <= {"index.json", "prompts", "latents"}
@@ -463,7 +461,7 @@ def test_klein_trains_and_validates_with_its_own_encoder_and_pipeline(script, tr
     assert {call.args[3] for call in encoded} == {"a photo of sks toy", "a toy", ""}
     assert all(math.isfinite(loss) for loss in column(folder, "loss"))
     assert (folder / "samples" / "step-000002" / "prompt-0_image-0.png").is_file()
-    assert (folder / "samples" / "final" / "strength-1.0" / "prompt-0_image-0.png").is_file()
+    assert (folder / "samples" / "final" / "prompt-0_image-0.png").is_file()
     assert "Flux2KleinPipeline.from_pretrained" in (folder / "README.md").read_text()
 
 

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.e2e
 
 DRAW = ("--num_validation_images", "1", "--num_inference_steps", "2")
 EVERY_STEP = ("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW)
-STRENGTHS = ("0.6", "0.8", "1.0")
 
 
 def card_of(folder: Path) -> ModelCard:
@@ -171,8 +170,8 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
 # ------------------------------------------------------------------------------------------------------- final pictures
 
 
-def test_final_pictures_come_from_the_saved_file_at_three_strengths(script, quick, tiny, monkeypatch):
-    """Each equals what a fresh pipeline draws with the LoRA file at that strength."""
+def test_final_pictures_come_from_the_saved_file(script, quick, tiny, monkeypatch):
+    """They equal what a fresh pipeline draws with the LoRA file."""
     calls, reads = spy(monkeypatch, script, "train"), spy(monkeypatch, script, "load_lora")
     flags = (
         "--final_validation_prompt",
@@ -188,18 +187,14 @@ def test_final_pictures_come_from_the_saved_file_at_three_strengths(script, quic
     run, parts, _, _ = calls[0].args
     assert [call.args[1] for call in reads] == [folder / LORA]
     final = folder / "samples" / "final"
-    assert files_of(final) == {"contact_sheet.png"} | {f"strength-{s}/prompt-0_image-0.png" for s in STRENGTHS}
-    assert size_of(final / "contact_sheet.png") == (3 * (256 + 8) + 8, 256 + 28 + 24)
+    assert files_of(final) == {"contact_sheet.png", "prompt-0_image-0.png"}
+    assert size_of(final / "contact_sheet.png") == (256 + 8 + 8, 256 + 28 + 24)
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
     base = draw(script, run, parts, pipeline, "a toy")
     pipeline.load_lora_weights(folder, weight_name=LORA, adapter_name="lora")
-    distances = []
-    for strength in STRENGTHS:
-        pipeline.set_adapters("lora", float(strength))
-        shown = pixels(final / f"strength-{strength}" / "prompt-0_image-0.png")
-        assert np.abs(shown - draw(script, run, parts, pipeline, "a toy")).max() <= 1
-        distances.append(np.abs(shown - base).mean())
-    assert min(distances) > 0 and len(set(distances)) == 3
+    shown = pixels(final / "prompt-0_image-0.png")
+    assert np.abs(shown - draw(script, run, parts, pipeline, "a toy")).max() <= 1
+    assert np.abs(shown - base).mean() > 0
 
 
 def test_a_final_prompt_alone_draws_at_the_end_only(quick):

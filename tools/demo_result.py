@@ -45,7 +45,7 @@ def distance_to_toy(picture: Image.Image) -> float:
 
 def read_folder(folder: Path) -> list[Image.Image]:
     """The pictures of a folder, upright, in the order of their names."""
-    paths = sorted([*folder.glob("*.png"), *folder.glob("*.jpg")])
+    paths = sorted([*folder.glob("prompt-*.png"), *folder.glob("*.jpg")])
     if not paths:
         raise SystemExit(f"{folder}: no pictures; run `make demo` first")
     return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path, help="the demo's training photos")
     args = parser.parse_args()
     photos, base = read_folder(args.photos), read_folder(args.output_dir / "samples" / "step-000000")
-    learned = read_folder(args.output_dir / "samples" / "final" / "strength-1.0")
+    learned = read_folder(args.output_dir / "samples" / "final")
     rows = {"training photos": photos, "base model": base, "with the LoRA, same prompts and noise": learned}
     draw_sheet(rows).save(args.output_dir / SHEET)
     before, after, goal = (statistics.mean(map(distance_to_toy, pictures)) for pictures in (base, learned, photos))
