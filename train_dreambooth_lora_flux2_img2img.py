@@ -232,7 +232,7 @@ SHARED_FLAGS = {
         flag("cache_latents", bool, False, "encode the pictures once, to disk; fixes the crop to the centre"),
         flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
         flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
-        flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory and fetch each when it computes, "
+        flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes, "
              "for small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
         flag("do_fp8_training", bool, False, "FP8 weights and matmuls in the frozen blocks: half their memory"),
         flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
