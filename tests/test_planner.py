@@ -241,6 +241,38 @@ def test_a_machine_without_bitsandbytes_loses_no_row(gpu_benchmark, small, tmp_p
     assert done[0]["versions"]["bitsandbytes"] is None
 
 
+def test_what_streams_on_a_small_gpu_is_counted_and_the_line_is_parsed(small, capsys, t2i):
+    """Device memory falls by the streamed blocks and rises by two buffers; the least share that fits is told."""
+    job, base = Job(small, 256, flags=("--rank", "4")), "bf16"
+    training = count_training(job, base, 1.0)
+    whole, half = (plan_memory.streamed(job, base, share) for share in (1.0, 0.5))
+    assert whole["gpu"] * GB == training.peak - training.blocks + 2 * training.largest_block
+    assert whole["pinned"] * GB == pytest.approx(training.blocks) and half["pinned"] < whole["pinned"]
+    assert whole["copied"] < 2 * whole["pinned"]
+    limit = (whole["gpu"] + half["gpu"]) / 2
+    share = plan_memory.least_share_streamed(job, base, limit)
+    assert plan_memory.streamed(job, base, share)["gpu"] <= limit < plan_memory.streamed(job, base, share - 0.01)["gpu"]
+    text = plan_memory.what_streams(job, base, limit)
+    line = text.split("\n\n")[1].replace("--instance_data_dir dog", f"--instance_data_dir {small}")
+    words = shlex.split(line.replace("\\\n", ""))[3:]
+    assert t2i.parse_args(words).stream_blocks == share
+    assert "does not fit" in plan_memory.what_streams(job, base, 1e-6) and "line" not in plan_memory.what_streams(
+        job, "nf4", 1e-6
+    )
+
+
+def test_the_predictions_of_streaming_are_near_what_was_measured_on_a_gpu():
+    """Rows of benchmarks/gpu.json with --stream_blocks at rank 16; real architectures, seconds each."""
+    import json
+
+    rows = json.loads(plan_memory.MEASURED.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if row["streamed"] and not row["compiled"] and row["model"] == "klein-9B"]
+    for row in rows:
+        predicted = plan_memory.streamed(Job(row["model"], row["resolution"]), row["base"], row["streamed"])["gpu"]
+        assert predicted == pytest.approx(row["peak_gb"], rel=0.05)
+    assert rows
+
+
 def test_the_predictions_in_the_readme_are_those_of_the_stored_file():
     readme = (plan_memory.ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]

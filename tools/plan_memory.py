@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import bare_training
@@ -46,7 +46,7 @@ import train_dreambooth_lora_flux2_img2img as image_to_image
 GB = 1e9
 HOST_BASE_GB = 1.1  # libraries and loader: benchmarks/memory.json, whose model is 5 MB
 RESULT, MEASURED = ROOT / "benchmarks" / "plan_memory.json", ROOT / "benchmarks" / "gpu.json"
-CHECKPOINTING, FP8 = "--gradient_checkpointing", "--do_fp8_training"
+CHECKPOINTING, FP8, STREAM = "--gradient_checkpointing", "--do_fp8_training", "--stream_blocks"
 
 
 # ---------------------------------------------------------------------------------------------------------------- Rungs
@@ -178,10 +178,21 @@ class Training:
 
     peak: int
     resident: int  # between steps: frozen weights, adapter, optimizer, cached prompts
-    blocks: int  # of `resident`: weights of the blocks, which FSDP2 shards
-    largest_block: int
+    sizes: tuple[
+        int, ...
+    ]  # of `resident`: frozen weights of each block, which FSDP2 shards and --stream_blocks streams
     lora_parameters: int
     tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """Frozen weights of all blocks."""
+        return sum(self.sizes)
+
+    @property
+    def largest_block(self) -> int:
+        """Frozen weights of the largest block."""
+        return max(self.sizes)
 
 
 @cache
@@ -197,10 +208,10 @@ def count_training(job: Job, base: str, share: float) -> Training:
             batches = bare_training.make_batches(job.script, run, parts)
             counter.restart()
             job.script.train_step(run, parts, state, batches)
-            sizes = [frozen_bytes(block) for block in blocks_of(parts.transformer)]
+            sizes = tuple(frozen_bytes(block) for block in blocks_of(parts.transformer))
             count = sum(parameter.numel() for parameter in state.parameters.values())
             tokens = run.args.max_sequence_length + sum(target_tokens(size) for size in sequence(job))
-            return Training(counter.peak, counter.now, sum(sizes), max(sizes), count, tokens)
+            return Training(counter.peak, counter.now, sizes, count, tokens)
 
 
 def base_quantiser(base: str) -> Any:
@@ -345,6 +356,25 @@ def largest_share_kept(job: Job, base: str, gpu_gb: float) -> float | None:
     return share_of(fits, blocks)
 
 
+def streamed(job: Job, base: str, share: float) -> dict[str, float]:
+    """GB of a step with --stream_blocks `share`: on the device, pinned on the host, copied to the device per step.
+
+    Two buffers as large as the largest block take the place of the blocks that stream, whose weights are copied for the
+    forward and again for the backward pass; two are still there when that begins.
+    """
+    training = count_training(job, base, 1.0)
+    run = SimpleNamespace(args=SimpleNamespace(stream_blocks=share))
+    sizes = [size for number, size in enumerate(training.sizes) if text_to_image.is_streamed(run, number)]
+    device = training.peak - sum(sizes) + 2 * max(sizes, default=0)
+    return {"gpu": device / GB, "pinned": sum(sizes) / GB, "copied": (2 * sum(sizes) - sum(sizes[-2:])) / GB}
+
+
+def least_share_streamed(job: Job, base: str, gpu_gb: float) -> float | None:
+    """The least --stream_blocks with which a step fits, in hundredths; None if none does."""
+    shares = (hundredth / 100 for hundredth in range(1, 101))
+    return next((share for share in shares if streamed(job, base, share)["gpu"] <= gpu_gb), None)
+
+
 def share_of(count: int, blocks: int) -> float:
     """The number to type for so many of the blocks: the script rounds it up to whole ones."""
     return (1000 * count - 1) // blocks / 1000 if 0 < count < blocks else count / blocks
@@ -374,14 +404,15 @@ def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> di
 
 
 # --------------------------------------------------------------------------------------------------------------- Output
-def command_line(job: Job, base: str, share: float, gpu_gb: float) -> str:
+def command_line(job: Job, base: str, share: float, gpu_gb: float, stream: float = 0.0) -> str:
     """The launch line of a plan; with --offload where the text encoder alone is too large for the GPU."""
     words = [f"accelerate launch {Path(job.script.__file__).name}"]
     words.append(f"--pretrained_model_name_or_path {read_architecture(job.model)['hub_id']}")
     data = "--dataset_name DATA --cond_image_column source" if job.references else "--instance_data_dir dog"
     words += [data, '--instance_prompt "a photo of sks dog"', f"--resolution {job.resolution} --cache_latents"]
     words += [" ".join(BASES[base][1])] * (base != "bf16")
-    words += [f"{CHECKPOINTING}{f' {share:g}' if share < 1 else ''}"] * (share > 0)
+    words += [f"{CHECKPOINTING}{f' {share:g}' if share < 1 else ''}"] * (share > 0 and not stream)
+    words += [f"{STREAM}{f' {stream:g}' if stream < 1 else ''}"] * (stream > 0)
     words += ["--offload"] * (count_encoder(job)["peak"] > gpu_gb * GB)
     return " \\\n  ".join([*words, *[" ".join(job.flags)] * bool(job.flags)])
 
@@ -394,7 +425,7 @@ def tell_what_fits(job: Job, gpu_gb: float, bases: Iterable[str] = BASES) -> lis
         share = largest_share_kept(job, base, gpu_gb)
         where = f"{job.model} {job.resolution} px, {job.references} reference(s), {name}"
         if share is None:
-            print(f"{where}: does not fit {gpu_gb:g} GB ({count_training(job, base, 1.0).peak / GB:.1f} GB)")
+            print(f"{where}: {what_streams(job, base, gpu_gb)}")
             continue
         row = {**plan(job, base, share), "gpu_gb": gpu_gb, "command": command_line(job, base, share, gpu_gb)}
         found.append(row)
@@ -403,6 +434,18 @@ def tell_what_fits(job: Job, gpu_gb: float, bases: Iterable[str] = BASES) -> lis
               f"{time_words(row)}\n\n{row['command']}\n")  # fmt: skip
     print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
     return found
+
+
+def what_streams(job: Job, base: str, gpu_gb: float) -> str:
+    """Of a base that does not fit: whether it does with --stream_blocks, what that takes, and the command line."""
+    lacking = f"does not fit {gpu_gb:g} GB ({count_training(job, base, 1.0).peak / GB:.1f} GB)"
+    share = least_share_streamed(job, base, gpu_gb) if base in ("bf16", "fp8") else None
+    if share is None:
+        return lacking
+    found = streamed(job, base, share)
+    return (f"{lacking} without {STREAM} {share:g}, predicted {found['gpu']:.1f} GB with it; {found['pinned']:.0f} GB "
+            f"of host memory are pinned, {found['copied']:.0f} GB copied per step\n\n"
+            f"{command_line(job, base, 1.0, gpu_gb, share)}\n")  # fmt: skip
 
 
 FP8_NOTE = "FP8 needs compute capability 8.9 (Ada, Hopper and later); int8 and NF4 run on older GPUs too.\n"
@@ -480,13 +523,41 @@ def write(result: dict[str, Any]) -> None:
 COMMON_GPUS = ((1024, 80, "bf16"), (1024, 141, "bf16"), (1024, 48, "fp8"), (512, 24, "nf4"))
 
 
+MODELS, CARDS = ("dev", "klein-9B", "klein-4B"), (8, 12, 16, 24)
+
+
+def card(model: str, base: str, gpu_gb: int) -> dict[str, Any]:
+    """A row of `stream_lines`: the least share of blocks to stream at 1024 px on a GPU, 0 if it fits without."""
+    job = Job(model, 1024)
+    fits = count_training(job, base, 1.0).peak <= gpu_gb * GB
+    share = 0.0 if fits else least_share_streamed(job, base, gpu_gb)
+    row = {"model": model, "base": base, "gpu_gb": gpu_gb, "share": share}
+    return row | (streamed(job, base, share) if share is not None else {})
+
+
+def stream_lines() -> Iterator[str]:
+    """Markdown lines: what to stream on small GPUs."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8")).get("streamed", [])
+    yield f"| predicted, 1024 px | {' | '.join(f'{size} GB' for size in CARDS)} | pinned, all blocks |"
+    yield "|---" * (len(CARDS) + 2) + "|"
+    for model, base in dict.fromkeys((row["model"], row["base"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["base"]) == (model, base)]
+        cells = []
+        for row in own:
+            flags = {None: "does not fit", 0.0: "fits without", 1.0: f"`{STREAM}`"}
+            flag = flags.get(row["share"], f"`{STREAM} {row['share']:g}`" if row["share"] else "")
+            cells.append(f"{flag}: {row['gpu']:.1f} GB" if row["share"] else flag)
+        whole = next((row["pinned"] / row["share"] for row in own if row["share"]), math.nan)
+        yield f"| {model}, {BASES[base][0]} | {' | '.join(cells)} | {whole:.0f} GB |".replace("nan GB", "-")
+
+
 def everything() -> None:
     """Rows of every rung, what fits common GPUs, several processes; goes on where an earlier call was broken off."""
     stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     result = {name: stored.get(name, []) for name in ("rows", "fits", "processes")}
     known = {(row["model"], row["base"], row["share"], row["resolution"], row["references"]) for row in result["rows"]}
     for references, resolution in ((0, 1024), (0, 512), (1, 1024), (1, 512)):
-        for model in ("dev", "klein-9B", "klein-4B"):
+        for model in MODELS:
             for rung in RUNGS:
                 if (model, rung.base, rung.share, resolution, references) not in known:
                     result["rows"].append(plan(Job(model, resolution, references), rung.base, rung.share))
@@ -496,6 +567,7 @@ def everything() -> None:
         if (resolution, gpu_gb) not in known:
             result["fits"] += tell_what_fits(Job("dev", resolution), gpu_gb, [base])
             write(result)
+    result["streamed"] = [card(model, base, gpu_gb) for model in MODELS for base in ("fp8", "bf16") for gpu_gb in CARDS]
     jobs = [(Job("dev", 1024), base, nodes) for base in ("bf16", "fp8", "nf4") for nodes in (1, 2)]
     jobs.append((Job("dev", 512), "bf16", 1))
     result["processes"] = [sharded(job, base, 1.0, 8, nodes) for job, base, nodes in jobs]
@@ -505,7 +577,7 @@ def everything() -> None:
 def readme_tables() -> str:
     """What the README shows of benchmarks/plan_memory.json."""
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
-    return "\n".join([*table(rows), "", *speed_lines(), "", *phase_lines(rows)])
+    return "\n".join([*table(rows), "", *speed_lines(), "", *stream_lines(), "", *phase_lines(rows)])
 
 
 def parse_words(words: list[str] | None) -> argparse.Namespace:
