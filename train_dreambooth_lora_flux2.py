@@ -3191,6 +3191,8 @@ class TrainState:
     whole: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
+    steps_here: int = 0  # optimizer steps since this start, and the seconds that they took
+    seconds: float = 0.0
 
 
 def optimizer_tensors(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -4330,6 +4332,7 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
     with Progress("train", steps, done=state.step) as progress:
         while state.step < steps and stop.agreed is None:
             values = train_step(run, parts, state, batches)
+            state.steps_here, state.seconds = state.steps_here + 1, state.seconds + values["seconds"]
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
                 state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
@@ -4518,13 +4521,18 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
 
 
-def print_results(run: Run) -> None:
-    """The last lines of a run: where everything is."""
-    log.info(f"done in {time.monotonic() - run.started:.0f} s")
-    results = {"LoRA": LORA_FILE, "pictures": "samples", "card": "README.md", "settings": "config.args"}
-    for label, name in results.items():
-        if (run.output_dir / name).exists():
-            log.info(f"{label:>9}: {run.output_dir / name}")
+def print_results(run: Run, state: TrainState) -> None:
+    """The last lines of a run: what it did, what it took, and where everything is."""
+    facts = {
+        "steps": state.step,
+        "time": timedelta(seconds=round(time.monotonic() - run.started)),
+        "seconds per step": f"{state.seconds / state.steps_here:.3g}" if state.steps_here else "none was left to do",
+        "loss, running mean": f"{state.smoothed_loss or math.nan:.4f}",
+        "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
+    }
+    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
+    log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
 
 # endregion shared: training
@@ -4611,7 +4619,7 @@ def main(args: Args) -> None:
         if run.is_main:
             write_card(run, state, gallery)
             push(run)
-        print_results(run)
+        print_results(run, state)
 
 
 if __name__ == "__main__":

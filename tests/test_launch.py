@@ -5,6 +5,7 @@ Each launch is a module fixture (it costs ten seconds, most of them for imports)
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -146,8 +147,11 @@ def demo(tmp_path_factory, dog):
 def test_the_demo_ends_well_and_says_where_everything_is(demo):
     process, folder, _ = demo
     assert process.returncode == 0, process.stdout
-    ending = process.stdout[process.stdout.index("done in") :]
-    assert f"LoRA: {folder / WEIGHTS}" in ending and f"pictures: {folder / 'samples'}" in ending
+    ending = process.stdout[process.stdout.index("INFO done\n") :]
+    shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in ending.splitlines()[1:9])
+    assert (shown["LoRA"], shown["images"]) == (str(folder / WEIGHTS), str(folder / "samples"))
+    assert shown["steps"] == "4" and float(shown["seconds per step"]) > 0
+    assert float(shown["loss, running mean"]) > 0 and shown["peak memory"].endswith(" GB")
     assert len(losses_of(folder)) == 4
 
 
