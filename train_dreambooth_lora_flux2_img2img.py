@@ -3500,6 +3500,9 @@ class TrainState:
     whole: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
+    update_norm: torch.Tensor | None = None  # of lora_B in the last step
+    stop: StopSignals | None = None
+    signal: int = 0  # the highest that any process had received in the last step
     steps_here: int = 0  # optimizer steps since this start, and the seconds that they took
     seconds: float = 0.0
 
@@ -4352,14 +4355,12 @@ class StopSignals:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
 
-    def agree(self, run: Run) -> None:
-        """Tells the other processes what this one received; the time limit counts as a SIGTERM."""
+    def agree(self, run: Run, known: int) -> None:
+        """Takes over what all processes `known` of each other's signals in this step; the time limit is a SIGTERM."""
         if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
             log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
             self.received = signal.SIGTERM
-        self.agreed = self.received
-        if run.processes > 1:
-            self.agreed = int(gather(torch.tensor([self.received or 0], device=run.device)).max()) or None
+        self.agreed = self.received if run.processes == 1 else known or None
 
 
 def set_up_logging() -> None:
@@ -4468,6 +4469,8 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
+    The host waits for the device once, before the update, for all that it wants to know. So `lora_norm` is the norm of
+    lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
     rows, weights, names = [], [], []
@@ -4482,18 +4485,24 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
             rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
             weights += [stream.weight] * len(sigmas_B)
             names += batch["name"]
+    rows.append(
+        torch.full_like(rows[0][:1], state.stop.received or 0 if state.stop else 0)
+    )  # a signal, for all to know
     rows_N2 = average_over_processes(run, list(state.parameters.values()), torch.cat(rows))
     norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
-    # everything that the host wants to know before the update comes over together, so it waits for the device once
-    *numbers, grad_norm = torch.cat([rows_N2.flatten(), norm[None]]).tolist()
-    row_losses, sigmas = numbers[::2], numbers[1::2]
+    *numbers, grad_norm, lora_norm, update = torch.cat([rows_N2.flatten(), norm[None], norms_of(state)]).tolist()
+    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))  # of each process its samples, and its signal
+    state.signal = int(max(pairs[len(names) :: len(names) + 1])[0])
+    del pairs[len(names) :: len(names) + 1]
+    row_losses, sigmas = (list(column) for column in zip(*pairs, strict=True))
     # mean over the global batch of the weighted sum of the streams' means: what is minimised
     loss = sum(row_losses) / samples_per_step(run)
     values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values |= {"lora_norm": lora_norm, "update_ratio": update / lora_norm if lora_norm else 0.0}
     values |= loss_by_sigma(row_losses, sigmas, weights * run.processes)
     state.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        values |= apply_update(state)
+        apply_update(state)
         state.skipped = 0
     else:
         state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -4537,16 +4546,24 @@ def name_bad_samples(run: Run, step: int, names: list[str], row_losses: list[flo
         log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")
 
 
-def apply_update(state: TrainState) -> dict[str, float]:
-    """The optimizer's step; returns the norm of all lora_B and the size of the update relative to it."""
-    ups = [parameter for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
-    before = [parameter.detach().clone() for parameter in ups]
+def lora_ups(state: TrainState) -> list[nn.Parameter]:
+    """All lora_B: what the LoRA has moved, since they start from 0."""
+    return [parameter for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
+
+
+@torch.no_grad()
+def norms_of(state: TrainState) -> torch.Tensor:
+    """(norm of all lora_B, norm of their last update since this start), on the device."""
+    norm = torch.stack(torch._foreach_norm(lora_ups(state))).norm()
+    return torch.stack([norm, torch.zeros_like(norm) if state.update_norm is None else state.update_norm])
+
+
+def apply_update(state: TrainState) -> None:
+    """The optimizer's step; keeps the norm of the update on the device."""
+    before = [parameter.detach().clone() for parameter in lora_ups(state)]
     state.optimizer.step()
     with torch.no_grad():
-        update = torch.stack(torch._foreach_norm(torch._foreach_sub(ups, before))).norm()
-        norm = torch.stack(torch._foreach_norm(ups)).norm()
-    update, norm = torch.stack([update, norm]).tolist()
-    return {"lora_norm": norm, "update_ratio": update / norm if norm else 0.0}
+        state.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(lora_ups(state), before))).norm()
 
 
 def loss_by_sigma(row_losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
@@ -4608,7 +4625,7 @@ def validation_is_due(run: Run, samples: int, step: int) -> bool:
 
 def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
-    steps, samples = total_steps(run, len(parts.samples)), len(parts.samples)
+    steps, samples, state.stop = total_steps(run, len(parts.samples)), len(parts.samples), stop
     announce_training(run, parts, steps)
     if state.step == 0 and validation_is_due(run, samples, 0):
         track(run, validate(run, parts, state), 0)
@@ -4622,7 +4639,7 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
                 last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
                 state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
             progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
-            stop.agree(run)
+            stop.agree(run, state.signal)
             if stop.agreed is None and validation_is_due(run, samples, state.step):
                 values |= validate(run, parts, state)
             values |= peak_memory(run)

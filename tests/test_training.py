@@ -89,7 +89,7 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, alpha):
 def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(script, quick, monkeypatch):
     """Floats in the file equal the floats in the run; two micro-batches make one line."""
     calls = spy(monkeypatch, script, "watch")  # it gets the values that were written
-    folder = quick("--gradient_accumulation_steps", "2", "--max_train_steps", "4")
+    folder = quick("--gradient_accumulation_steps", "2", "--max_train_steps", "4", "--checkpointing_steps", "1")
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines == [call.args[1] for call in calls]
@@ -100,10 +100,32 @@ def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(
         assert tenths and set(tenths) <= {f"loss_sigma_{tenth / 10}" for tenth in range(10)}
         assert min(tenths.values()) <= line["loss"] <= max(tenths.values())
         assert all(math.isfinite(value) for value in line.values())
-    assert lines[0]["update_ratio"] == 1.0  # lora_B starts from zero
-    stored = lora(folder)
+    assert lines[0]["lora_norm"] == lines[0]["update_ratio"] == 0.0  # lora_B starts from zero
+    assert lines[1]["update_ratio"] == 1.0
+    stored = load_file(folder / "checkpoint-3" / LORA)
     norm = math.sqrt(sum(float(t.double().square().sum()) for name, t in stored.items() if "lora_B" in name))
-    assert lines[-1]["lora_norm"] == pytest.approx(norm, rel=1e-5)
+    assert lines[-1]["lora_norm"] == pytest.approx(norm, rel=1e-5), "of the weights that gave the loss of this line"
+
+
+def test_the_host_waits_for_the_device_once_per_optimizer_step(script, quick, monkeypatch):
+    """Every way to read a number off a tensor is counted, within the step; two micro-batches, one wait."""
+    reads, real = [], script.train_step
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+        return lambda self, *args: reads.append(name) or original(self, *args)
+
+    def step(run, parts, state, batches):
+        ready = [next(batches) for _ in range(2)]  # the loader's work is its workers'
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+                patch.setattr(torch.Tensor, name, counted(name))
+            return real(run, parts, state, iter(ready))
+
+    monkeypatch.setattr(script, "train_step", step)
+    quick("--gradient_accumulation_steps", "2", "--max_train_steps", "3")
+    # AdamW reads its step counts, which are on the CPU
+    assert [name for name in reads if name != "item"] == ["tolist"] * 3
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -482,7 +504,7 @@ def test_prodigy_trains_at_rate_one_and_its_estimate_grows(script, quick, monkey
     assert column(folder, "lr") == [1.0] * 6
     assert estimates == sorted(estimates) and len(set(estimates)) == 6
     norms = column(folder, "lora_norm")
-    assert norms[0] > 0 and norms == sorted(norms)
+    assert norms[0] == 0 < norms[1] and norms == sorted(norms)
 
 
 @pytest.mark.parametrize("switch", ["decouple", "use_bias_correction", "safeguard_warmup"])
@@ -629,7 +651,7 @@ def test_the_schedule_counts_optimizer_steps_and_is_what_the_lr_column_says(quic
     folder = quick("--lr_scheduler", name, "--gradient_accumulation_steps", "2", *flags)
     assert column(folder, "lr") == pytest.approx([1e-3 * factor(step) for step in range(6)], abs=1e-12)
     if name != "constant":
-        assert column(folder, "lora_norm")[0] == 0.0  # the rate of the first step is 0
+        assert column(folder, "lora_norm")[1] == 0.0  # the rate of the first step is 0
 
 
 # -------------------------------------------------------------------------------------------------------------- guards
