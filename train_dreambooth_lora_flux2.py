@@ -445,7 +445,8 @@ def check_model(args: Args) -> Iterator[str]:
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
     if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
-        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+        reason = "a file; give the folder of the images" if os.path.isfile(args.instance_data_dir) else "no such folder"
+        yield f"--instance_data_dir {args.instance_data_dir}: {reason}"
 
 
 def check_quantization(args: Args) -> Iterator[str]:
@@ -527,7 +528,9 @@ def check_launch(args: Args) -> Iterator[str]:
 
 
 def check_text(args: Args) -> Iterator[str]:
-    """Problems of the text encoder flags."""
+    """Problems of the text encoder flags and of the prompts of drawn images."""
+    if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
+        yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
     if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
@@ -650,6 +653,9 @@ def check_own(args: Args) -> Iterator[str]:
     if any(given) and not all(given):
         yield ("--with_prior_preservation, --class_data_dir class_images and --class_prompt 'a photo of a dog' go "
                "together; give all three or none")  # fmt: skip
+    elif all(given) and args.class_prompt == args.instance_prompt:
+        yield ("--class_prompt: is the same as --instance_prompt, and would teach the opposite; leave out what names "
+               "yours: 'a photo of a dog'")  # fmt: skip
 
 
 # differs: the image-to-image script has folders of references too

@@ -448,7 +448,8 @@ def check_model(args: Args) -> Iterator[str]:
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
     if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
-        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+        reason = "a file; give the folder of the images" if os.path.isfile(args.instance_data_dir) else "no such folder"
+        yield f"--instance_data_dir {args.instance_data_dir}: {reason}"
 
 
 def check_quantization(args: Args) -> Iterator[str]:
@@ -530,7 +531,9 @@ def check_launch(args: Args) -> Iterator[str]:
 
 
 def check_text(args: Args) -> Iterator[str]:
-    """Problems of the text encoder flags."""
+    """Problems of the text encoder flags and of the prompts of drawn images."""
+    if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
+        yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
     if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
@@ -2135,6 +2138,8 @@ def check_own_data(run: Run, samples: list[Sample]) -> None:
             f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as "
             f"{large[0]}; the pipelines bring such references down, out of line: choose smaller sizes"
         )
+    if same := [s.source.name for s in samples if s.sha256 in {reference.sha256 for reference in s.references}]:
+        log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
     if not any(sample.references for sample in samples) and (run.args.align_cond_image or run.args.cond_dropout):
         log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     elif run.args.cond_dropout == 1:

@@ -184,6 +184,26 @@ def test_two_words_for_the_resolution_are_led_on_too(refusal):
     assert "unrecognized arguments: 1216. For sizes that are no squares" in message and "Quote" not in message
 
 
+@pytest.mark.parametrize("texts", [("",), ("a dog", " ")])
+def test_an_empty_validation_prompt_is_refused_instead_of_drawn(refusal, texts):
+    assert "--validation_prompt: a text is empty" in refusal("--validation_prompt", *texts)
+
+
+def test_a_class_that_is_called_as_the_instance_is_refused(good, tmp_path, capsys):
+    """Prior preservation would hold the base model's idea of the very words that are to be learned."""
+    t2i = load_arguments("train_dreambooth_lora_flux2.py")
+    flags = ("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt")
+    with pytest.raises(SystemExit):
+        t2i.parse_args([*good, *flags, "a photo of sks dog"])
+    assert "--class_prompt: is the same as --instance_prompt" in capsys.readouterr().err
+    assert t2i.parse_args([*good, *flags, "a photo of a dog"]).with_prior_preservation
+
+
+def test_a_file_instead_of_a_data_folder_is_called_a_file(refusal, tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    assert "photos.zip: a file; give the folder" in refusal("--instance_data_dir", str(tmp_path / "photos.zip"))
+
+
 def test_of_the_processes_of_a_machine_one_tells_a_mistake(parse, good, capsys, monkeypatch):
     for words in (["--rank", "x"], ["--resolution", "500"], ["@no.args"]):
         for local_rank, told in {"0": True, "1": False, "7": False}.items():
