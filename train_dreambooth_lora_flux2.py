@@ -334,7 +334,7 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Prints and ends."""
-        super().exit(status, message if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        super().exit(status, message if not is_launched() or os.environ["LOCAL_RANK"] == "0" else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -716,12 +716,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if __name__ == "__main__":
         end_with_launcher()
     parser = build_parser()
-    speaks = not is_launched() or os.environ["LOCAL_RANK"] == "0"  # one process of each machine
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
     if problems := [problem for check in (*SHARED_CHECKS, check_own) for problem in check(args)]:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}" * speaks)
+        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
     return args
 
 
@@ -1396,7 +1395,9 @@ def tell_columns(origin: Any, count: int, columns: list[str], images: list[str],
     unused = ", ".join(column for column in columns if column not in (*images, caption))
     level = log.warning if unused and caption is None else log.info
     captions = f"captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused)
-    level(f"data: {origin}: {count} rows, images from {', '.join(images)}, {captions}")
+    target, *references = images
+    pairs = f", references from {', '.join(references)}" * bool(references)
+    level(f"data: {origin}: {count} rows, images from {target}{pairs}, {captions}")
 
 
 def inside(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
@@ -3988,7 +3989,8 @@ def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
     newest_first = reversed(list_checkpoints(run.output_dir))
     if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
         return f"{text}  no step has been saved: start again with them"
-    same = [flag for flag in flags if flag in ("--gradient_checkpointing", "--offload", "--fsdp_text_encoder")]
+    harmless = ("--gradient_checkpointing", "--stream_blocks", "--offload", "--fsdp_text_encoder")
+    same = [flag for flag in flags if flag in harmless]
     text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
     return f"{text}    {resume_line(run, *same)}"
 
@@ -4005,7 +4007,7 @@ def memory_flags(run: Run, phase: str) -> list[str]:
         ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
         ("a smaller --max_sequence_length", ["encode prompts"], True),
         ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
-        ("--stream_blocks", base, not (run.args.stream_blocks or run.sharding or run.quantization)),
+        ("--stream_blocks", base, on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization)),
         ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
         (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
         ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),

@@ -295,7 +295,7 @@ def test_the_shipped_files_and_what_diffusers_saves_of_them_are_accepted(script,
     saved = diffusers.BitsAndBytesConfig(**settings_of(kind)).to_dict()
     (tmp_path / "saved.json").write_text(json.dumps({**saved, "quant_method": "bitsandbytes"}, default=str))
     for path in (flags_of(kind)[1], str(tmp_path / "saved.json")):
-        text = refused(script, capsys, "--bnb_quantization_config_path", path, "--rank", "0")
+        text = refused(script, capsys, "--bnb_quantization_config_path", path, "--resolution", "500")
         assert "1 problem " in text and "--bnb" not in text
 
 

@@ -205,6 +205,8 @@ def test_a_file_instead_of_a_data_folder_is_called_a_file(refusal, tmp_path):
 
 
 def test_of_the_processes_of_a_machine_one_tells_a_mistake(parse, good, capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
     for words in (["--rank", "x"], ["--resolution", "500"], ["@no.args"]):
         for local_rank, told in {"0": True, "1": False, "7": False}.items():
             monkeypatch.setenv("LOCAL_RANK", local_rank)

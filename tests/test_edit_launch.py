@@ -68,7 +68,8 @@ def test_the_image_to_image_command_of_the_guide_leaves_the_promised_files(relig
 
 def test_every_row_of_the_data_set_has_its_reference_and_the_log_says_so(relighting):
     process, folder, _ = relighting
-    assert f"{PAIRS} rows of pairs" in process.stdout and "references from file_name" in process.stdout
+    told = f"pairs: {PAIRS} rows, images from output, references from file_name, captions from instruction"
+    assert told in process.stdout
     assert "have no reference" not in process.stdout
     assert f"{2 * PAIRS} pictures checked" in process.stdout
     assert len(list((folder / "cache" / "latents").iterdir())) == 2 * PAIRS

@@ -190,7 +190,7 @@ def test_that_error_ends_a_program_with_exit_code_2(script):
 
 def test_a_repository_is_made_only_after_the_data_is_checked(script, train, hub, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(script.UserError, match="no picture"):
+    with pytest.raises(script.UserError, match="no image"):
         train("--push_to_hub", "--instance_data_dir", tmp_path / "empty")
     assert hub.created == []
 

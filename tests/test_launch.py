@@ -357,7 +357,7 @@ def test_a_data_error_of_a_program_is_one_message_and_exit_code_2(program, tmp_p
     (tmp_path / "empty").mkdir()
     process = launch("python", program, *flags(tmp_path / "out", tmp_path / "empty"), home=tmp_path)
     assert process.returncode == 2, process.stdout
-    assert "error: --instance_data_dir" in process.stdout and "no picture" in process.stdout
+    assert "error: --instance_data_dir" in process.stdout and "no image" in process.stdout
     assert "Traceback" not in process.stdout
 
 

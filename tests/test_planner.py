@@ -219,7 +219,8 @@ def test_a_compiled_row_runs_in_a_process_of_its_own_and_says_what_was_compiled(
     monkeypatch.setattr(gpu_benchmark, "COMPILE_SECONDS", 0.0)
     values = gpu_benchmark.measure_alone(row)
     assert values["graphs"] >= 2 and values["steps"] >= 1
-    assert "no-such-model" in gpu_benchmark.attempt({**row, "model": "no-such-model"})["failed"]
+    failed = gpu_benchmark.attempt({**row, "model": "lab/no-such-model"})["failed"]
+    assert failed.startswith("RuntimeError: ") and "LocalEntryNotFoundError" in failed, "the last line of the process"
 
 
 def test_a_machine_without_bitsandbytes_loses_no_row(gpu_benchmark, small, tmp_path, monkeypatch):

@@ -487,7 +487,7 @@ def test_usual_names_of_reference_columns_are_found_in_metadata_as_in_data_sets(
     write_metadata(pairs, {"file_name": "t0.jpg", column: "a0.jpg", "text": "x"}, {"file_name": "t1.jpg", "text": "y"})
     with log_lines() as lines:
         assert listed(i2i, pairs) == [("t0.jpg", "x", ["a0.jpg"]), ("t1.jpg", "y", [])]
-    assert any(f"images from file_name, {column}, captions from text" in line for line in lines)
+    assert any(f"images from file_name, references from {column}, captions from text" in line for line in lines)
     assert any("4 .jpg file(s) not used" in line and "'a1.jpg'" in line for line in lines)
 
 
@@ -648,7 +648,9 @@ def test_reference_columns_are_found_by_usual_names_only_where_they_hold_picture
     with log_lines() as lines:
         rows = rows_of(i2i, name, tmp_path)
     assert [source.name for source in rows[0].references] == ["row 0, cond_image"]
-    assert any("images from image, cond_image" in line and "not used: mask, source" in line for line in lines)
+    assert any(
+        "images from image, references from cond_image" in line and "not used: mask, source" in line for line in lines
+    )
 
 
 def test_a_missing_reference_column_of_a_data_set_names_those_there_are(i2i, tmp_path, photo_paths):
