@@ -563,7 +563,7 @@ def test_a_strip_shows_the_place_that_the_crop_asks_for(script, monkeypatch):
         assert (whole - first).abs().mean() < 0.02
 
 
-def test_the_readme_says_where_captions_come_from():
+def test_the_page_on_data_says_where_captions_come_from():
     """The usual columns and the split."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert "--dataset_split" in text and "`description`" in text
