@@ -236,7 +236,7 @@ def sequence(job: Job) -> list[int]:
 
 
 def target_tokens(side: int) -> int:
-    """Tokens of a square picture."""
+    """Tokens of a square image."""
     return (side // 16) ** 2
 
 
@@ -271,7 +271,7 @@ def encoder_config(run: Any) -> Any:
 
 @cache
 def count_vae(job: Job) -> int:
-    """Peak bytes of encoding one picture of the largest size with the script's fp32 autoencoder."""
+    """Peak bytes of encoding one image of the largest size with the script's fp32 VAE."""
     counter, side = LiveStorages(), max(sequence(job))
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder)
@@ -430,7 +430,7 @@ def tell_what_fits(job: Job, gpu_gb: float, bases: Iterable[str] = BASES) -> lis
         row = {**plan(job, base, share), "gpu_gb": gpu_gb, "command": command_line(job, base, share, gpu_gb)}
         found.append(row)
         print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
-              f"{row['encoder_gb']:.1f} GB, autoencoder {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
+              f"{row['encoder_gb']:.1f} GB, VAE {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
               f"{time_words(row)}\n\n{row['command']}\n")  # fmt: skip
     print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
     return found
@@ -502,7 +502,7 @@ def speed_lines() -> Iterator[str]:
 
 def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown lines: what comes before training, for each model."""
-    yield "| predicted GB before training | text encoder | autoencoder, 1 MP | host | a prompt / 1 MP picture on disk |"
+    yield "| predicted GB before training | text encoder | VAE, 1 MP | host | a prompt / 1 MP image on disk |"
     yield "|---|---|---|---|---|"
     for model in dict.fromkeys(row["model"] for row in rows):
         row = max(
