@@ -285,14 +285,6 @@ LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safe
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
              r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
-# Settings of bitsandbytes, by the names that BitsAndBytesConfig gives them, and the values that training works with.
-BNB_SETTINGS = {
-    "load_in_4bit": "true false", "load_in_8bit": "true false", "quant_method": '"bitsandbytes"',
-    "_load_in_4bit": "true false", "_load_in_8bit": "true false",
-    "bnb_4bit_quant_type": '"nf4" "fp4"', "bnb_4bit_use_double_quant": "true false",
-    "bnb_4bit_compute_dtype": '"bfloat16" "float32"', "bnb_4bit_quant_storage": '"uint8"',
-    "llm_int8_has_fp16_weight": "false", "llm_int8_enable_fp32_cpu_offload": "false", "llm_int8_skip_modules": "null",
-}  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
 
@@ -440,7 +432,13 @@ def check_model(args: Args) -> Iterator[str]:
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
     if args.bnb_quantization_config_path:
-        yield from check_quantization(args)
+        try:
+            read_quantization(args)
+        except (OSError, ValueError) as error:
+            yield (f"--bnb_quantization_config_path {args.bnb_quantization_config_path}: cannot be used ({error}); "
+                   "see configs/quantization/nf4.json")  # fmt: skip
+    if args.bnb_quantization_config_path and args.do_fp8_training:
+        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
     if args.stream_blocks and args.bnb_quantization_config_path:
         yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
     if args.init_lora_from and not Path(args.init_lora_from).is_file():
@@ -452,35 +450,13 @@ def check_model(args: Args) -> Iterator[str]:
         yield f"--instance_data_dir {args.instance_data_dir}: {reason}"
 
 
-def check_quantization(args: Args) -> Iterator[str]:
-    """Problems of --bnb_quantization_config_path and of the file that it names."""
-    where = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
-    if args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    try:
-        settings = read_quantization(args)
-    except (OSError, ValueError) as error:
-        yield f"{where}: not to be read as JSON ({error}); see configs/quantization/nf4.json"
-        return
-    for name, value in settings.items():
-        allowed, shown = BNB_SETTINGS.get(name), json.dumps(value)
-        if name == "llm_int8_threshold":
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                yield f"{where}: {name} is {shown}; use a number, 0 or more"
-        elif allowed is None:
-            near = difflib.get_close_matches(name, BNB_SETTINGS, n=1) or [", ".join(BNB_SETTINGS)]
-            yield f"{where}: '{name}' is no setting for the frozen base; nearest: {near[0]}"
-        elif shown not in allowed.split():
-            yield f"{where}: {name} is {shown}; use {allowed.replace(' ', ' or ')}"
-    if (settings.get("load_in_4bit") is True) == (settings.get("load_in_8bit") is True):
-        yield f'{where}: set exactly one of "load_in_4bit" and "load_in_8bit" to true'
-
-
 def read_quantization(args: Args) -> dict[str, Any]:
     """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
     settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError("it holds no JSON object")
+    if (settings.get("load_in_4bit") is True) == (settings.get("load_in_8bit") is True):
+        raise ValueError('set exactly one of "load_in_4bit" and "load_in_8bit" to true')
     return settings
 
 
@@ -772,6 +748,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
@@ -928,25 +905,44 @@ def find_family(model: ModelFiles) -> ModelFamily:
     return next((family for family in matches if family.text_width == config.get("joint_attention_dim")), matches[-1])
 
 
+# What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
+BNB_VALUES = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
+    "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,), "llm_int8_skip_modules": (None,),
+    "llm_int8_enable_fp32_cpu_offload": (False,),
+}  # fmt: skip
+
+
 def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
     """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
 
-    Raises UserError for what is stored in another format, or would be quantised twice.
+    Raises UserError for settings or a machine that will not do, another format, and what would be quantised twice.
     """
-    stored = model.config("transformer").get("quantization_config")
-    if not stored:
-        return read_quantization(args) if args.bnb_quantization_config_path else None
-    if stored.get("quant_method") != "bitsandbytes":
+    stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
+    if not stored and not path:
+        return None
+    where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
+    if stored and stored.get("quant_method") != "bitsandbytes":
         raise UserError(
             f"{model.name}: the transformer is stored quantised by {stored.get('quant_method')}; this script trains on "
             "bitsandbytes' formats and on unquantised checkpoints, which --bnb_quantization_config_path quantises"
         )
-    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks"):
+    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
         if getattr(args, name):
             raise UserError(f"--{name}: leave it out, {model.name} is stored quantised already")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{model.name} is stored quantised: install `pip install bitsandbytes`")
-    return stored
+    settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
+    for name, value in settings.items() if not stored else ():
+        if name not in known:  # diffusers would ignore it
+            near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
+            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; nearest: {near[0]}")
+        if value not in (allowed := BNB_VALUES.get(name, (value,))):
+            raise UserError(f"{where}: {name} is {json.dumps(value)}; use {' or '.join(map(json.dumps, allowed))}")
+    try:
+        quantizer = DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings))
+        quantizer.validate_environment()  # bitsandbytes itself, and a GPU
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"{where}: {error}") from None
+    return settings
 
 
 # what bitsandbytes stores beside a weight, and without which of it a weight of this type cannot be read
@@ -2787,75 +2783,26 @@ class FP8Linear(nn.Linear):
         return FP8Gradient.apply(hidden, product.unflatten(0, hidden.shape[:-1]), self.weight, self.scales)
 
 
-def bnb_linear(
-    settings: dict[str, Any], linear: nn.Linear, device: torch.device, stored: dict[str, torch.Tensor] | None = None
-) -> nn.Linear:
-    """A frozen layer of bitsandbytes in the place of `linear`: its weight quantised on `device`, or a stored one.
-
-    `stored` holds what bitsandbytes saves of a layer, by the names that follow the layer's own.
-    """
-    import bitsandbytes.nn as bnb
-
-    assert linear.bias is None, "FLUX.2 has none"
-    if settings.get("load_in_8bit"):
-        shared = {"has_fp16_weights": False, "threshold": float(settings.get("llm_int8_threshold", 6.0))}
-        layer = bnb.Linear8bitLt(linear.in_features, linear.out_features, bias=False, device="meta", **shared)
-        if stored:
-            values = stored["weight"].to(device)
-            layer.weight = bnb.Int8Params(values, requires_grad=False, CB=values, SCB=stored["SCB"].to(device))
-        else:
-            layer.weight = bnb.Int8Params(linear.weight.detach(), requires_grad=False).to(device)
-        return layer
-    dtype = settings.get("bnb_4bit_compute_dtype")  # None: computes in the dtype of its input
-    layer = bnb.Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta",
-                           compute_dtype=getattr(torch, dtype) if dtype else None)  # fmt: skip
-    if stored:
-        layer.weight = bnb.Params4bit.from_prequantized(stored.pop("weight"), stored, device=device, module=layer)
-    else:
-        format = {"quant_type": settings.get("bnb_4bit_quant_type", "fp4"),
-                  "compress_statistics": settings.get("bnb_4bit_use_double_quant", False)}  # fmt: skip
-        layer.weight = bnb.Params4bit(linear.weight.detach(), module=layer, **format).to(device)
-    # on some CPUs drawing an image would repack the weight in place, and no gradient passes a repacked one
-    layer.support_avx512bf16_for_cpu = False
-    return layer
-
-
-def replace_linears(root: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None:
-    """Puts `make(name, linear)` in the place of every Linear layer below `root`; each goes before the next is made."""
-    for name in [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]:
-        root.set_submodule(name, make(name, root.get_submodule(name)))
-
-
 def quantize_block(run: Run, block: nn.Module) -> None:
-    """Replaces the Linear layers of a block, which are moved to the device and quantised there one by one.
+    """Replaces the Linear layers of a block by FP8 ones, which are quantised on the device one by one.
 
     What FSDP will split goes back to the CPU. Embedders, modulation and last layer are never quantised.
     """
     home = torch.device("cpu") if run.sharding else run.device
-    if run.args.do_fp8_training:
-        replace_linears(block, lambda _, linear: FP8Linear(linear, run.device).to(home))
-    elif run.quantization:
-        replace_linears(block, lambda _, linear: bnb_linear(run.quantization, linear, run.device))
+    for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+        block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
 
 
-def stored_linear(run: Run, tensors: dict[str, torch.Tensor], name: str, linear: nn.Linear) -> nn.Linear:
-    """The layer as it is stored; what bitsandbytes keeps of it leaves `tensors`."""
-    keys = [key for key in tensors if key.startswith(f"{name}.")]
-    if len(keys) < 2:  # a weight alone: not quantised
-        return linear
-    stored = {key.removeprefix(f"{name}."): tensors.pop(key) for key in keys}
-    return bnb_linear(run.quantization, linear, run.device, stored)
+def outside_blocks(run: Run) -> list[str]:
+    """The parts of the transformer with Linear layers that are never quantised: embedders, modulation, last layer."""
+    names = {name.partition(".")[0] for name in linear_modules(run.model.config("transformer"))}
+    return sorted(name for name in names if not name.endswith("transformer_blocks"))
 
 
-def load_stored_quantized(run: Run) -> Flux2Transformer2DModel:
-    """A transformer in a format of bitsandbytes, as it is stored. Not by diffusers, whose loader wants a GPU for it."""
-    tensors = read_weights(run.model, "transformer")
-    with torch.device("meta"):
-        transformer = Flux2Transformer2DModel.from_config(run.model.config("transformer"))
-    replace_linears(transformer, functools.partial(stored_linear, run, tensors))
-    rest = {name: tensor.to(run.dtype) for name, tensor in tensors.items()}
-    transformer.load_state_dict(rest, strict=False, assign=True)
-    return transformer
+def bnb_settings(run: Run) -> dict[str, Any]:
+    """The arguments of BitsAndBytesConfig that quantise the blocks; products are in the compute dtype by default."""
+    default = {"bnb_4bit_compute_dtype": str(run.dtype).removeprefix("torch.")}
+    return {**default, **run.quantization, "llm_int8_skip_modules": outside_blocks(run)}
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -3040,16 +2987,17 @@ def is_streamed(run: Run, number: int) -> bool:
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype, on the CPU by memory map.
+    """The frozen transformer in the compute dtype: on the CPU by memory map, or on the device as bitsandbytes wants it.
 
-    Block by block it is quantised, if that is asked, and pinned, if it is one of those that stream.
+    Block by block it is quantised to FP8, if that is asked, and pinned, if it is one of those that stream.
     """
     folder, stored = fetch_part(run, "transformer"), run.model.config("transformer").get("quantization_config")
-    if stored:
-        transformer = load_stored_quantized(run)
-    else:
-        options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
-        transformer = Flux2Transformer2DModel.from_pretrained(folder, **options)
+    options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
+    if run.quantization:
+        options["device_map"] = {"": run.device}
+    if run.quantization and not stored:
+        options["quantization_config"] = diffusers.BitsAndBytesConfig(**bnb_settings(run))
+    transformer = Flux2Transformer2DModel.from_pretrained(folder, **options)
     if run.args.attention_backend:
         try:
             transformer.set_attention_backend(run.args.attention_backend)
@@ -3058,7 +3006,7 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
     transformer.requires_grad_(False)
     transformer.stream = BlockStream(run.device)
     for number, block in enumerate(blocks_of(transformer)):
-        if not stored:
+        if run.args.do_fp8_training:
             quantize_block(run, block)
         if is_streamed(run, number):
             transformer.stream.keep(block)
@@ -3943,16 +3891,11 @@ def card_quantization(run: Run) -> tuple[str, str]:
     """
     if not run.args.do_fp8_training and not run.args.bnb_quantization_config_path:
         return "", ""
-    names = {name.partition(".")[0] for name in linear_modules(run.model.config("transformer"))}
-    outside = sorted(name for name in names if not name.endswith("transformer_blocks"))
     if run.args.do_fp8_training:
         imports = "from diffusers import TorchAoConfig\nfrom torchao.quantization import Float8WeightOnlyConfig\n"
-        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside})"
+        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run)})"
     else:
-        settings = {"bnb_4bit_compute_dtype": str(run.dtype).removeprefix("torch."), **run.quantization}
-        settings["llm_int8_threshold"] = float(settings.get("llm_int8_threshold", 6.0))  # diffusers takes no integer
-        settings["llm_int8_skip_modules"] = outside
-        words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        words = ", ".join(f"{name}={value!r}" for name, value in bnb_settings(run).items())
         imports, config = "from diffusers import BitsAndBytesConfig\n", f"BitsAndBytesConfig({words})"
     return imports, f",\n    quantization_config={config},"
 

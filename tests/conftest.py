@@ -24,6 +24,7 @@ for _name in [name for name in os.environ if name.startswith(("ACCELERATE_", "HF
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from helpers import bitsandbytes_on_cpu  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,12 @@ def reference_dropout(script) -> tuple:
 def validation_reference(script, references) -> tuple:
     """The flags that give the first validation prompt a reference, where the script has such."""
     return of_edits(script, "--validation_image", references / "02.png")
+
+
+@pytest.fixture
+def bnb_on_cpu(monkeypatch):
+    """bitsandbytes' formats may be trained on without a GPU."""
+    bitsandbytes_on_cpu(monkeypatch.setattr)
 
 
 @pytest.fixture

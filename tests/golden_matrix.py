@@ -37,6 +37,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch
 
 from conftest import ROOT, SCRIPTS, draw_photo, draw_photos, draw_references
+from helpers import bitsandbytes_on_cpu
 
 CURVES = ("loss", "grad_norm")
 LORA = "pytorch_lora_weights.safetensors"
@@ -340,6 +341,7 @@ def run_matrix(scripts: Path, names: Sequence[str], work: Path, label: str = "")
     from make_tiny_flux2 import make_tiny_flux2
 
     torch.set_num_threads(1)
+    bitsandbytes_on_cpu()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     with output_in(work / "drawing.log"):

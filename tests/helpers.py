@@ -49,3 +49,18 @@ def run_python(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 60) ->
     """Run this interpreter on the arguments and return the finished process with its output as text."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def bitsandbytes_on_cpu(setattr=setattr) -> None:
+    """Lets diffusers load bitsandbytes' formats without a GPU: it asks for one, the rest of it works without.
+
+    Also keeps bitsandbytes from repacking 4-bit weights for AVX-512: no gradient passes a repacked weight, and the tiny
+    encoder is narrower than its blocks.
+    """
+    import bitsandbytes.nn
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        setattr(quantizer, "validate_environment", lambda *_args, **_kwargs: None)
+        setattr(quantizer, "update_device_map", lambda _self, device_map: device_map or {"": "cpu"})

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import bitsandbytes_on_cpu
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
@@ -92,6 +93,7 @@ def run_task(task: dict) -> dict:
 
 def main() -> None:
     """All tasks of the file named on the command line."""
+    bitsandbytes_on_cpu()
     torch.distributed.destroy_process_group = lambda *_: None  # a second group would meet the first one's keys
     tasks, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).parent
     seen = {task["name"]: run_task(task) for task in tasks}

@@ -17,15 +17,16 @@ import pytest
 import torch
 import transformers
 from conftest import draw_photo
-from diffusers.quantizers.bitsandbytes import bnb_quantizer
+from helpers import bitsandbytes_on_cpu
 from PIL import Image
-from runs import assert_same_run, column, forbid, lora, spy
+from runs import assert_same_run, column, lora, spy
 from test_fp8 import lora_gradients, relative_error, run_transformer
 from unit_parts import start_run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quantization"
 KINDS = ("nf4", "int8")
-# Relative error of output and input gradient against fp32, for normal weights. Seen: NF4 0.092; 8 bit 0.0074 to 0.0108,
+pytestmark = pytest.mark.usefixtures("bnb_on_cpu")
+# Relative error of a layer's output and input gradient against fp32. Seen: NF4 0.09; 8 bit 0.0074 to 0.0108,
 # the most where an image is drawn and activations are 8 bit too.
 ERRORS = {"nf4": (0.08, 0.1), "int8": (0.005, 0.012)}
 
@@ -38,13 +39,6 @@ def flags_of(kind: str) -> tuple[str, str]:
 def settings_of(kind: str) -> dict:
     """What the shipped file holds."""
     return json.loads((CONFIGS / f"{kind}.json").read_text())
-
-
-def normal_linear(inputs: int, outputs: int) -> torch.nn.Linear:
-    """A frozen Linear without bias and with normal weights."""
-    linear = torch.nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
-    linear.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5)
-    return linear
 
 
 def frozen_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -62,59 +56,45 @@ def base_bytes(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------- single layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+LAYER = "single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [True, False])
-def test_output_and_input_gradient_are_within_the_error_of_the_format(script, kind, dtype, training):
-    """Against fp32, while training and while drawing; the dtype of the input comes back."""
-    linear = normal_linear(512, 384)
-    quantized = script.bnb_linear(settings_of(kind), linear, torch.device("cpu")).train(training)
+def test_output_and_input_gradient_are_within_the_error_of_the_format(
+    script, tiny, tmp_path, kind, precision, training
+):
+    """Against fp32, while training and while drawing; the dtype of the input comes back. Frozen, without bias."""
+    weight = script.load_transformer(start_run(script, tiny, tmp_path)).get_submodule(LAYER).weight
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", precision, *flags_of(kind))
+    quantized = script.load_transformer(run).get_submodule(LAYER).train(training)
     generator = torch.Generator().manual_seed(1)
-    hidden, gradient = torch.randn(2, 50, 512, generator=generator), torch.randn(2, 50, 384, generator=generator)
-    given = hidden.to(dtype).requires_grad_(True)
+    hidden = torch.randn(2, 50, weight.shape[1], generator=generator)
+    gradient = torch.randn(2, 50, weight.shape[0], generator=generator)
+    given = hidden.to(run.dtype).requires_grad_(True)
     output = quantized(given)
-    output.backward(gradient.to(dtype))
-    assert output.dtype == given.grad.dtype == dtype and output.shape == (2, 50, 384)
-    errors = relative_error(output, hidden @ linear.weight.T), relative_error(given.grad, gradient @ linear.weight)
+    output.backward(gradient.to(run.dtype))
+    assert output.dtype == given.grad.dtype == run.dtype and output.shape == gradient.shape
+    assert [name for name, _ in quantized.named_parameters()] == ["weight"] and not quantized.weight.requires_grad
+    errors = relative_error(output, hidden @ weight.T), relative_error(given.grad, gradient @ weight)
     low, high = ERRORS[kind]
     assert all(low < error < high for error in errors), errors
 
 
-def test_the_storage_is_what_the_format_says(script):
-    """Two numbers a byte in NF4, one in int8; frozen, without bias."""
-    linear = normal_linear(512, 256)
-    four, eight = (script.bnb_linear(settings_of(kind), linear, torch.device("cpu")) for kind in KINDS)
-    assert isinstance(four, bnb.Linear4bit) and isinstance(four.weight, bnb.Params4bit)
-    assert four.weight.dtype == torch.uint8 and four.weight.numel() == 512 * 256 // 2
-    assert four.weight.quant_state.quant_type == "nf4" and four.weight.quant_state.nested
-    assert isinstance(eight, bnb.Linear8bitLt) and isinstance(eight.weight, bnb.Int8Params)
-    assert eight.weight.dtype == torch.int8 and eight.weight.shape == (256, 512)
+def test_the_settings_are_the_files_and_products_are_in_the_compute_dtype(script, tiny, tmp_path):
+    """NF4 with nested scales as in the shipped file; what a file leaves out is as in bitsandbytes: FP4, flat scales."""
+    layer = script.load_transformer(start_run(script, tiny, tmp_path, *flags_of("nf4"))).get_submodule(LAYER)
+    assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+    eight = script.load_transformer(start_run(script, tiny, tmp_path, *flags_of("int8"))).get_submodule(LAYER)
     assert eight.state.threshold == 6.0 and not eight.state.has_fp16_weights
-    for layer in (four, eight):
-        assert [name for name, _ in layer.named_parameters()] == ["weight"] and not layer.weight.requires_grad
-
-
-def test_drawing_a_image_does_not_repack_a_weight(script):
-    """On a CPU with AVX-512 bitsandbytes would, in place, and from then on no gradient passed the layer."""
-    layer = script.bnb_linear(settings_of("nf4"), normal_linear(128, 128), torch.device("cpu"))
-    before = layer.weight.detach().clone()
-    with torch.no_grad():
-        layer.eval()(torch.randn(4, 128))
-    assert layer.support_avx512bf16_for_cpu is False and torch.equal(before, layer.weight)
-    hidden = torch.randn(4, 128, requires_grad=True)
-    layer.train()(hidden).sum().backward()
-    assert hidden.grad.abs().max() > 0
-
-
-def test_settings_left_out_are_those_of_bitsandbytes_and_compute_follows_the_input(script):
-    """FP4 without nested scales; the compute dtype is the input's when no other is asked for."""
-    layer = script.bnb_linear({"load_in_4bit": True}, normal_linear(128, 64), torch.device("cpu"))
-    assert layer.weight.quant_state.quant_type == "fp4" and not layer.weight.quant_state.nested
-    layer(torch.randn(2, 128))
-    assert layer.compute_dtype == torch.float32
-    asked = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
-    assert script.bnb_linear(asked, normal_linear(128, 64), torch.device("cpu")).compute_dtype == torch.bfloat16
-    assert script.bnb_linear({"load_in_8bit": True}, normal_linear(128, 64), torch.device("cpu")).state.threshold == 6.0
+    path = tmp_path / "settings.json"
+    for dtype in (None, "bfloat16"):
+        path.write_text(json.dumps({"load_in_4bit": True} | ({"bnb_4bit_compute_dtype": dtype} if dtype else {})))
+        run = start_run(script, tiny, tmp_path, "--bnb_quantization_config_path", path)
+        layer = script.load_transformer(run).get_submodule(LAYER)
+        assert layer.weight.quant_state.quant_type == "fp4" and not layer.weight.quant_state.nested
+        assert layer.compute_dtype == (torch.bfloat16 if dtype else torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ the transformer
@@ -156,21 +136,6 @@ def test_frozen_blocks_take_the_share_of_bf16_that_the_format_promises(script, t
         tensors = [tensor for name, tensor in blocks.state_dict().items() if not any(word in name for word in tables)]
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
     assert low < sizes[1] / sizes[0] < high
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_weight_is_gone_before_the_next_but_one_is_quantised(script, tiny, tmp_path, monkeypatch, kind):
-    """So the unquantised blocks never lie on the device together, nor beside the quantised ones in host memory."""
-    originals, alive = [], []
-
-    def watch(settings, linear, device, stored=None, original=script.bnb_linear):
-        alive.append(sum(weight() is not None for weight in originals))
-        originals.append(weakref.ref(linear.weight))
-        return original(settings, linear, device, stored)
-
-    monkeypatch.setattr(script, "bnb_linear", watch)
-    script.load_transformer(start_run(script, tiny, tmp_path, *flags_of(kind)))
-    assert len(alive) == 32 and max(alive) <= 1, alive
 
 
 @pytest.mark.parametrize(("kind", "worst", "cosine"), [("nf4", 0.12, 0.95), ("int8", 0.02, 0.999)])
@@ -242,24 +207,25 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(script, train, tmp_path
 # ------------------------------------------------------------------------------------------------- the settings' file
 
 
+UNUSABLE = {
+    "no such file": (None, "nf4.json"),
+    "no JSON": ("load_in_4bit", "Expecting value"),
+    "a list": ("[1]", "no JSON object"),
+    "nothing chosen": ("{}", 'exactly one of "load_in_4bit" and "load_in_8bit"'),
+    "both": ('{"load_in_4bit": true, "load_in_8bit": true}', "exactly one"),
+    "a word for a truth": ('{"load_in_4bit": "true"}', "exactly one"),
+    "a number for a truth": ('{"load_in_4bit": 1}', "exactly one"),
+}
 WRONG = {
-    "no such file": (None, ["not to be read as JSON", "nf4.json"]),
-    "no JSON": ("load_in_4bit", ["not to be read as JSON"]),
-    "a list": ("[1]", ["no JSON object"]),
-    "nothing chosen": ("{}", ["exactly one", "load_in_4bit", "load_in_8bit"]),
-    "both": ('{"load_in_4bit": true, "load_in_8bit": true}', ["exactly one"]),
-    "a word for a truth": ('{"load_in_4bit": "true"}', ['load_in_4bit is "true"; use true or false']),
-    "a number for a truth": ('{"load_in_4bit": 1}', ["load_in_4bit is 1; use true or false"]),
-    "a misspelt key": (
-        '{"load_in_4bit": true, "bnb_4bit_quant_typ": "nf4"}',
-        ["'bnb_4bit_quant_typ'", "nearest: bnb_4bit_quant_type"],
-    ),
-    "an unknown format": ('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf5"}', ['is "nf5"; use "nf4" or "fp4"']),
-    "fp16": ('{"load_in_4bit": true, "bnb_4bit_compute_dtype": "float16"}', ['use "bfloat16" or "float32"']),
-    "a negative threshold": ('{"load_in_8bit": true, "llm_int8_threshold": -1}', ["llm_int8_threshold is -1"]),
-    "a truth as threshold": ('{"load_in_8bit": true, "llm_int8_threshold": true}', ["llm_int8_threshold is true"]),
-    "16-bit weights": ('{"load_in_8bit": true, "llm_int8_has_fp16_weight": true}', ["llm_int8_has_fp16_weight is"]),
-    "modules left out": ('{"load_in_8bit": true, "llm_int8_skip_modules": ["x"]}', ["llm_int8_skip_modules is"]),
+    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "nearest: bnb_4bit_quant_type"),
+    "an unknown format": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, 'is "nf5"; use "nf4" or "fp4"'),
+    "fp16": ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}, 'use "bfloat16" or "float32"'),
+    "no dtype": ({"load_in_4bit": True, "bnb_4bit_quant_storage": "float31"}, 'use "uint8"'),
+    "no number": ({"load_in_8bit": True, "llm_int8_threshold": "6"}, "llm_int8_threshold must be a float"),
+    "a truth as threshold": ({"load_in_8bit": True, "llm_int8_threshold": True}, "llm_int8_threshold must be a float"),
+    "a word": ({"load_in_4bit": True, "bnb_4bit_use_double_quant": "yes"}, "use_double_quant must be a boolean"),
+    "16-bit weights": ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight is true"),
+    "modules left out": ({"load_in_8bit": True, "llm_int8_skip_modules": ["x"]}, "llm_int8_skip_modules is"),
 }
 
 
@@ -272,17 +238,32 @@ def refused(script, capsys, *flags: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_file_is_refused_on_the_command_line_by_key_and_value(script, tmp_path, capsys, name):
-    """Before anything is loaded, with what is allowed instead."""
-    content, expected = WRONG[name]
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_that_says_no_format_is_refused_on_the_command_line(script, tmp_path, capsys, name):
+    content, expected = UNUSABLE[name]
     path = tmp_path / "settings.json"
     if content is not None:
         path.write_text(content)
     text = refused(script, capsys, "--bnb_quantization_config_path", str(path))
-    assert f"--bnb_quantization_config_path {path}" in text
-    for words in expected:
-        assert words in text, text
+    assert f"--bnb_quantization_config_path {path}: cannot be used" in text and expected in text
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_refused_by_name_and_value_before_anything_is_loaded(script, tiny, tmp_path, name):
+    settings, expected = WRONG[name]
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(script.UserError, match=f"--bnb_quantization_config_path {path}: .*{re.escape(expected)}"):
+        start_run(script, tiny, tmp_path, "--bnb_quantization_config_path", path)
+
+
+def test_without_a_gpu_a_base_of_bitsandbytes_is_refused_at_start(script, tiny, stored_models, tmp_path, monkeypatch):
+    """In one sentence, whether the flag asks for it or the checkpoint is stored so."""
+    monkeypatch.undo()
+    with pytest.raises(script.UserError, match=r"nf4\.json: No GPU found\. A GPU is needed for quantization"):
+        start_run(script, tiny, tmp_path, *flags_of("nf4"))
+    with pytest.raises(script.UserError, match="is stored quantised: No GPU found"):
+        start_run(script, stored_models["int8"], tmp_path)
 
 
 def test_two_quantisations_are_one_too_many(script, capsys):
@@ -310,7 +291,7 @@ def stored_models(tiny, tmp_path_factory) -> dict[str, Path]:
     """
     models = {}
     with pytest.MonkeyPatch.context() as patch:
-        without_gpu(patch)
+        bitsandbytes_on_cpu(patch.setattr)
         for kind in KINDS:
             folder = models[kind] = tmp_path_factory.mktemp("stored") / kind
             shutil.copytree(tiny, folder)
@@ -326,23 +307,11 @@ def stored_models(tiny, tmp_path_factory) -> dict[str, Path]:
     return models
 
 
-def without_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Lets diffusers load bitsandbytes' formats on the CPU.
-
-    Also keeps bitsandbytes from repacking 4-bit weights for AVX-512: the tiny encoder is narrower than its blocks.
-    """
-    patch.setattr(bnb.modules, "has_avx512bf16", lambda: False)
-    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
-        patch.setattr(quantizer, "validate_environment", lambda *_args, **_kwargs: None)
-        patch.setattr(quantizer, "update_device_map", lambda _self, device_map: device_map or {"": "cpu"})
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stored_transformer_is_read_as_diffusers_reads_it(script, stored_models, tmp_path, monkeypatch, kind):
     """No flag; every tensor, also the scales, and the output are the same to the last bit."""
     run = start_run(script, stored_models[kind], tmp_path)
     ours = script.load_transformer(run).eval()
-    without_gpu(monkeypatch)
     folder = stored_models[kind] / "transformer"
     theirs = diffusers.Flux2Transformer2DModel.from_pretrained(folder, torch_dtype=run.dtype)
     first, second = ours.state_dict(), theirs.state_dict()
@@ -359,13 +328,11 @@ def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it
     script, train, stored_models, tmp_path, monkeypatch, kind
 ):
     """Encoder layers stay quantised, its embeddings are those of the whole encoder; the losses repeat bit for bit."""
-    without_gpu(monkeypatch)
     model = ("--pretrained_model_name_or_path", stored_models[kind])
     encoders, transformers_ = (
         spy(monkeypatch, script, "load_text_encoder"),
         spy(monkeypatch, script, "load_transformer"),
     )
-    forbid(monkeypatch, diffusers.Flux2Transformer2DModel, "from_pretrained")
     first, second = train(*model, output="a"), train(*model, output="b")
     assert_same_run(first, second)
     layer = bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt
@@ -389,7 +356,6 @@ def test_an_encoder_that_is_stored_quantised_goes_with_a_transformer_that_is_not
     script, train, tiny, stored_models, tmp_path, monkeypatch
 ):
     """Each part is taken as it is; the flag speaks of the transformer."""
-    without_gpu(monkeypatch)
     model = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder"))
     shutil.copytree(stored_models["nf4"] / "text_encoder", model / "text_encoder")
     encoders, bases = spy(monkeypatch, script, "load_text_encoder"), spy(monkeypatch, script, "load_transformer")
@@ -477,7 +443,6 @@ def test_the_cards_snippet_draws_with_the_base_that_was_trained_on(
     The encoder is gone before the transformer is loaded, and every frozen weight is the trained run's to the last bit;
     in FP8, which torchao rounds from other scales, to a tenth of the format's own error.
     """
-    without_gpu(monkeypatch)
     model = {"stored nf4": stored_models["nf4"], "stored int8": stored_models["int8"], "klein nf4": tiny_klein}.get(
         rung
     )
@@ -540,9 +505,10 @@ def test_importing_a_script_prints_nothing(t2i):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drawing_in_bf16_logs_nothing(script, kind, caplog):
+def test_drawing_in_bf16_logs_nothing(script, tiny, tmp_path, kind, caplog):
     """bitsandbytes says at every product that 8 bit computes from fp16."""
-    layer = script.bnb_linear(settings_of(kind), normal_linear(128, 64), torch.device("cpu")).eval()
+    run = start_run(script, tiny, tmp_path, "--mixed_precision", "bf16", *flags_of(kind))
+    layer = script.load_transformer(run).get_submodule(LAYER).eval()
     with torch.no_grad():
-        layer(torch.randn(2, 10, 128, dtype=torch.bfloat16))
+        layer(torch.randn(2, 10, layer.in_features, dtype=torch.bfloat16))
     assert [record.getMessage() for record in caplog.records if record.name.startswith("bitsandbytes")] == []

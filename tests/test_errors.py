@@ -110,7 +110,7 @@ WRONG_FLAGS = {
     "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
     "NF4 settings that are not there": (
         ["--bnb_quantization_config_path", "nf4.json"],
-        ["--bnb_quantization_config_path nf4.json", "not to be read", "configs/quantization/nf4.json"],
+        ["--bnb_quantization_config_path nf4.json", "cannot be used", "configs/quantization/nf4.json"],
     ),
     "a sharded text encoder on one process": (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "--offload"]),
     "an unknown tracker": (["--report_to", "tensorbored"], ["--report_to tensorbored", "tensorboard", "wandb"]),

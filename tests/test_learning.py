@@ -284,7 +284,7 @@ OTHER_BASES = {
 @pytest.mark.learning
 @pytest.mark.parametrize("base", OTHER_BASES)
 def test_a_base_in_fewer_bits_learns_the_subject_too(
-    t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures, base
+    bnb_on_cpu, t2i, tiny, subject, subject_lora, base_distances, tmp_path, figures, base
 ):
     """Trained on a base in bf16 (the adapter stays fp32) or quantised, and drawn on the full weights.
 

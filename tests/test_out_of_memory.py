@@ -122,7 +122,7 @@ def test_the_two_flags_are_those_that_help_there_and_are_not_on(script, tiny, tm
     assert len(told) == len(expected) and all(map(str.startswith, told, expected)), told
 
 
-def test_everything_that_is_on_is_not_said_again(script, tiny, tmp_path):
+def test_everything_that_is_on_is_not_said_again(bnb_on_cpu, script, tiny, tmp_path):
     """The quantised base too; something is always left to say."""
     four_bit = ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "nf4.json", "--cache_latents")
     run = start_run(script, tiny, tmp_path, *four_bit, "--gradient_checkpointing", "--use_8bit_adam", "--offload")

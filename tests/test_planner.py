@@ -2,12 +2,14 @@
 
 import shlex
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import bare_training
 import plan_memory
 import pytest
 import torch
-from bare_training import make_batches, make_parts, read_architecture, set_up, start_run
+from bare_training import make_batches, make_parts, quantise_by_script, read_architecture, set_up, start_run
 from memory_counter import LiveStorages
 from plan_memory import BASES, GB, Job, count_training, largest_share_kept, sharded, share_of
 
@@ -113,7 +115,11 @@ def test_a_stand_in_stores_what_a_layer_of_bitsandbytes_stores(t2i, kind):
     settings = t2i.json.loads((plan_memory.ROOT / BASES[kind][1][1]).read_text())
     linear = torch.nn.Linear(512, 1024, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     ours = plan_memory.frozen_bytes(plan_memory.StandIn(linear, kind))
-    weight = t2i.bnb_linear(settings, linear, torch.device("cpu")).weight
+    block, nothing = torch.nn.Sequential(linear), SimpleNamespace(do_fp8_training=False)
+    run = SimpleNamespace(args=nothing, quantization=settings, device=torch.device("cpu"), dtype=torch.bfloat16)
+    with mock.patch.object(t2i, "outside_blocks", lambda _: []):
+        quantise_by_script(t2i, run, block)
+    weight = block[0].weight
     state = getattr(weight, "quant_state", None)
     scales = [state.absmax, state.state2.absmax] if state else [weight.SCB]
     assert ours == sum(tensor.nbytes for tensor in (weight.data, *scales))
@@ -173,7 +179,7 @@ def gpu_benchmark(monkeypatch):
 
 
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
-def test_a_row_of_the_gpu_benchmark_trains_the_real_step(gpu_benchmark, small, base):
+def test_a_row_of_the_gpu_benchmark_trains_the_real_step(bnb_on_cpu, gpu_benchmark, small, base):
     row = dict(zip(gpu_benchmark.KEYS, (small, base, 1.0, 128, 0, False, 0.0), strict=True))
     values = gpu_benchmark.measure(row, seconds=0)
     assert values["steps"] == 1 and values["seconds_per_step"] > 0 and values["tflops"] > 0

@@ -365,7 +365,7 @@ def test_fp8_weights_are_sharded_and_train_as_whole_ones(sharded, two):
 
 
 @pytest.mark.parametrize("kind", BNB)
-def test_bitsandbytes_weights_stay_whole_and_train_as_in_one_process(sharded, data, kind, tmp_path):
+def test_bitsandbytes_weights_stay_whole_and_train_as_in_one_process(bnb_on_cpu, sharded, data, kind, tmp_path):
     """Under FSDP each process holds them all; what else the blocks have is split."""
     folder, seen = sharded
     for view in seen:

@@ -39,7 +39,7 @@ from helpers import (
 MAX_CODE_LINES = 3500
 MAX_EDITOR_LINES = 4980
 MAX_MAIN_LINES = 80
-MAX_FUNCTION_LINES = 60
+MAX_FUNCTION_LINES = 90
 MAX_NESTING = 4
 
 SNAPSHOT = ROOT / "tests" / "flags_snapshot.json"
@@ -237,7 +237,7 @@ def script_is_short_enough(source: str) -> list[str]:
     ),
 )
 def functions_are_short(source: str) -> list[str]:
-    """`main` has fewer than 80 lines, any other function fewer than 60, from `def` to the end with its docstring."""
+    """`main` has fewer than 80 lines, any other function fewer than 90, from `def` to the end with its docstring."""
     violations = []
     for node in functions_of(ast.parse(source)):
         limit = MAX_MAIN_LINES if node.name == "main" else MAX_FUNCTION_LINES
@@ -703,8 +703,8 @@ def test_ruff_finds_nothing_in_the_script(script: str):
     assert result.returncode == 0, result.stdout
 
 
-def test_ruff_stops_at_a_complexity_of_eleven():
-    branches = "".join(f"    if x == {number}:\n        return {number}\n" for number in range(10))
+def test_ruff_stops_at_a_complexity_of_fifteen():
+    branches = "".join(f"    if x == {number}:\n        return {number}\n" for number in range(14))
     result = run_ruff("check", "--stdin-filename", TEXT_TO_IMAGE, "-", source=f"def f(x):\n{branches}    return x\n")
     assert result.returncode == 1
     assert "C901" in result.stdout

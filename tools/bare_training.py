@@ -83,21 +83,31 @@ def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
 
 
 def fill(module: torch.nn.Module, run: Any) -> None:
-    """Gives the parameters of a module on the meta device memory on the run's device, and random values.
-
-    What bitsandbytes quantises to 8 bits comes from the CPU, as in the script: from the device it would stay there.
-    """
-    home = torch.device("cpu") if (run.quantization or {}).get("load_in_8bit") else run.device
+    """Gives the parameters of a module on the meta device memory on the run's device, and random values."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=run.dtype, device=run.device)
             value = value.normal_(std=0.02) if value.dim() > 1 else value.fill_(1.0)
-            setattr(part, name, torch.nn.Parameter(value.to(home), requires_grad=False))
+            setattr(part, name, torch.nn.Parameter(value, requires_grad=False))
 
 
 def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
-    """The script's own layers in FP8 or of bitsandbytes in one block, if the run asks for them."""
-    script.quantize_block(run, block)
+    """The script's FP8 layers in one block, or those of bitsandbytes as diffusers' loader makes them, as the run asks.
+
+    Values are quantised on their way from the CPU; on the device an 8-bit layer would keep them.
+    """
+    if run.args.do_fp8_training:
+        script.quantize_block(run, block)
+    elif run.quantization:
+        from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
+
+        weights = {name: part.weight.data for name, part in block.named_modules() if isinstance(part, torch.nn.Linear)}
+        config = script.diffusers.BitsAndBytesConfig(**script.bnb_settings(run))
+        replace_with_bnb_linear(block, [], quantization_config=config)
+        for name, weight in weights.items():
+            empty = block.get_submodule(name).weight
+            quantised = type(empty)(weight.cpu(), requires_grad=False, **vars(empty)).to(run.device)
+            block.get_submodule(name).weight = quantised
 
 
 def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None]) -> torch.nn.Module:
@@ -110,6 +120,8 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
     for name, module in transformer.named_children():
         if name not in BLOCKS:
             fill(module, run)
+    for bits in ("4bit", "8bit"):  # what PEFT asks the model for
+        setattr(transformer, f"is_loaded_in_{bits}", bool((run.quantization or {}).get(f"load_in_{bits}")))
     transformer.stream = script.BlockStream(run.device)
     for number, block in enumerate(script.blocks_of(transformer)):
         fill(block, run)
