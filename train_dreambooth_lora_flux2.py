@@ -1029,7 +1029,7 @@ DECODE_POLICY = 2  # raise it when decode_image changes: checked images are chec
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB, transparency on white.
+    """Decodes one image as a person sees it: upright, in sRGB (see `to_rgb`).
 
     Raises ValueError with the reason for what cannot be trained on: empty, truncated, animated, over 100 MP, float.
     """
@@ -1054,44 +1054,33 @@ def decode_image(data: bytes) -> PIL.Image.Image:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """sRGB pixels of a decoded image: 16-bit grey scaled, alpha on white, colour profile applied."""
+    """sRGB pixels of a decoded image: 16-bit grey scaled to 8, transparency on white, the colour profile applied.
+
+    Raises ValueError for pixels without a fixed range, and for a profile that cannot be read or does not fit them.
+    """
+    profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
     if image.mode.startswith("I;16"):
-        image = to_eight_bits(image)
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return apply_profile(image).convert("RGB")
-    layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
-    opaque = layered.convert("RGB").convert("L" if grey else "RGB")
-    opaque.info["icc_profile"] = image.info.get("icc_profile")
-    white = PIL.Image.new("RGB", image.size, "white")
-    return PIL.Image.composite(apply_profile(opaque).convert("RGB"), white, layered.getchannel("A"))
-
-
-def to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of 16-bit grey with 257 levels in one; its profile and its transparent level stay."""
-    levels, clear = np.asarray(image), image.info.get("transparency")
-    grey = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))
-    if clear is not None:
-        grey.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    grey.info["icc_profile"] = image.info.get("icc_profile")
-    return grey
-
-
-def apply_profile(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Converts from the embedded colour profile to sRGB; a profile that does not fit the pixels is an error."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
-        return image
-    try:
-        source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
-            image = image.convert("RGB")
-        return PIL.ImageCms.profileToProfile(image, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (PIL.ImageCms.PyCMSError, OSError) as error:
-        raise ValueError(f"unreadable colour profile ({error}); remove it or save the image as sRGB") from None
+        levels = np.asarray(image)
+        image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
+        if clear is not None:
+            image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    elif image.mode == "P":
+        image = image.convert("RGB" if clear is None else "RGBA")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
+        alpha, image = layered.getchannel("A"), layered.convert("RGB").convert("L" if grey else "RGB")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        try:
+            source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+                image = image.convert("RGB")
+            image = PIL.ImageCms.profileToProfile(image, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (PIL.ImageCms.PyCMSError, OSError) as error:
+            raise ValueError(f"unreadable colour profile ({error}); remove it or save the image as sRGB") from None
+    image = image.convert("RGB")
+    return image if alpha is None else PIL.Image.composite(image, PIL.Image.new("RGB", image.size, "white"), alpha)
 
 
 def cover_size(size: Size, target: Size) -> Size:
@@ -1100,22 +1089,20 @@ def cover_size(size: Size, target: Size) -> Size:
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
 
-def image_to_pixels(image: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool) -> torch.Tensor:
-    """Resizes and crops to `target` (height, width); returns (3, H, W) in [-1, 1].
+def image_to_pixels(
+    image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
+) -> torch.Tensor:
+    """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
 
-    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
+    Sizes are (height, width). `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
+    The operations are those of the pipelines' image processor.
     """
-    height, width = cover_size((image.height, image.width), target)
+    height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
         image = PIL.ImageOps.fit(image, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
-    elif (height, width) != (image.height, image.width):
+    else:
         image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
-    return crop_to_pixels(image, target, crop, flip)
-
-
-def crop_to_pixels(image: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool) -> torch.Tensor:
-    """Crops an image that is large enough; (3, H, W) by the operations of the pipelines' image processor."""
     down, right = image.height - target[0], image.width - target[1]
     top, left = (int(crop[0] * (down + 1)), int(crop[1] * (right + 1))) if crop else (down // 2, right // 2)
     image = image.crop((left, top, left + target[1], top + target[0]))
@@ -1134,8 +1121,11 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One image as listed, nothing opened: a file, or a row of a data set."""
+class Image:
+    """One image: a file, or a cell of a data set. Sizes are (height, width) in pixels.
+
+    As listed, nothing is opened; `inspect_images` fills in `sha256` and `size`, `make_samples` the `target`.
+    """
 
     name: str
     path: Path | None = None
@@ -1144,13 +1134,18 @@ class Source:
     column: str = ""
     roots: tuple[Path, ...] = ()  # folders that a cell of a table from the Hub may name a file of
     folder: Path = Path()  # where a table of this machine lies: its cells may name files from there
+    item: int | None = None  # which one of a cell that holds a list
+    sha256: str = ""  # of the file's bytes
+    size: Size = (0, 0)
+    target: Size = (0, 0)  # what it is encoded at
 
     def read(self) -> bytes:
         """The file's bytes. Raises OSError."""
         if self.path is not None:
             return self.path.read_bytes()
-        cell = self.cell() or {"bytes": None, "path": None}
-        if cell["bytes"] is None and not cell["path"]:
+        cell = self.table[self.row][self.column]  # bytes, or the path of a file
+        cell = cell if self.item is None else cell[self.item]
+        if not cell or (cell["bytes"] is None and not cell["path"]):
             return b""
         if cell["bytes"] is not None:
             return cell["bytes"]
@@ -1162,66 +1157,44 @@ class Source:
             raise OSError(f"its path leads out of the data set, to {path}")
         return path.read_bytes()
 
-    def cell(self) -> dict[str, Any] | None:
-        """What the data set holds: bytes, or the path of a file."""
-        return self.table[self.row][self.column]
+    def decoded(self) -> PIL.Image.Image:
+        """The image in sRGB. Raises UserError with its name if it is no longer what was checked."""
+        try:
+            return decode_image(self.read())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
 
-
-@dataclass(frozen=True)
-class Image:
-    """A checked image and the size it is encoded at; sizes are (height, width) in pixels."""
-
-    source: Source
-    sha256: str  # of the file's bytes
-    size: Size
-    target: Size
+    def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
+        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
+        return image_to_pixels(self.decoded(), self.target, crop, flip)
 
     @property
     def fit(self) -> str:
         """Names the way to `target` in cache keys: two ways must not share a file."""
         return "centre"
 
-    def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
-        return image_to_pixels(self.decoded(), self.target, crop, flip)
-
-    def decoded(self) -> PIL.Image.Image:
-        """The image in sRGB. Raises UserError with its name if it is no longer what was checked."""
-        try:
-            return decode_image(self.source.read())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.source.name}: was good at the start, and now: {error}") from error
-
 
 # endregion shared: data
 
 
-# differs: rows of the image-to-image script have references
-@dataclass(frozen=True)
-class Row:
-    """One row of the data as listed, nothing opened."""
-
-    image: Source
-    captions: tuple[str, ...]  # one of them is drawn at each visit
-    origin: str = ""  # where the captions come from, for the report
-
-
 # differs: samples of the image-to-image script have references
 @dataclass(frozen=True)
-class Sample(Image):
-    """One training sample after the checks: an image and its captions."""
+class Sample:
+    """What is drawn together: an image and its captions."""
 
-    captions: tuple[str, ...]
+    image: Image
+    captions: tuple[str, ...]  # one of them is drawn at each visit
+    origin: str = ""  # where the captions come from, for the report
 
     @property
     def geometry(self) -> tuple[Size, ...]:
         """What the samples of one batch have in common: their position ids are the same."""
-        return (self.target,)
+        return (self.image.target,)
 
     @property
     def content(self) -> tuple[Any, ...]:
         """What a resumed run must find unchanged."""
-        return self.sha256, *self.captions, self.target
+        return self.image.sha256, *self.captions, self.image.target
 
 
 # region shared: listing
@@ -1279,9 +1252,9 @@ def tell_names(args: Args, folder: Path, images: list[Path]) -> None:
                         f"trainers; give --repeats {match[1]} --instance_prompt '{match[2]}'")  # fmt: skip
 
 
-def file_source(folder: Path, path: Path) -> Source:
+def file_image(folder: Path, path: Path) -> Image:
     """An image below `folder`, named by its path in it."""
-    return Source(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path=path)
+    return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
 
 
 def caption_files(files: list[Path], images: Iterable[Path]) -> dict[Path, Path]:
@@ -1429,7 +1402,7 @@ def metadata_rows(
     return found
 
 
-def list_folder(args: Args) -> list[tuple[list[Source], tuple[str, ...], str]]:
+def list_folder(args: Args) -> list[tuple[list[Image], tuple[str, ...], str]]:
     """(images, captions, where these come from) of each row of the metadata below --instance_data_dir, or each image.
 
     Where metadata give an image no caption it is read from a file beside it. Raises UserError.
@@ -1457,7 +1430,7 @@ def list_folder(args: Args) -> list[tuple[list[Source], tuple[str, ...], str]]:
             texts, origin = read_caption(beside[images[0]]), "caption files"
             used.append(beside[images[0]])
         used += images
-        listed.append(([file_source(folder, image) for image in images], texts, origin))
+        listed.append(([file_image(folder, image) for image in images], texts, origin))
     tell_unused(folder, files, used)
     tell_names(args, folder, [images[0] for images, *_ in found])
     there = {path: columns_of(rows) for path, rows in tables.items()}
@@ -1514,7 +1487,7 @@ def dataset_places(args: Args) -> tuple[tuple[Path, ...], Path]:
     return tuple(Path(os.path.abspath(root)) for root in caches if root), Path()
 
 
-def column_images(args: Args, table: Any, flag_name: str, column: str) -> list[Source]:
+def column_images(args: Args, table: Any, flag_name: str, column: str) -> list[Image]:
     """One image per row of the column. Raises UserError if it holds none."""
     import datasets
 
@@ -1523,7 +1496,7 @@ def column_images(args: Args, table: Any, flag_name: str, column: str) -> list[S
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
     places = dataset_places(args)
-    return [Source(f"row {row}", None, images, row, column, *places) for row in range(len(table))]
+    return [Image(f"row {row}", None, images, row, column, *places) for row in range(len(table))]
 
 
 def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[tuple[str, ...]]]:
@@ -1557,111 +1530,107 @@ def metadata_columns(args: Args, path: Path, rows: Table) -> list[str]:
     raise UserError(f"{path}: every row needs a 'file_name', or an --image_column; columns: {', '.join(columns)}")
 
 
-# differs: rows of the image-to-image script have references
-def list_rows(args: Args) -> list[Row]:
-    """The rows of --dataset_name or --instance_data_dir, captions not settled yet."""
+# differs: samples of the image-to-image script have references
+def list_samples(args: Args) -> list[Sample]:
+    """The images of --dataset_name or --instance_data_dir with the captions that are there."""
     if not args.dataset_name:
-        return [Row(image, texts, origin) for [image], texts, origin in list_folder(args)]
+        return [Sample(image, texts, origin) for [image], texts, origin in list_folder(args)]
     table = open_dataset(args)
     column = choose_column("image_column", args.image_column, args.dataset_name, table.column_names)
     images = column_images(args, table, "image_column", column)
     origin, captions = dataset_captions(args, table, [column])
-    return [Row(image, texts, origin) for image, texts in zip(images, captions, strict=True)]
-
-
-# differs: rows of the image-to-image script have references
-def images_of_row(row: Row) -> tuple[Source, ...]:
-    """Every image that is checked with the row."""
-    return (row.image,)
-
-
-# differs: only references have to be of a certain size
-def row_problems(args: Args, sizes: list[tuple[str, Size]]) -> dict[str, str]:
-    """Why a row of good images (name, size) cannot be trained on, by image."""
-    return {}
-
-
-# differs: there are no references to add
-def own_tensors(data: TrainingSet, sample: Sample, position: int, crop: Any, flip: bool) -> dict[str, Any]:
-    """What only this script's samples have."""
-    return {}
+    return [Sample(image, texts, origin) for image, texts in zip(images, captions, strict=True)]
 
 
 # region shared: samples
-def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
+def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills missing captions with --instance_prompt and replaces [trigger]; reports where captions come from.
 
     Raises UserError if an --instance_prompt is needed.
     """
-    missing = [row.image.name for row in rows if not row.captions]
-    triggered = [row.image.name for row in rows if "[trigger]" in "".join(row.captions)]
+    missing = [sample.image.name for sample in samples if not sample.captions]
+    triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     prompt = args.instance_prompt
     if (missing or triggered) and not prompt:
         names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
         raise UserError(f"--instance_prompt: needed, {len(names)} image(s) have {reason}: {some(names)}")
     if prompt and not missing and not triggered:
         log.warning("data: every image has a caption, --instance_prompt is not used")
-    elif missing and len(missing) < len(rows):
+    elif missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    settled = []
-    for row in rows:
-        texts = tuple(text.replace("[trigger]", prompt or "") for text in row.captions or (prompt,))
-        settled.append(replace(row, captions=texts, origin=row.origin if row.captions else "--instance_prompt"))
-    counts = Counter(row.origin for row in settled)
-    first = {row.origin: row for row in reversed(settled)}  # an example of each origin, then others
+    filled = []
+    for sample in samples:
+        texts = tuple(text.replace("[trigger]", prompt or "") for text in sample.captions or (prompt,))
+        filled.append(replace(sample, captions=texts, origin=sample.origin if sample.captions else "--instance_prompt"))
+    counts = Counter(sample.origin for sample in filled)
+    first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
-    for row in list(dict.fromkeys([*map(first.get, counts), *settled]))[:3]:
-        others = f" (one of {len(row.captions)}, drawn at each visit)" * (len(row.captions) > 1)
-        report += f"\n    {row.image.name}: {row.captions[0][:120]}{others}"
+    for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
+        others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
+        report += f"\n    {sample.image.name}: {sample.captions[0][:120]}{others}"
     log.info(f"data: captions of {report}")
-    return settled
+    return filled
 
 
-class ImageIndex:
-    """`checked_images.json` in the cache: which files were read, and what the decoder said of their content.
+def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
+    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used.
 
-    A file with the same size and mtime is not read again, content with the same SHA-256 is not decoded again.
+    `checked_images.json` in the cache says what was found at an earlier start, so that only what is new is decoded.
     """
+    index, images = cache_dir / "checked_images.json", list(dict.fromkeys(images))
+    files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
+    contents: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        if stored["policy"] == DECODE_POLICY:
+            files, contents = stored["files"], stored["images"]
+    known, checked = (dict(files), len(contents)), {}
+    inspect = functools.partial(inspect_image, files, contents)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
+        for image, found in zip(images, pool.map(inspect, images), strict=True):
+            checked[image] = found
+            progress.advance()
+    if known != (files, len(contents)):
+        content = {"policy": DECODE_POLICY, "files": files, "images": contents}
+        write_atomically(index, json.dumps(content).encode())
+    log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
+    return checked
 
-    def __init__(self, cache_dir: Path) -> None:
-        """Loads the index of an earlier start; a damaged or older one is begun anew."""
-        self.path, self.decoded, self.changed = cache_dir / "checked_images.json", 0, False
-        self.files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
-        self.images: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["policy"] == DECODE_POLICY:
-                self.files, self.images = stored["files"], stored["images"]
 
-    def inspect(self, source: Source) -> tuple[str, list]:
-        """(sha256, [height, width, None or reason]) of an image; reads and decodes only what is new."""
+def inspect_image(files: dict[str, list], contents: dict[str, list], image: Image) -> Image | str:
+    """One image with its hash and size, or why it cannot be used; adds what is new to the index.
+
+    A file of the same size and time is not read again, content with the same SHA-256 is not decoded again.
+    """
+    try:
+        stamp = [image.path.stat().st_size, image.path.stat().st_mtime_ns] if image.path else []
+        *known, sha256 = files.get(str(image.path), [None])
+        if known != stamp or sha256 not in contents:
+            data = image.read()
+            sha256 = hashlib.sha256(data).hexdigest()
+    except OSError as error:
+        reason = error.strerror if image.path and error.strerror else error  # the name of a cell is no path
+        return f"cannot be read ({reason})"
+    if stamp:
+        files[str(image.path)] = [*stamp, sha256]
+    if sha256 not in contents:
         try:
-            stamp = [source.path.stat().st_size, source.path.stat().st_mtime_ns] if source.path else None
-            known = self.files.get(str(source.path)) if source.path else None
-            if known and known[:2] == stamp and known[2] in self.images:
-                return known[2], self.images[known[2]]
-            data = source.read()
-        except OSError as error:
-            reason = error.strerror if source.path and error.strerror else error  # the name of a row is no path
-            return "", [0, 0, f"cannot be read ({reason})"]
-        sha256 = hashlib.sha256(data).hexdigest()
-        if stamp:
-            self.files[str(source.path)], self.changed = [*stamp, sha256], True
-        if sha256 not in self.images:
-            self.decoded, self.changed = self.decoded + 1, True
-            try:
-                image = decode_image(data)
-                self.images[sha256] = [image.height, image.width, None]
-            except (ValueError, MemoryError) as error:
-                self.images[sha256] = [0, 0, str(error)]
-        return sha256, self.images[sha256]
+            decoded = decode_image(data)
+            contents[sha256] = [decoded.height, decoded.width, None]
+        except (ValueError, MemoryError) as error:
+            contents[sha256] = [0, 0, str(error)]
+    *size, reason = contents[sha256]
+    return reason or replace(image, sha256=sha256, size=tuple(size))
 
-    def save(self) -> None:
-        """Writes the index, if anything is new, so that a crash leaves the old or the new one."""
-        if not self.changed:
-            return
-        content = {"policy": DECODE_POLICY, "files": self.files, "images": self.images}
-        write_atomically(self.path, json.dumps(content).encode())
+
+def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
+    """Raises UserError with one list of all bad images, or says with --on_bad_image skip what is left out."""
+    problems = "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
+    if bad and (args.on_bad_image == "error" or not good):
+        raise UserError(f"{len(bad)} image(s) cannot be trained on; mend or remove them, or --on_bad_image skip:"
+                        + problems)  # fmt: skip
+    if bad:
+        log.warning(f"data: {len(bad)} image(s) are skipped, and with them {listed - good} of {listed} rows:{problems}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -1690,36 +1659,6 @@ def remove_left_overs(run: Run) -> None:
             with contextlib.suppress(OSError):
                 if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
                     path.unlink()
-
-
-def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row, list[tuple[Source, str, Size]]]]:
-    """Checks every image once, in threads; returns the good rows, each with (source, sha256, size) of its images.
-
-    Raises UserError with one list of all bad images unless --on_bad_image skip, which leaves their rows out.
-    """
-    index, good, bad = ImageIndex(cache_dir), [], {}
-    sources = list(dict.fromkeys(source for row in rows for source in images_of_row(row)))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(sources)) as progress:
-        verdicts = {}
-        for source, verdict in zip(sources, pool.map(index.inspect, sources), strict=True):
-            verdicts[source] = verdict
-            progress.advance()
-    index.save()
-    log.info(f"data: {len(sources)} images checked, {index.decoded} of them decoded now")
-    for row in rows:
-        found = [(source, *verdicts[source]) for source in images_of_row(row)]
-        problems = {source.name: reason for source, _, (_, _, reason) in found if reason}
-        problems = problems or row_problems(args, [(source.name, (h, w)) for source, _, (h, w, _) in found])
-        bad |= problems
-        if not problems:
-            good.append((row, [(source, sha256, (height, width)) for source, sha256, (height, width, _) in found]))
-    count, left_out = f"{len(bad)} image(s)", len(rows) - len(good)
-    listed = "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
-    if bad and (args.on_bad_image == "error" or not good):
-        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{listed}")
-    if bad:
-        log.warning(f"data: {count} are skipped, and with them {left_out} of {len(rows)} rows:{listed}")
-    return good
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -1785,74 +1724,12 @@ class SampleStream:
         return map(self.micro_batch, itertools.count(self.first))
 
 
-class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
-
-    def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
-        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
-        self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
-        self.space, self.samples, self.stream = space, samples, stream
-
-    def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
-        """noise (L, C) and u of the visit, its caption, and cached latent moments or pixels (3, H, W)."""
-        (index, position), run = visit, self.run
-        sample, (rows, columns) = self.samples[index], (side // run.cell for side in self.samples[index].target)
-        flip = run.args.random_flip and self.draw("flip", position) < 0.5
-        drop = self.draw("caption dropout", position) < run.args.caption_dropout
-        number = int(self.draw("caption", position) * len(sample.captions)) % len(sample.captions)
-        item = {
-            "name": sample.source.name,
-            "position": position,
-            "target": sample.target,
-            "caption": "" if drop else sample.captions[number],
-            "noise": torch.randn(rows * columns, self.space.channels, generator=self.generator("noise", position)),
-            "u": draw_u(run.args, self.generator("sigma", position)),
-        }
-        if run.args.vae_encode_mode == "sample":
-            shape = (self.space.channels // 4, 2 * rows, 2 * columns)
-            item["posterior_noise"] = torch.randn(shape, generator=self.generator("posterior", position))
-        crop = None if run.args.center_crop else torch.rand(2, generator=self.generator("crop", position)).tolist()
-        item["moments" if run.args.cache_latents else "pixels"] = self.view(sample, crop, flip)
-        return {**item, **own_tensors(self, sample, position, crop, flip)}
-
-    def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
-        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
-        if self.run.args.cache_latents:
-            return load_file(self.space.path(image, flip))["moments"]
-        return image.pixels(crop, flip)
-
-    def generator(self, purpose: str, position: int) -> torch.Generator:
-        """The generator of one purpose at one position of this set's stream."""
-        return make_generator(self.run.seed, self.stream, purpose, position)
-
-    def draw(self, purpose: str, position: int) -> float:
-        """A uniform number in [0, 1)."""
-        return torch.rand(1, generator=self.generator(purpose, position)).item()
-
-
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
     return {
         key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
         for key, value in items[0].items()
     }
-
-
-def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
-    """Reads and decodes every image once, settles captions and buckets, prints the plan; loads no weights.
-
-    Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
-    """
-    buckets = choose_buckets(run)
-    samples = make_samples(run, settle_captions(run.args, list_rows(run.args)), buckets)
-    report_captions(run, samples)
-    for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
-        small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
-        log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
-    if blurred := [s.source.name for s in samples if cover_size(s.size, s.target)[0] > 4 * s.size[0]]:
-        log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
-    check_own_data(run, samples)
-    return samples, buckets
 
 
 def choose_buckets(run: Run) -> list[Size]:
@@ -1876,23 +1753,96 @@ def report_captions(run: Run, samples: list[Sample]) -> None:
     texts = sorted({text for sample in samples for text in sample.captions})
     lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
     log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
-    if long := [s.source.name for s in samples for text in s.captions if lengths[text] > most]:
+    if long := [s.image.name for s in samples for text in s.captions if lengths[text] > most]:
         log.warning(f"data: {len(long)} captions are cut at {most} tokens: {some(long)}")
+
+
+def report_samples(run: Run, samples: list[Sample]) -> None:
+    """Logs captions and sizes, and warns of images that are much enlarged."""
+    report_captions(run, samples)
+    images = [sample.image for sample in samples]
+    for (height, width), count in sorted(Counter(image.target for image in images).items()):
+        small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
+        log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
+        log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
 
 
 # endregion shared: samples
 
 
-# differs: rows of the image-to-image script have references
-def make_samples(run: Run, rows: list[Row], buckets: list[Size]) -> list[Sample]:
-    """The samples of the rows whose images are good, each in its bucket."""
-    good = inspect_rows(run.args, rows, run.cache_dir)
-    return [Sample(*image, nearest_bucket(image[2], buckets), row.captions) for row, [image] in good]
+# differs: samples of the image-to-image script have references
+def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
+    """Reads and decodes every image once, fills in captions and buckets, prints the plan; loads no weights.
+
+    Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
+    """
+    buckets = choose_buckets(run)
+    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), buckets)
+    report_samples(run, samples)
+    return samples, buckets
 
 
-# differs: there are no references to report on
-def check_own_data(run: Run, samples: list[Sample]) -> None:
-    """Checks and logs what only this script's data have."""
+# differs: samples of the image-to-image script have references
+def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
+    """The samples whose images are good, each in its bucket."""
+    checked = inspect_images([sample.image for sample in listed], run.cache_dir)
+    samples, bad = [], {}
+    for sample in listed:
+        image = checked[sample.image]
+        if isinstance(image, str):
+            bad[sample.image.name] = image
+        else:
+            samples.append(replace(sample, image=replace(image, target=nearest_bucket(image.size, buckets))))
+    refuse_bad_images(run.args, bad, len(listed), len(samples))
+    return samples
+
+
+# differs: samples of the image-to-image script have references
+class TrainingSet(Dataset):
+    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+
+    def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
+        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
+        self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
+        self.space, self.samples, self.stream = space, samples, stream
+
+    def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
+        """noise (L, C) and u of the visit, its caption, and cached latent moments or pixels (3, H, W)."""
+        index, position = visit
+        run, sample, channels = self.run, self.samples[index], self.space.channels
+        height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        number = int(self.draw("caption", position) * len(sample.captions)) % len(sample.captions)
+        dropped = self.draw("caption dropout", position) < run.args.caption_dropout
+        item = {
+            "name": sample.image.name,
+            "position": position,
+            "target": sample.image.target,
+            "caption": "" if dropped else sample.captions[number],
+            "noise": torch.randn(height * width, channels, generator=self.generator("noise", position)),
+            "u": draw_u(run.args, self.generator("sigma", position)),
+        }
+        if run.args.vae_encode_mode == "sample":
+            shape = (channels // 4, 2 * height, 2 * width)
+            item["posterior_noise"] = torch.randn(shape, generator=self.generator("posterior", position))
+        crop = None if run.args.center_crop else torch.rand(2, generator=self.generator("crop", position)).tolist()
+        flip = run.args.random_flip and self.draw("flip", position) < 0.5
+        item["moments" if run.args.cache_latents else "pixels"] = self.view(sample.image, crop, flip)
+        return item
+
+    def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
+        if self.run.args.cache_latents:
+            return load_file(self.space.path(image, flip))["moments"]
+        return image.pixels(crop, flip)
+
+    def generator(self, purpose: str, position: int) -> torch.Generator:
+        """The generator of one purpose at one position of this set's stream."""
+        return make_generator(self.run.seed, self.stream, purpose, position)
+
+    def draw(self, purpose: str, position: int) -> float:
+        """A uniform number in [0, 1)."""
+        return torch.rand(1, generator=self.generator(purpose, position)).item()
 
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
@@ -2331,7 +2281,7 @@ def encode_missing_images(run: Run, space: LatentSpace, missing: dict[Path, tupl
     with Progress("encode images", len(missing)) as progress:
         for path, (image, flip) in missing.items():
             moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-            write_cached(path, "moments", moments, f"image {image.source.name}")
+            write_cached(path, "moments", moments, f"image {image.name}")
             progress.advance()
     return vae
 
@@ -3482,7 +3432,7 @@ def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, bu
     files = list_files(folder)
     images = list_images(files)
     tell_unused(folder, files, images)
-    return make_samples(run, [Row(file_source(folder, path), (run.args.class_prompt,)) for path in images], buckets)
+    return make_samples(run, [Sample(file_image(folder, path), (run.args.class_prompt,)) for path in images], buckets)
 
 
 def generate_class_images(
@@ -4508,7 +4458,7 @@ def prepare_streams(
     class_samples = prepare_class_samples(run, space, prompts, buckets)
     streams = [Stream("instance", samples)]
     streams += [Stream("class", class_samples, run.args.prior_loss_weight)] if class_samples else []
-    return streams, [*samples, *class_samples]
+    return streams, [sample.image for sample in (*samples, *class_samples)]
 
 
 # region shared: main

@@ -11,7 +11,7 @@ from conftest import draw_photo
 from helpers import ROOT
 from PIL import Image
 from test_data_sources import arguments, fill, listed, write_jsonl
-from unit_parts import caption_of, log_lines, start_run
+from unit_parts import caption_of, check_samples, log_lines, start_run
 
 datasets = pytest.importorskip("datasets")
 
@@ -25,7 +25,7 @@ def write(folder: Path, name: str, text: str) -> None:
 def warned(script, folder: Path, *flags) -> list[str]:
     """The warnings of listing the folder, without that of rows that have no reference."""
     with log_lines(logging.WARNING) as lines:
-        script.list_rows(arguments(script, "--instance_data_dir", folder, *flags))
+        script.list_samples(arguments(script, "--instance_data_dir", folder, *flags))
     return [line for line in lines if "no reference" not in line]
 
 
@@ -76,8 +76,8 @@ def test_square_brackets_alone_are_a_caption(script, tmp_path):
 
 
 def test_the_trigger_is_replaced_in_each_of_several_captions(script):
-    rows = [script.Row(script.Source("a"), ("a [trigger]", "plain", "[trigger] b"))]
-    (row,) = script.settle_captions(arguments(script, "--instance_prompt", "sks"), rows)
+    rows = [script.Sample(script.Image("a"), ("a [trigger]", "plain", "[trigger] b"))]
+    (row,) = script.fill_captions(arguments(script, "--instance_prompt", "sks"), rows)
     assert row.captions == ("a sks", "plain", "sks b")
 
 
@@ -374,7 +374,7 @@ def test_the_report_says_where_captions_come_from_with_three_examples(script, tm
     write(tmp_path, "d.txt", "from a file")
     args = arguments(script, "--instance_data_dir", tmp_path, "--instance_prompt", "sks")
     with log_lines() as lines:
-        script.settle_captions(args, script.list_rows(args))
+        script.fill_captions(args, script.list_samples(args))
     first, *examples = next(line for line in lines if "captions of" in line).splitlines()
     assert "3 image(s) from metadata.jsonl" in first
     assert "1 image(s) from caption files" in first and "2 image(s) from --instance_prompt" in first
@@ -383,14 +383,14 @@ def test_the_report_says_where_captions_come_from_with_three_examples(script, tm
 
 def test_the_report_says_that_an_image_has_several_captions(script):
     with log_lines() as lines:
-        script.settle_captions(arguments(script), [script.Row(script.Source("a"), ("one", "two"), "column text")])
+        script.fill_captions(arguments(script), [script.Sample(script.Image("a"), ("one", "two"), "column text")])
     assert any("1 image(s) from column text" in line and "a: one (one of 2" in line for line in lines)
 
 
 def test_images_without_a_caption_beside_others_with_one_are_a_warning(script):
-    rows = [script.Row(script.Source("a"), ("one",)), script.Row(script.Source("b"), ())]
+    rows = [script.Sample(script.Image("a"), ("one",)), script.Sample(script.Image("b"), ())]
     with log_lines(logging.WARNING) as lines:
-        script.settle_captions(arguments(script, "--instance_prompt", "sks"), rows)
+        script.fill_captions(arguments(script, "--instance_prompt", "sks"), rows)
     assert any("1 images have no caption" in line and line.endswith(": b") for line in lines)
 
 
@@ -399,7 +399,7 @@ def test_images_without_a_caption_beside_others_with_one_are_a_warning(script):
 
 def table_rows(script, tmp_path: Path, name: object, *flags) -> list:
     """The rows of a data set by --dataset_name."""
-    return script.list_rows(arguments(script, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
+    return script.list_samples(arguments(script, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
 
 
 def make_table(photos: Path, features: dict | None = None, **columns: list) -> object:
@@ -519,7 +519,7 @@ def test_a_row_that_cannot_be_read_names_its_path_or_address(script, tmp_path):
     write(tmp_path, "rows.csv", "image,text\ngone.jpg,x\nhttps://example.org/a.jpg,y\n")
     args = arguments(script, "--dataset_name", tmp_path / "rows.csv", "--cache_dir", tmp_path / "cache")
     with pytest.raises(script.UserError) as error:
-        script.inspect_rows(args, script.list_rows(args), tmp_path / "index")
+        check_samples(script, args, tmp_path / "index")
     lines = str(error.value).splitlines()
     assert lines[1].strip().startswith("row 0: cannot be read") and "gone.jpg" in lines[1]
     assert "https://example.org/a.jpg is an address" in lines[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw_photo
-from unit_parts import caption_of, log_lines
+from unit_parts import caption_of, check_samples, log_lines
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -25,7 +25,7 @@ def arguments(script, *flags) -> object:
 
 def listed(script, folder: Path, *flags) -> dict[str, str | None]:
     """{name: caption or None} of a folder, in the order of the list."""
-    found = script.list_rows(arguments(script, "--instance_data_dir", folder, *flags))
+    found = script.list_samples(arguments(script, "--instance_data_dir", folder, *flags))
     return {row.image.name: caption_of(row) for row in found}
 
 
@@ -183,8 +183,8 @@ def test_a_metadata_row_without_a_file_is_an_error_that_names_it(script, tmp_pat
 def settled(script, captions: dict[str, str | None], prompt: str | None = None) -> list[str]:
     """The captions after --instance_prompt was applied."""
     flags = ["--instance_prompt", prompt] if prompt else []
-    rows = [script.Row(script.Source(name), (caption,) if caption else ()) for name, caption in captions.items()]
-    return [caption_of(row) for row in script.settle_captions(arguments(script, *flags), rows)]
+    rows = [script.Sample(script.Image(name), (caption,) if caption else ()) for name, caption in captions.items()]
+    return [caption_of(row) for row in script.fill_captions(arguments(script, *flags), rows)]
 
 
 def test_the_instance_prompt_is_the_caption_of_images_without_one(script):
@@ -247,7 +247,7 @@ def table(tmp_path_factory, photos) -> Path:
 
 def list_table(script, tmp_path: Path, name: Path, *flags) -> list:
     """The rows of a data set by --dataset_name, with a cache of this test's own."""
-    return script.list_rows(arguments(script, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
+    return script.list_samples(arguments(script, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
 
 
 def test_a_parquet_data_set_gives_the_bytes_and_captions_of_its_rows(script, tmp_path, table, photos):
@@ -309,17 +309,17 @@ def test_a_data_set_that_cannot_be_loaded_is_an_error_with_its_name(script, tmp_
 def counted(script, monkeypatch) -> dict[str, int]:
     """Counts how often a file is read and how often one is decoded."""
     counts = {"read": 0, "decoded": 0}
-    read, decode = script.Source.read, script.decode_image
+    read, decode = script.Image.read, script.decode_image
 
-    def counting_read(source):
+    def counting_read(image):
         counts["read"] += 1
-        return read(source)
+        return read(image)
 
     def counting_decode(data):
         counts["decoded"] += 1
         return decode(data)
 
-    monkeypatch.setattr(script.Source, "read", counting_read)
+    monkeypatch.setattr(script.Image, "read", counting_read)
     monkeypatch.setattr(script, "decode_image", counting_decode)
     return counts
 
@@ -327,7 +327,7 @@ def counted(script, monkeypatch) -> dict[str, int]:
 def check(script, folder: Path, cache: Path, *flags) -> list:
     """Lists a folder and checks its images, as a start of the script does."""
     args = arguments(script, "--instance_data_dir", folder, *flags)
-    return [image for _, [image] in script.inspect_rows(args, script.list_rows(args), cache)]
+    return [sample.image for sample in check_samples(script, args, cache)]
 
 
 def test_the_second_start_neither_reads_nor_decodes_unchanged_images(script, tmp_path, photos, counted):
@@ -340,7 +340,7 @@ def test_the_second_start_neither_reads_nor_decodes_unchanged_images(script, tmp
 
 def test_the_index_knows_the_size_of_a_image_as_a_viewer_shows_it(script, tmp_path, photos):
     """(height, width) after the EXIF rotation, and the SHA-256 of the file: 01 lies on its side."""
-    good = {source.name: (sha256, size) for source, sha256, size in check(script, photos, tmp_path)}
+    good = {image.name: (image.sha256, image.size) for image in check(script, photos, tmp_path)}
     assert [size for _, size in good.values()] == [(128, 96), (128, 96), (128, 128), (120, 200), (90, 160)]
     assert good["00.jpg"][0] == hashlib.sha256((photos / "00.jpg").read_bytes()).hexdigest()
 
@@ -352,7 +352,7 @@ def test_a_changed_image_is_read_and_decoded_again(script, tmp_path, counted):
     draw_photo(data / "b.jpg", (60, 50), 7)
     after = check(script, data, tmp_path / "cache")
     assert counted == {"read": 3, "decoded": 3}
-    assert after[0] == before[0] and after[1][1] != before[1][1] and after[1][2] == (50, 60)
+    assert after[0] == before[0] and after[1].sha256 != before[1].sha256 and after[1].size == (50, 60)
 
 
 def test_known_content_under_another_name_is_read_but_not_decoded_again(script, tmp_path, counted):
@@ -362,7 +362,7 @@ def test_known_content_under_another_name_is_read_but_not_decoded_again(script, 
     (data / "a.jpg").rename(data / "z.jpg")
     after = check(script, data, tmp_path / "cache")
     assert counted == {"read": 3, "decoded": 2}
-    assert after[1][2:] == before[0][2:]
+    assert (after[1].name, after[1].size) == ("z.jpg", before[0].size)
 
 
 def test_a_refusal_is_remembered_too(script, tmp_path, counted):
@@ -421,7 +421,7 @@ def test_skip_trains_on_the_rest_and_names_what_is_skipped(script, tmp_path):
     """--on_bad_image skip."""
     with log_lines() as lines:
         good = check(script, spoil(tmp_path / "data"), tmp_path / "cache", "--on_bad_image", "skip")
-    assert [source.name for source, *_ in good] == ["a.jpg", "e.jpg", "f.jpg"]
+    assert [image.name for image in good] == ["a.jpg", "e.jpg", "f.jpg"]
     assert any("skipped" in line and all(name in line for name in ("b.jpg", "c.jpg", "d.png")) for line in lines)
 
 
@@ -437,7 +437,7 @@ def test_a_image_that_vanishes_is_a_bad_image_and_no_crash(script, tmp_path):
     """Deleted between the listing and the check."""
     data = fill(tmp_path / "data", "a.jpg", "b.jpg")
     args = arguments(script, "--instance_data_dir", data)
-    rows = script.list_rows(args)
+    images = [sample.image for sample in script.list_samples(args)]
     (data / "b.jpg").unlink()
-    with pytest.raises(script.UserError, match=r"b\.jpg: cannot be read"):
-        script.inspect_rows(args, rows, tmp_path / "cache")
+    found = script.inspect_images(images, tmp_path / "cache")
+    assert found[images[0]].size and found[images[1]].startswith("cannot be read (No such file")

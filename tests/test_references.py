@@ -44,10 +44,8 @@ def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 def reference_of(i2i, run, path: Path):
     """The `Reference` that the script makes of a file."""
-    image = i2i.decode_image(path.read_bytes())
-    size = image.height, image.width
-    target = i2i.whole_tokens(i2i.capped_size(size), run.cell)
-    return i2i.Reference(i2i.Source(path.name, path), i2i.digest(path.name, size), size, target)
+    image = i2i.Image(path.name, path)
+    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[image], run.cell, None)
 
 
 def arguments(i2i, *flags):
@@ -147,7 +145,7 @@ def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i,
              guidance_scale=1.0, **options)  # fmt: skip
     hook.remove()
     parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
-    views = [i2i.crop_to_pixels(image, (image.height, image.width), None, False) for image in images]
+    views = [i2i.image_to_pixels(image, (image.height, image.width), None, False) for image in images]
     references = i2i.encode_references(run, parts, [views])
     assert len(outputs) == 2
     for (inputs, output), sigma in zip(outputs, pipeline.scheduler.sigmas, strict=False):
@@ -191,16 +189,19 @@ def test_references_are_the_mean_of_the_distribution_even_when_targets_are_sampl
 )
 def test_the_data_check_refuses_what_the_pipeline_refuses(i2i, size):
     """A side under 64 pixels, a shape beyond 8:1; the name and the size are in the reason."""
-    problems = i2i.row_problems(arguments(i2i), [("target", (10, 10)), ("ref.png", size[::-1])])
+    problem = i2i.reference_problem(size[::-1])
     try:
         Flux2ImageProcessor.check_image_input(Image.new("RGB", size))
-        assert problems == {}
+        assert problem is None
     except ValueError:
-        assert list(problems) == ["ref.png"] and f"{size[0]} x {size[1]}" in problems["ref.png"]
+        assert f"{size[0]} x {size[1]}" in problem
 
 
-def test_a_target_may_be_smaller_than_a_reference_may(i2i):
-    assert i2i.row_problems(arguments(i2i), [("target", (8, 300))]) == {}
+def test_a_target_may_be_smaller_than_a_reference_may(i2i, tiny, folders, tmp_path):
+    target, first, _ = folders
+    noise_image((300, 8)).save(target / "a.jpg")
+    _, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first)
+    assert (8, 300) in [sample.image.size for sample in samples]
 
 
 # -------------------------------------------------------------------------------------------------------- aligned pairs
@@ -212,6 +213,12 @@ def coordinates(size: tuple[int, int]) -> np.ndarray:
     return np.stack([columns % 256, rows % 256, 255 * ((rows // 8 + columns // 8) % 2)], axis=2).astype(np.uint8)
 
 
+def aligned_pair(i2i, folder: Path, size: tuple, reference_size: tuple, target: tuple) -> tuple:
+    """target.png and reference.png with --align_cond_image, at the size `target`."""
+    image = i2i.Image("t", folder / "target.png", size=size, target=target)
+    return image, i2i.as_reference(i2i.Image("r", folder / "reference.png", size=reference_size), 16, image)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop", [None, (0.0, 0.0), (0.37, 0.81), (0.999, 0.999)])
 def test_an_aligned_pair_stays_aligned_to_the_pixel(i2i, tmp_path, crop, flip):
@@ -219,10 +226,8 @@ def test_an_aligned_pair_stays_aligned_to_the_pixel(i2i, tmp_path, crop, flip):
     target = coordinates((200, 120))
     for name, array in (("target", target), ("reference", 255 - target)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
-    sources = [i2i.Source(name, tmp_path / f"{name}.png") for name in ("target", "reference")]
-    image = i2i.Image(sources[0], "t", (120, 200), (96, 112))  # not enlarged or reduced: 120 rows are cut to 96
-    pair = i2i.Reference(sources[1], "r", (120, 200), (120, 112), pair_size=(120, 200))
-    pixels, reference = replace(image, target=(120, 112)).pixels(crop, flip), pair.pixels(crop, flip)
+    image, pair = aligned_pair(i2i, tmp_path, (120, 200), (120, 200), (120, 112))  # not enlarged or reduced
+    pixels, reference = image.pixels(crop, flip), pair.pixels(crop, flip)
     assert pixels.shape == reference.shape == (3, 120, 112) and pixels.std() > 0.3
     assert torch.allclose(pixels, -reference, atol=1e-6)
 
@@ -232,8 +237,7 @@ def test_an_aligned_pair_that_is_resized_stays_aligned_within_rounding(i2i, tmp_
     target = np.asarray(noise_image((300, 200)))
     for name, array in (("target", target), ("reference", 255 - target)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
-    image = i2i.Image(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (128, 144))
-    pair = i2i.Reference(i2i.Source("r", tmp_path / "reference.png"), "r", (200, 300), (128, 144), pair_size=(200, 300))
+    image, pair = aligned_pair(i2i, tmp_path, (200, 300), (200, 300), (128, 144))
     pixels, reference = image.pixels((0.5, 0.9), True), pair.pixels((0.5, 0.9), True)
     assert (pixels + reference).abs().max() <= 1.01 * 2 / 255
 
@@ -244,8 +248,7 @@ def test_an_aligned_reference_of_another_size_shows_the_same_place(i2i, tmp_path
         image = Image.new("RGB", (150 * scale, 100 * scale))
         ImageDraw.Draw(image).ellipse([88 * scale, 48 * scale, 112 * scale, 72 * scale], fill="white")
         image.save(tmp_path / f"{name}.png")
-    image = i2i.Image(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (160, 160))
-    pair = i2i.Reference(i2i.Source("r", tmp_path / "reference.png"), "r", (100, 150), (160, 160), pair_size=(200, 300))
+    image, pair = aligned_pair(i2i, tmp_path, (200, 300), (100, 150), (160, 160))
     centers = []
     for pixels in (image.pixels((0.2, 0.9), False), pair.pixels((0.2, 0.9), False)):
         mask = pixels.mean(dim=0) > 0
@@ -256,7 +259,8 @@ def test_an_aligned_reference_of_another_size_shows_the_same_place(i2i, tmp_path
 def test_without_align_a_reference_keeps_its_own_frame_but_is_mirrored_with_its_target(i2i, tmp_path):
     """The crop of the target is none of its business; an edit must not have to mirror."""
     noise_image((130, 100)).save(tmp_path / "r.png")
-    reference = i2i.Reference(i2i.Source("r", tmp_path / "r.png"), "r", (100, 130), (96, 128))
+    reference = i2i.as_reference(i2i.Image("r", tmp_path / "r.png", size=(100, 130)), 16, None)
+    assert reference.target == (96, 128)
     plain = reference.pixels()
     assert torch.equal(reference.pixels((0.9, 0.1), False), plain)
     assert torch.equal(reference.pixels((0.9, 0.1), True), plain.flip(-1))
@@ -264,10 +268,17 @@ def test_without_align_a_reference_keeps_its_own_frame_but_is_mirrored_with_its_
     assert torch.allclose(plain, array[2:98, 1:129].permute(2, 0, 1) / 127.5 - 1, atol=1e-6)
 
 
-def test_a_pair_of_other_shapes_cannot_be_aligned_and_is_refused_by_name(i2i):
-    args = arguments(i2i, "--align_cond_image")
-    problems = i2i.row_problems(args, [("target.png", (200, 300)), ("same.png", (100, 150)), ("other.png", (100, 100))])
-    assert list(problems) == ["other.png"] and "300 x 200" in problems["other.png"]
+def test_a_pair_of_other_shapes_cannot_be_aligned_and_is_refused_by_name(i2i, tiny, folders, tmp_path):
+    target, first, _ = folders
+    for name, size in (("a", (300, 200)), ("b", (100, 150))):
+        noise_image((150, 100)).save(first / f"{name}.jpeg")
+        noise_image(size).save(target / f"{name}.jpg")
+    noise_image((100, 100)).save(first / "sub" / "c.jpeg")
+    noise_image((200, 200)).save(target / "sub" / "c.jpg")
+    flags = ("--instance_data_dir", target, "--cond_data_dir", first, "--align_cond_image")
+    with pytest.raises(i2i.UserError, match=r"b\.jpeg: 150 x 100 is not the shape of its target, 100 x 150") as error:
+        checked(i2i, tiny, tmp_path, *flags)
+    assert "1 image(s)" in str(error.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- listing
@@ -289,7 +300,7 @@ def write_metadata(folder: Path, *rows: dict) -> None:
 
 def listed(i2i, folder: Path, *flags) -> list[tuple]:
     """(target, caption, references) of the rows, by name."""
-    rows = i2i.list_rows(arguments(i2i, "--instance_data_dir", folder, *flags))
+    rows = i2i.list_samples(arguments(i2i, "--instance_data_dir", folder, *flags))
     shown = str(folder.parent) + os.sep  # references in folders of their own are named by their path
     return [(r.image.name, caption_of(r), [source.name.removeprefix(shown) for source in r.references]) for r in rows]
 
@@ -596,7 +607,7 @@ def photo_paths(tmp_path_factory) -> list[str]:
 
 def rows_of(i2i, name: Path, tmp_path: Path, *flags) -> list:
     """The rows of a data set, with a cache of this test's own."""
-    return i2i.list_rows(arguments(i2i, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
+    return i2i.list_samples(arguments(i2i, "--dataset_name", name, "--cache_dir", tmp_path / "cache", *flags))
 
 
 RELIGHTING = ("--image_column", "output", "--cond_image_column", "file_name", "--caption_column", "instruction")
@@ -685,7 +696,7 @@ def test_an_empty_reference_is_named_and_its_row_can_be_skipped(i2i, tiny, folde
     with pytest.raises(i2i.UserError, match=r"first/b\.jpeg: empty file \(0 bytes\)"):
         checked(i2i, tiny, tmp_path, *flags)
     _, samples, lines = checked(i2i, tiny, tmp_path, *flags, "--on_bad_image", "skip")
-    assert [sample.source.name for sample in samples] == ["a.jpg", str(Path("sub/c.jpg"))]
+    assert [sample.image.name for sample in samples] == ["a.jpg", str(Path("sub/c.jpg"))]
     assert any("1 image(s) are skipped, and with them 1 of 3 rows" in line for line in lines)
 
 
@@ -749,7 +760,7 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     run, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first, *flags)
     space = i2i.open_latent_space(run)
     if run.args.cache_latents:
-        i2i.cache_latents(run, space, [*samples, *(image for sample in samples for image in sample.references)])
+        i2i.cache_latents(run, space, [image for sample in samples for image in sample.images])
     return i2i.TrainingSet(run, space, samples, "instance")
 
 
@@ -832,12 +843,8 @@ def test_cached_references_are_those_that_are_encoded_on_the_way(i2i, tiny, fold
 def test_target_and_reference_of_the_same_file_have_cache_files_of_their_own(i2i, tiny, folders, tmp_path):
     """Cropped to the bucket and prepared as a reference are two things, even at one size."""
     space = i2i.open_latent_space(start_run(i2i, tiny, tmp_path))
-    image = i2i.Image(i2i.Source("x"), "0", (70, 70), (64, 64))
-    others = [
-        i2i.Reference(*vars(image).values()),
-        i2i.Reference(*vars(image).values(), pair_size=(70, 70)),
-        i2i.Reference(*vars(image).values(), pair_size=(140, 140)),
-    ]
+    image = i2i.Image("x", sha256="0", size=(70, 70), target=(64, 64))
+    others = [i2i.as_reference(image, 16, pair) for pair in (None, image, replace(image, size=(140, 140)))]
     assert len({space.path(one, False) for one in [image, *others]}) == 4
 
 
@@ -979,6 +986,6 @@ def test_pixels_of_images_are_exactly_the_image_processors(i2i, tiny, tmp_path):
     """The same operations in the same order, so that the parity of tokens can be exact."""
     image = noise_image((64, 48))
     theirs = Flux2ImageProcessor(vae_scale_factor=16).preprocess(image, height=48, width=64, resize_mode="crop")
-    assert torch.equal(i2i.crop_to_pixels(image, (48, 64), None, False)[None], theirs)
-    assert torch.equal(i2i.crop_to_pixels(image, (48, 64), None, True), theirs[0].flip(-1))
+    assert torch.equal(i2i.image_to_pixels(image, (48, 64), None, False)[None], theirs)
+    assert torch.equal(i2i.image_to_pixels(image, (48, 64), None, True), theirs[0].flip(-1))
     assert ImageOps.mirror(image).size == image.size

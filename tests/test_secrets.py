@@ -15,7 +15,7 @@ from conftest import draw_photo
 from helpers import ROOT, run_python
 from runs import command_line
 from servers import Bomb, Hub, point_to, saved
-from unit_parts import start_run
+from unit_parts import check_samples, start_run
 
 # Made up, in the form of a real one.
 CANARY = "hf_CanaryCanaryCanaryCanaryCanary0123"
@@ -207,7 +207,7 @@ def test_a_data_set_with_a_loading_script_or_a_pickle_does_not_run_them(script, 
     (folder / "train.pkl").write_bytes(bomb[0])
     with pytest.raises(script.UserError, match="cannot be loaded|not in"):
         start = start_run(script, tiny, tmp_path / "run", "--dataset_name", folder)
-        script.list_rows(start.args)
+        script.list_samples(start.args)
     assert not bomb[1].exists()
 
 
@@ -229,9 +229,9 @@ def test_a_metadata_row_that_leads_out_of_the_folder_is_refused(script, tiny, tm
     run = start_run(script, tiny, tmp_path / "run", "--instance_data_dir", folder)
     if column == "file_name" or (name and script.TASK == "image-to-image"):
         with pytest.raises(script.UserError, match="leads out|needs a 'file_name'"):
-            script.list_rows(run.args)
+            script.list_samples(run.args)
     else:  # no reference, or a script that has none
-        assert [row.image.name for row in script.list_rows(run.args)] == ["a.png"]
+        assert [row.image.name for row in script.list_samples(run.args)] == ["a.png"]
 
 
 @pytest.mark.parametrize(("name", "refused"), [("lab/images", True), ("cached", False), ("own", False)])
@@ -246,15 +246,14 @@ def test_a_table_from_the_hub_cannot_name_a_image_of_this_machine(script, tiny, 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     flags = ("--dataset_name", "lab/images" if refused else name, "--cache_dir", tmp_path / "cache")
     run = start_run(script, tiny, tmp_path / "run", *flags)
-    rows = script.list_rows(run.args)
     if refused:
         with pytest.raises(
             script.UserError, match="row 0: cannot be read .its path leads out of the data set"
         ) as error:
-            script.inspect_rows(run.args, rows, tmp_path / "index")
+            check_samples(script, run.args, tmp_path / "index")
         assert "row 1" not in str(error.value)
     else:
-        assert len(script.inspect_rows(run.args, rows, tmp_path / "index")) == 2
+        assert len(check_samples(script, run.args, tmp_path / "index")) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def samples(script, tiny, photos, reference_flags, tmp_path_factory) -> list:
     """The five photographs, with references where the script has them, as checked samples at 64 x 64."""
     data = ("--instance_data_dir", photos, *reference_flags)
     run = start_run(script, tiny, tmp_path_factory.mktemp("samples"), *data)
-    rows = [replace(row, captions=(f"caption of {row.image.name}",)) for row in script.list_rows(run.args)]
+    rows = [replace(one, captions=(f"caption of {one.image.name}",)) for one in script.list_samples(run.args)]
     return script.make_samples(run, rows, [SQUARE])
 
 
@@ -308,7 +308,7 @@ def test_caption_dropout_replaces_the_caption_by_the_empty_prompt(open_set):
 
 def test_a_visit_of_a_bucket_has_the_size_of_the_bucket(open_set, samples):
     """Height first: 2 x 6 tokens of 16 x 16 pixels."""
-    item = open_set(its_samples=[replace(samples[0], target=(32, 96))])[0, 0]
+    item = open_set(its_samples=[replace(samples[0], image=replace(samples[0].image, target=(32, 96)))])[0, 0]
     assert item["pixels"].shape == (3, 32, 96) and item["noise"].shape == (12, 32)
 
 
@@ -316,10 +316,10 @@ def test_a_visit_of_a_bucket_has_the_size_of_the_bucket(open_set, samples):
 def test_a_cached_visit_reads_the_latents_of_its_flip(script, open_set, samples, flip):
     """No image is opened: the source does not even exist."""
     data = open_set("--cache_latents", "--random_flip")
-    gone = replace(samples[0], source=script.Source("gone", path=Path("gone.jpg")))
+    gone = replace(samples[0], image=replace(samples[0].image, path=Path("gone.jpg")))
     data.samples = [gone]
     for number, which in enumerate((False, True)):
-        for image in (gone, *getattr(gone, "references", ())):
+        for image in getattr(gone, "images", [gone.image]):
             file = data.space.path(image, which)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"moments": torch.full((2, 8, 8, 8), float(number))}, file)

@@ -344,57 +344,57 @@ def test_the_empty_prompt_is_encoded_where_it_is_needed(script, runs, tiny, tmp_
 
 
 @pytest.fixture
-def sample(script, photos) -> object:
-    """The second photograph, lying on its side, as a checked sample of 64 x 64."""
+def image(script, photos) -> object:
+    """The second photograph, lying on its side, as a checked image of 64 x 64."""
     path = photos / "01.jpg"
-    source = script.Source(path.name, path=path)
-    return script.Sample(source, hashlib.sha256(path.read_bytes()).hexdigest(), (128, 96), (64, 64), ("a cat",))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return script.Image(path.name, path, sha256=sha256, size=(128, 96), target=(64, 64))
 
 
-def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script, tiny, tmp_path, sample, monkeypatch):
+def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script, tiny, tmp_path, image, monkeypatch):
     """Content, target, flip, VAE, decode policy."""
     model = shutil.copytree(tiny, tmp_path / "model")
     run = start_run(script, model, tmp_path / "run")
     space = script.open_latent_space(run)
-    paths = [space.path(sample, False), space.path(sample, True)]
-    paths += [space.path(replace(sample, sha256="0"), False), space.path(replace(sample, target=(64, 80)), False)]
-    paths += [space.path(replace(sample, target=(80, 64)), False)]
+    paths = [space.path(image, False), space.path(image, True)]
+    paths += [space.path(replace(image, sha256="0"), False), space.path(replace(image, target=(64, 80)), False)]
+    paths += [space.path(replace(image, target=(80, 64)), False)]
     monkeypatch.setattr(script, "DECODE_POLICY", script.DECODE_POLICY + 1)
-    paths.append(space.path(sample, False))
+    paths.append(space.path(image, False))
     monkeypatch.undo()
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
-    paths.append(script.open_latent_space(run).path(sample, False))
+    paths.append(script.open_latent_space(run).path(image, False))
     assert len(set(paths)) == len(paths)
 
 
-def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, tmp_path, sample):
-    """Its file name, caption and size in pixels, the training flags, the encoder and the transformer."""
+def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, tmp_path, image):
+    """Its file name and size in pixels, the training flags, the encoder and the transformer."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = script.open_latent_space(start_run(script, model, tmp_path / "a")).path(sample, False).name
+    first = script.open_latent_space(start_run(script, model, tmp_path / "a")).path(image, False).name
     touch(model / "text_encoder" / "model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--mixed_precision", "bf16", "--vae_encode_mode", "sample")
     space = script.open_latent_space(start_run(script, model, tmp_path / "b", *flags))
-    other = replace(sample, source=script.Source("other.jpg"), captions=("a dog",), size=(1, 1))
+    other = replace(image, name="other.jpg", path=None, size=(1, 1))
     assert space.path(other, False).name == first
 
 
-def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, sample, vae, monkeypatch):
+def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, image, vae, monkeypatch):
     """The file holds what a visit with the centre crop would encode, bit for bit, and its mirror image beside it."""
-    flags = ("--cache_latents", "--random_flip", "--instance_data_dir", sample.source.path.parent)
+    flags = ("--cache_latents", "--random_flip", "--instance_data_dir", image.path.parent)
     run = start_run(script, tiny, tmp_path, *flags)
     space = script.open_latent_space(run)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [sample])
+    script.cache_latents(run, space, [image])
     for flip in (False, True):
-        pixels = script.image_to_pixels(script.decode_image(sample.source.read()), sample.target, None, flip)
-        cached = load_file(space.path(sample, flip))["moments"]
+        pixels = script.image_to_pixels(script.decode_image(image.read()), image.target, None, flip)
+        cached = load_file(space.path(image, flip))["moments"]
         assert cached.dtype == torch.float32 and cached.shape == (2, 8, 8, 8)
         assert cached.equal(script.encode_pixels(vae, pixels[None])[0])
     assert len(list(space.folder.iterdir())) == 2
 
 
-def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_path, sample, vae, monkeypatch):
+def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_path, image, vae, monkeypatch):
     """Two samples with the same image are one latent."""
     run = start_run(script, tiny, tmp_path, "--cache_latents")
     space, encoded, encode = script.open_latent_space(run), [], script.encode_pixels
@@ -405,29 +405,29 @@ def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_pa
 
     monkeypatch.setattr(script, "encode_pixels", counting)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [sample, replace(sample, captions=("a dog",))])
+    script.cache_latents(run, space, [image, replace(image, name="a copy.jpg")])
     assert len(encoded) == 1
     monkeypatch.setattr(script, "load_vae", None)
-    assert script.cache_latents(run, space, [sample]) is None
+    assert script.cache_latents(run, space, [image]) is None
     assert len(encoded) == 1
 
 
-def test_a_full_disk_is_an_error_before_anything_is_encoded(script, tiny, tmp_path, sample, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_encoded(script, tiny, tmp_path, image, monkeypatch):
     """With what is needed, what is free and the flag that helps."""
     run = start_run(script, tiny, tmp_path, "--cache_latents")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(script.UserError, match="latent cache needs .* are free; see --latents_cache_dir"):
-        script.cache_latents(run, script.open_latent_space(run), [sample])
+        script.cache_latents(run, script.open_latent_space(run), [image])
 
 
-def test_the_size_of_the_latent_cache_is_estimated_rightly(script, tiny, tmp_path, sample, vae, monkeypatch):
+def test_the_size_of_the_latent_cache_is_estimated_rightly(script, tiny, tmp_path, image, vae, monkeypatch):
     """Within the few bytes of a header per file: too small an estimate would fill the disk."""
     run = start_run(script, tiny, tmp_path, "--cache_latents", "--random_flip")
     space, needs = script.open_latent_space(run), []
     monkeypatch.setattr(script, "check_space", lambda folder, need, *_: needs.append(need))
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [replace(sample, target=(160, 96))])
+    script.cache_latents(run, space, [replace(image, target=(160, 96))])
     written = sum(path.stat().st_size for path in space.folder.iterdir())
     assert needs and needs[0] <= written <= needs[0] + 2 * 200
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_decode import STORED, encoded, png_header_only, swapped_primaries
-from unit_parts import log_lines, start_run
+from unit_parts import check_samples, log_lines, start_run
 
 Array = np.ndarray
 HEIGHT, WIDTH = 40, 56
@@ -189,11 +189,11 @@ def zoo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def verdict(script, tiny, zoo, tmp_path_factory):
-    """(rows that are good, log lines) of the check of the whole zoo with --on_bad_image skip."""
+    """(samples that are good, log lines) of the check of the whole zoo with --on_bad_image skip."""
     run = start_run(script, tiny, tmp_path_factory.mktemp("run"), "--instance_data_dir", zoo, "--on_bad_image", "skip")
     with log_lines() as lines:
-        rows = script.inspect_rows(run.args, script.list_rows(run.args), run.cache_dir)
-    return rows, lines
+        samples = check_samples(script, run.args, run.cache_dir)
+    return samples, lines
 
 
 def test_the_zoo_has_images_of_both_kinds():
@@ -201,21 +201,21 @@ def test_the_zoo_has_images_of_both_kinds():
 
 
 def test_exactly_the_good_images_pass(zoo, verdict):
-    rows, _ = verdict
-    assert {row.image.path.name for row, _ in rows} == set(good())
-    assert len(rows) == len(good())
+    samples, _ = verdict
+    assert {sample.image.path.name for sample in samples} == set(good())
+    assert len(samples) == len(good())
 
 
 @pytest.mark.parametrize("name", sorted(good()), ids=ascii)
 def test_a_good_image_is_what_a_person_sees(zoo, verdict, script, name):
     """At most one level of 255 off in the mean, after everything that is done to it before the crop."""
-    row, [(source, _, size)] = next(entry for entry in verdict[0] if entry[0].image.path.name == name)
-    seen = np.asarray(script.decode_image(source.read())).astype(float)
+    image = next(sample.image for sample in verdict[0] if sample.image.path.name == name)
+    seen = np.asarray(script.decode_image(image.read())).astype(float)
     expected = good()[name][1]
-    assert seen.shape == expected.shape and size == expected.shape[:2]
+    assert seen.shape == expected.shape and image.size == expected.shape[:2]
     assert np.abs(seen - expected).mean() <= 1.0
     # the whole way to the tensor, at the image's own size
-    pixels = script.image_to_pixels(script.decode_image(source.read()), size, None, False)
+    pixels = script.image_to_pixels(script.decode_image(image.read()), image.size, None, False)
     assert np.abs((pixels.permute(1, 2, 0).numpy() + 1) * 127.5 - expected).mean() <= 1.0
 
 
@@ -237,14 +237,14 @@ def test_files_that_are_not_used_are_told_and_the_systems_own_are_not(verdict):
 def test_without_skip_one_error_lists_them_all(script, tiny, zoo, tmp_path):
     run = start_run(script, tiny, tmp_path, "--instance_data_dir", zoo)
     with pytest.raises(script.UserError) as error:
-        script.inspect_rows(run.args, script.list_rows(run.args), run.cache_dir)
+        check_samples(script, run.args, run.cache_dir)
     assert all(f"\n    {name}: " in str(error.value) for name in bad())
     assert "--on_bad_image skip" in str(error.value)
 
 
 def test_odd_names_are_escaped_where_they_are_told_and_trained_on_as_they_are(script, tiny, zoo, verdict):
     """A name must neither forge a line of the log nor colour the terminal."""
-    names = {row.image.path.name: row.image.name for row, _ in verdict[0]}
+    names = {sample.image.path.name: sample.image.name for sample in verdict[0]}
     assert names["with a line\nbreak.png"] == "with a line\\nbreak.png"
     assert names["ansi \x1b[31mred\x1b[0m.png"] == "ansi \\x1b[31mred\\x1b[0m.png"
     assert all(name.isprintable() for name in names.values())
@@ -261,7 +261,7 @@ def test_a_name_that_is_no_utf8_is_trained_on(script, tiny, tmp_path):
         pytest.skip("this file system has only UTF-8 names")
     run = start_run(script, tiny, tmp_path / "run", "--instance_data_dir", folder)
     samples, _ = script.check_data(run)
-    assert [sample.source.name for sample in samples] == ["caf\\udce9.png"]
+    assert [sample.image.name for sample in samples] == ["caf\\udce9.png"]
 
 
 @pytest.mark.e2e

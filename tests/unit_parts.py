@@ -26,6 +26,12 @@ def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any
     return script.start_accelerator(script.parse_args([str(word) for word in [*words, *flags]]))
 
 
+def check_samples(script: Any, args: Any, cache_dir: Path) -> list:
+    """The good samples of what the flags name, as a start of the script finds them."""
+    run = SimpleNamespace(args=args, cache_dir=cache_dir, cell=16)
+    return script.make_samples(run, script.list_samples(args), [(64, 64)])
+
+
 def losses_of(
     script: Any, args: Any, model: Any, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
     height: int, width: int, references: list = (),

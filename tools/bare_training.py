@@ -64,11 +64,10 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
 def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     """TrainingParts with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
     size = (run.args.resolution, run.args.resolution)
-    source = script.Source("image.png")
     extra = {}
     if references:
-        extra = {"references": (script.Image(source, "reference", (1024, 1024), (1024, 1024)),) * references}
-    sample = script.Sample(source, "image", size, size, ("a photo",), **extra)
+        extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
+    sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
     space, prompts = script.open_latent_space(run), script.PromptCache(run)
     width = run.model.config("transformer")["joint_attention_dim"]
     shape = (run.args.max_sequence_length, width)
