@@ -1021,6 +1021,10 @@ def digest(*parts: Any) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 # region shared: data
+# Every image is decoded once before anything heavy is loaded, so that one message names all that is wrong; an index in
+# the cache makes the next start quick. Images are never kept: a visit decodes its image anew, or reads cached latents.
+# All that is random at a visit is keyed by (seed, purpose, position), so a resumed run needs no more than its step.
+# Rejected: the image folders of `datasets`, which leave out AVIF and silently drop a subfolder called `test`.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 MAX_PIXELS = 100_000_000
@@ -1200,6 +1204,7 @@ class Sample:
 # region shared: listing
 Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
 CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
@@ -1293,13 +1298,6 @@ def caption_texts(cell: Any, classes: Iterable[str] = ()) -> tuple[str, ...]:
     if wrong := [text for text in texts if re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)]:
         raise UserError(f"the caption is a list that was written as text: {wrong[0][:60]}; use metadata.jsonl")
     return tuple(texts)
-
-
-def read_tables(files: list[Path]) -> dict[Path, Table]:
-    """The rows of the metadata.jsonl, or else the metadata.csv, of each folder; files without rows are left out."""
-    names = ("metadata.csv", "metadata.jsonl")
-    paths = {path.parent: path for name in names for path in files if plain(path.name) == name}
-    return {path: rows for path in paths.values() if (rows := read_metadata(path))}
 
 
 def read_metadata(path: Path) -> Table:
@@ -1409,7 +1407,9 @@ def list_folder(args: Args) -> list[tuple[list[Image], tuple[str, ...], str]]:
     """
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
     files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
-    tables, names = read_tables(files), {plain(path): path for path in files}
+    names = {plain(path): path for path in files}
+    metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
+    tables = {path: rows for path in metadata.values() if (rows := read_metadata(path))}
     for name in ("image_column", "caption_column", "cond_image_column"):
         if vars(args).get(name) not in (None, "image") and not tables:
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
@@ -1458,19 +1458,12 @@ def open_dataset(args: Args) -> Any:
             return splits[split]
         return datasets.load_dataset(builder, args.dataset_config_name, **options)
     except Exception as error:  # the readers of files and of the Hub have no common base of errors
-        reason = cause_of_loading_error(error)
+        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__
+        differ = isinstance(error, datasets.table.CastError)
+        text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
+        reason = " ".join(text.split())
         raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
-
-
-def cause_of_loading_error(error: BaseException) -> str:
-    """What is wrong with the files of a data set, in one line; `datasets` wraps it and says only that something is."""
-    import datasets
-
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-        error = error.__cause__
-    differ = isinstance(error, datasets.table.CastError)
-    text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
-    return " ".join(text.split())
 
 
 def dataset_places(args: Args) -> tuple[tuple[Path, ...], Path]:
@@ -1745,21 +1738,15 @@ def choose_buckets(run: Run) -> list[Size]:
     return buckets
 
 
-def report_captions(run: Run, samples: list[Sample]) -> None:
-    """Logs the longest caption in tokens and names those that are cut at --max_sequence_length."""
-    if run.args.remote_text_encoder:
-        return  # the tokenizer is the server's
-    tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
-    texts = sorted({text for sample in samples for text in sample.captions})
-    lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
-    log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
-    if long := [s.image.name for s in samples for text in s.captions if lengths[text] > most]:
-        log.warning(f"data: {len(long)} captions are cut at {most} tokens: {some(long)}")
-
-
 def report_samples(run: Run, samples: list[Sample]) -> None:
-    """Logs captions and sizes, and warns of images that are much enlarged."""
-    report_captions(run, samples)
+    """Logs captions and sizes; warns of captions that are cut, and of images that are much enlarged."""
+    if not run.args.remote_text_encoder:  # else the tokenizer is the server's
+        tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
+        texts = sorted({text for sample in samples for text in sample.captions})
+        lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
+        log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
+        if long := [s.image.name for s in samples for text in s.captions if lengths[text] > most]:
+            log.warning(f"data: {len(long)} captions are cut at {most} tokens: {some(long)}")
     images = [sample.image for sample in samples]
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
@@ -2311,6 +2298,10 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ Models and LoRA
 # region shared: lora
+# The base is frozen: loaded once, quantised block by block (FP8 here, NF4 and int8 by diffusers), whole on the device,
+# split over processes or streamed from the host. Only the LoRA is trained, in fp32. Rejected, as tried: torchao's FP8
+# layers, which keep a bf16 weight for the backward; PEFT's own cast, which makes fp32 copies of every layer's input;
+# accelerate's FSDP, which turns the LoRA into DTensors.
 ATTENTION = "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"
 TEXT_ATTENTION = "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out"
 FAL = f"{ATTENTION},{TEXT_ATTENTION},ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
@@ -2387,11 +2378,6 @@ class LoraLinear(nn.Linear):
 def lora_alpha(args: Args) -> float:
     """--lora_alpha, or the rank."""
     return args.rank if args.lora_alpha is None else args.lora_alpha
-
-
-def lora_layers_of(transformer: nn.Module) -> list[LoraLayer]:
-    """The modules that PEFT wrapped."""
-    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
 
 
 FP8 = torch.float8_e4m3fn
@@ -2730,7 +2716,7 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     rank, alpha = run.args.rank, lora_alpha(run.args)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
     transformer.add_adapter(config)
-    for layer in lora_layers_of(transformer):
+    for layer in (module for module in transformer.modules() if isinstance(module, LoraLayer)):
         layer.cast_input_dtype_enabled = False
         for part in (layer.lora_A, layer.lora_B):
             old = part["default"]
