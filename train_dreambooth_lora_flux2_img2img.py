@@ -769,6 +769,368 @@ log = logging.getLogger("flux2_lora")
 # endregion shared: imports
 
 
+# -------------------------------------------------------------------------------------------------------------- The run
+# region shared: run
+@dataclass(frozen=True)
+class Run:
+    """The flags, and what is derived from them and from the machine once, at start."""
+
+    args: Args
+    accelerator: accelerate.Accelerator
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
+    seed: int
+    model: ModelFiles
+    family: ModelFamily
+    text_layers: tuple[int, ...]
+    cell: int  # pixels per token side
+    quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    output_dir: Path
+    cache_dir: Path
+    resume: Checkpoint | None
+    started: float  # time.monotonic()
+    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
+    hub_repo: str | None = None  # made when the checks have passed
+    told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
+
+    @property
+    def base_format(self) -> str:
+        """How the frozen base is kept, for people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
+        dtype, settings = str(self.dtype).removeprefix("torch."), self.quantization or {}
+        four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
+        blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
+        return f"{dtype}, blocks in {blocks}" if blocks else dtype
+
+    @property
+    def process_index(self) -> int:
+        """Number of this process, from 0, over all machines."""
+        return self.accelerator.process_index
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run, on all machines; each has a device and a micro-batch of its own."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what the run has only once."""
+        return self.process_index == 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
+
+    name: str
+    samples: list[Sample]
+    weight: float = 1.0  # of its loss
+
+
+@dataclass
+class TrainingParts:
+    """What the training loop works with."""
+
+    space: LatentSpace
+    prompts: PromptCache
+    transformer: nn.Module
+    vae: Any  # None when the images are cached and nothing is drawn
+    streams: list[Stream]  # the first one is what is learned
+    buckets: list[Size]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What is learned: epochs count these."""
+        return self.streams[0].samples
+
+    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
+        """The VAE where it is needed; before its first use, and with --offload after each, it waits on the CPU."""
+        return self.vae.to(run.device)
+
+    def rest_vae(self, args: Args) -> None:
+        """Sends the VAE to the CPU with --offload."""
+        if args.offload and self.vae is not None:
+            self.vae.to("cpu")
+
+
+class NotFinite(RuntimeError):
+    """Ten steps in a row had a loss or gradient that is not finite. Exit code 3."""
+
+
+class SaveFailed(RuntimeError):
+    """The last save failed. Exit code 4."""
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """Out of memory, with what was going on and what to do. Exit code 6."""
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
+
+
+class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
+    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
+
+    no_memory = (torch.OutOfMemoryError, MemoryError)
+    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (no_memory, 6), (KeyboardInterrupt, 130))
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Turns a known failure into SystemExit when this file is the program."""
+        for known, code in self.codes if __name__ == "__main__" else ():
+            if isinstance(error, known):
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+                raise SystemExit(code) from None
+
+
+PHASES = {"check_data": "check data", "encode_prompts": "encode prompts", "encode_images": "encode images",
+          "prepare_class_samples": "generate class images", "set_up_training": "load transformer",
+          "train": "train", "save_results": "save"}  # by the functions that main calls  # fmt: skip
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(run: Run) -> Iterator[None]:
+    """Turns every kind of running out of memory, also the CPU's, into OutOfMemory with a message that helps."""
+    try:
+        yield
+    except Exception as error:
+        signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
+        known = isinstance(error, (UserError, NotFinite, SaveFailed))
+        if known or not (isinstance(error, ExitCodes.no_memory) or re.search(signs, str(error), re.IGNORECASE)):
+            raise
+        called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        phase = next((PHASES[name] for name in called if name in PHASES), "start")
+        raise OutOfMemory(out_of_memory_message(run, phase, error)) from error
+
+
+def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
+    """Phase, peak, free memory, the two flags that help most, and the line that goes on from the last checkpoint."""
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    peak, flags = max(peak_memory(run).values(), default=math.nan), memory_flags(run, phase)[:2]
+    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free_memory(run):.2f} GB\n"
+    text += f"  what helps most and is not on: {', then '.join(flags)}\n"
+    newest_first = reversed(list_checkpoints(run.output_dir))
+    if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
+        return f"{text}  no step has been saved: start again with them"
+    harmless = ("--gradient_checkpointing", "--stream_blocks", "--offload", "--fsdp_text_encoder")
+    same = [flag for flag in flags if flag in harmless]
+    text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
+    return f"{text}    {resume_line(run, *same)}"
+
+
+def memory_flags(run: Run, phase: str) -> list[str]:
+    """What saves memory in this phase and is not on yet, what helps most first."""
+    on_gpu, base = run.device.type != "cpu", ("generate class images", "load transformer", "train")
+    four_bit = "--bnb_quantization_config_path configs/quantization/nf4.json"
+    quantised = run.quantization is not None or run.args.do_fp8_training
+    full_adam = run.args.optimizer == "adamw" and not run.args.use_8bit_adam
+    rows = [
+        ("--offload", ["encode prompts"], on_gpu and not run.args.offload and not run.args.fsdp_text_encoder),
+        ("--fsdp_text_encoder", ["encode prompts"], run.processes > 1 and not run.args.fsdp_text_encoder),
+        ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
+        ("a smaller --max_sequence_length", ["encode prompts"], True),
+        ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
+        ("--stream_blocks", base, on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization)),
+        ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
+        (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
+        ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),
+        ("--cache_latents", ["train"], not run.args.cache_latents),
+        ("--offload", ["train"], on_gpu and not run.args.offload),
+        ("a smaller --resolution", ["check data", "encode images", "generate class images", "train"], True),
+        ("--use_8bit_adam", ["train", "load transformer"], full_adam),
+        ("a smaller --rank", ["train", "load transformer", "save"], True),
+        ("[klein] instead of [dev]", base, run.family.pipeline == "Flux2Pipeline"),
+        ("more memory", [phase], True),
+    ]
+    return [flag for flag, phases, wanted in rows if phase in phases and wanted]
+
+
+def free_memory(run: Run) -> float:
+    """Free memory in GB: of the device, or of the machine on CPU; NaN where the system does not tell."""
+    if run.device.type == "cuda":
+        return torch.cuda.mem_get_info(run.device)[0] / 1e9
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+    return math.nan
+
+
+def resume_line(run: Run, *more: str) -> str:
+    """What goes on from the last checkpoint: a command, or the call of a notebook."""
+    words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
+    if __name__ != "__main__":
+        return f"main(parse_args({words}))"
+    launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
+    return f"{launcher} {shlex.join([sys.argv[0], *words])}"
+
+
+@dataclass
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
+
+    SIGUSR2 is the end of the launcher, and as a first signal a SIGTERM. Only the main thread may install handlers; they
+    are put back on leaving.
+    """
+
+    received: int | None = None  # by this process
+    agreed: int | None = None  # by any process, as all of them know after the same step
+    since: float = 0.0  # time.monotonic() of the first
+    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
+
+    def __enter__(self) -> StopSignals:
+        """Installs the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+            self.previous = {number: signal.signal(number, self.handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Puts the old handlers back; of a program that is about to end, the launcher's end is no news."""
+        for number, handler in self.previous.items():
+            ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """Notes the first signal; a later one has its usual effect, unless it is an echo.
+
+        Launchers pass on what the whole process group has got already, and end themselves.
+        """
+        if self.received is None:
+            self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
+            log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
+        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+
+    def agree(self, run: Run, known: int) -> None:
+        """Takes over what all processes `known` of each other's signals in this step; the time limit is a SIGTERM."""
+        if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
+            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
+            self.received = signal.SIGTERM
+        self.agreed = self.received if run.processes == 1 else known or None
+
+
+def set_up_logging() -> None:
+    """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
+def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
+    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
+
+    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if args.mixed_precision is None and configured in ("fp16", "fp8"):
+        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
+    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
+    return torch.bfloat16 if choice == "bf16" else torch.float32
+
+
+def start_accelerator(args: Args) -> Run:
+    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
+    if problems := list(check_launch(args)):  # a notebook or a TPU launcher has not been through parse_args
+        raise UserError("\n".join(problems))
+    set_up_logging()
+    for note in flag_notes(args):
+        log.warning(note)
+    output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
+    family = find_family(model)
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=report_to(args) or None,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # the encoder of [dev] takes a while
+    )
+    if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
+        raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    dtype = compute_dtype(args, accelerator.device.type == "cpu")
+    if args.do_fp8_training:
+        check_fp8(accelerator.device, dtype)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    seed = resume.state["seed"] if resume and args.seed is None else args.seed
+    drawn = broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device))
+    return Run(
+        args, accelerator, accelerator.device, dtype,
+        seed=int(drawn) if seed is None else seed,  # the first process's; all draw, if only some found a checkpoint
+        model=model, family=family, text_layers=text_layers(args, model, family),
+        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        quantization=find_quantization(args, model),
+        output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
+        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
+    )  # fmt: skip
+
+
+def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
+    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
+    layers = tuple(args.text_encoder_out_layers or family.text_layers)
+    if args.remote_text_encoder:
+        return layers
+    config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
+    depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
+    if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
+        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
+    return layers
+
+
+def create_hub_repo(args: Args) -> str | None:
+    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
+    except Exception as error:  # the network has no common base of errors
+        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+
+
+class Progress(contextlib.AbstractContextManager):
+    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+
+    def __init__(self, phase: str, total: int, done: int = 0) -> None:
+        """`done` of `total` are behind us when the phase begins."""
+        self.phase, self.total, self.done, self.first = phase, total, done, done
+        self.started = self.last_line = time.monotonic()
+        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
+
+    def __exit__(self, *_: Any) -> None:
+        """Ends the phase's bar."""
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()
+
+    def advance(self, note: str = "") -> None:
+        """One more is done; `note` stands behind the bar."""
+        self.done += 1
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
+            self.last_line = now
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+
+
+class LogHandler(logging.Handler):
+    """Writes lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            line = f"{time.strftime('%H:%M:%S')} {record.levelname:7} {record.getMessage()}"
+            tqdm.write(line, file=sys.stderr)
+
+
+# endregion shared: run
+
+
 # ------------------------------------------------------------------------------------------------------- Model families
 # region shared: families
 @dataclass(frozen=True)
@@ -3515,44 +3877,6 @@ def restore(run: Run, state: TrainState) -> None:
 
 # ----------------------------------------------------------------------------------------------- Validation and results
 # region shared: validation
-class Progress(contextlib.AbstractContextManager):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
-
-    def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        """`done` of `total` are behind us when the phase begins."""
-        self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
-
-    def __exit__(self, *_: Any) -> None:
-        """Ends the phase's bar."""
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
-
-    def advance(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar."""
-        self.done += 1
-        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
-            self.last_line = now
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
-
-
-class LogHandler(logging.Handler):
-    """Writes lines above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            line = f"{time.strftime('%H:%M:%S')} {record.levelname:7} {record.getMessage()}"
-            tqdm.write(line, file=sys.stderr)
-
-
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
     """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
     modules = {"transformer": parts.transformer, "vae": parts.vae_on_device(run)}
@@ -3996,327 +4320,8 @@ def push(run: Run) -> None:
 # endregion shared: results
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------------- Training
 # region shared: training
-@dataclass(frozen=True)
-class Run:
-    """The flags, and what is derived from them and from the machine once, at start."""
-
-    args: Args
-    accelerator: accelerate.Accelerator
-    device: torch.device
-    dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
-    seed: int
-    model: ModelFiles
-    family: ModelFamily
-    text_layers: tuple[int, ...]
-    cell: int  # pixels per token side
-    quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
-    output_dir: Path
-    cache_dir: Path
-    resume: Checkpoint | None
-    started: float  # time.monotonic()
-    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
-    hub_repo: str | None = None  # made when the checks have passed
-    told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
-
-    @property
-    def base_format(self) -> str:
-        """How the frozen base is kept, for people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
-        dtype, settings = str(self.dtype).removeprefix("torch."), self.quantization or {}
-        four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
-        blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
-        return f"{dtype}, blocks in {blocks}" if blocks else dtype
-
-    @property
-    def process_index(self) -> int:
-        """Number of this process, from 0, over all machines."""
-        return self.accelerator.process_index
-
-    @property
-    def processes(self) -> int:
-        """Processes of the run, on all machines; each has a device and a micro-batch of its own."""
-        return self.accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes what the run has only once."""
-        return self.process_index == 0
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
-
-    name: str
-    samples: list[Sample]
-    weight: float = 1.0  # of its loss
-
-
-@dataclass
-class TrainingParts:
-    """What the training loop works with."""
-
-    space: LatentSpace
-    prompts: PromptCache
-    transformer: nn.Module
-    vae: Any  # None when the images are cached and nothing is drawn
-    streams: list[Stream]  # the first one is what is learned
-    buckets: list[Size]
-
-    @property
-    def samples(self) -> list[Sample]:
-        """What is learned: epochs count these."""
-        return self.streams[0].samples
-
-    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
-        """The VAE where it is needed; before its first use, and with --offload after each, it waits on the CPU."""
-        return self.vae.to(run.device)
-
-    def rest_vae(self, args: Args) -> None:
-        """Sends the VAE to the CPU with --offload."""
-        if args.offload and self.vae is not None:
-            self.vae.to("cpu")
-
-
-class NotFinite(RuntimeError):
-    """Ten steps in a row had a loss or gradient that is not finite. Exit code 3."""
-
-
-class SaveFailed(RuntimeError):
-    """The last save failed. Exit code 4."""
-
-
-class OutOfMemory(torch.OutOfMemoryError):
-    """Out of memory, with what was going on and what to do. Exit code 6."""
-
-
-class Stopped(SystemExit):
-    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
-
-
-class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
-    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
-
-    no_memory = (torch.OutOfMemoryError, MemoryError)
-    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (no_memory, 6), (KeyboardInterrupt, 130))
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Turns a known failure into SystemExit when this file is the program."""
-        for known, code in self.codes if __name__ == "__main__" else ():
-            if isinstance(error, known):
-                with contextlib.suppress(OSError, ValueError):
-                    print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-                raise SystemExit(code) from None
-
-
-PHASES = {"check_data": "check data", "encode_prompts": "encode prompts", "encode_images": "encode images",
-          "prepare_class_samples": "generate class images", "set_up_training": "load transformer",
-          "train": "train", "save_results": "save"}  # by the functions that main calls  # fmt: skip
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(run: Run) -> Iterator[None]:
-    """Turns every kind of running out of memory, also the CPU's, into OutOfMemory with a message that helps."""
-    try:
-        yield
-    except Exception as error:
-        signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
-        known = isinstance(error, (UserError, NotFinite, SaveFailed))
-        if known or not (isinstance(error, ExitCodes.no_memory) or re.search(signs, str(error), re.IGNORECASE)):
-            raise
-        called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        phase = next((PHASES[name] for name in called if name in PHASES), "start")
-        raise OutOfMemory(out_of_memory_message(run, phase, error)) from error
-
-
-def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
-    """Phase, peak, free memory, the two flags that help most, and the line that goes on from the last checkpoint."""
-    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    peak, flags = max(peak_memory(run).values(), default=math.nan), memory_flags(run, phase)[:2]
-    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free_memory(run):.2f} GB\n"
-    text += f"  what helps most and is not on: {', then '.join(flags)}\n"
-    newest_first = reversed(list_checkpoints(run.output_dir))
-    if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
-        return f"{text}  no step has been saved: start again with them"
-    harmless = ("--gradient_checkpointing", "--stream_blocks", "--offload", "--fsdp_text_encoder")
-    same = [flag for flag in flags if flag in harmless]
-    text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
-    return f"{text}    {resume_line(run, *same)}"
-
-
-def memory_flags(run: Run, phase: str) -> list[str]:
-    """What saves memory in this phase and is not on yet, what helps most first."""
-    on_gpu, base = run.device.type != "cpu", ("generate class images", "load transformer", "train")
-    four_bit = "--bnb_quantization_config_path configs/quantization/nf4.json"
-    quantised = run.quantization is not None or run.args.do_fp8_training
-    full_adam = run.args.optimizer == "adamw" and not run.args.use_8bit_adam
-    rows = [
-        ("--offload", ["encode prompts"], on_gpu and not run.args.offload and not run.args.fsdp_text_encoder),
-        ("--fsdp_text_encoder", ["encode prompts"], run.processes > 1 and not run.args.fsdp_text_encoder),
-        ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
-        ("a smaller --max_sequence_length", ["encode prompts"], True),
-        ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
-        ("--stream_blocks", base, on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization)),
-        ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
-        (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
-        ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),
-        ("--cache_latents", ["train"], not run.args.cache_latents),
-        ("--offload", ["train"], on_gpu and not run.args.offload),
-        ("a smaller --resolution", ["check data", "encode images", "generate class images", "train"], True),
-        ("--use_8bit_adam", ["train", "load transformer"], full_adam),
-        ("a smaller --rank", ["train", "load transformer", "save"], True),
-        ("[klein] instead of [dev]", base, run.family.pipeline == "Flux2Pipeline"),
-        ("more memory", [phase], True),
-    ]
-    return [flag for flag, phases, wanted in rows if phase in phases and wanted]
-
-
-def free_memory(run: Run) -> float:
-    """Free memory in GB: of the device, or of the machine on CPU; NaN where the system does not tell."""
-    if run.device.type == "cuda":
-        return torch.cuda.mem_get_info(run.device)[0] / 1e9
-    with contextlib.suppress(OSError, TypeError):
-        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
-    return math.nan
-
-
-def resume_line(run: Run, *more: str) -> str:
-    """What goes on from the last checkpoint: a command, or the call of a notebook."""
-    words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
-    launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
-    return f"{launcher} {shlex.join([sys.argv[0], *words])}"
-
-
-@dataclass
-class StopSignals:
-    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
-
-    SIGUSR2 is the end of the launcher, and as a first signal a SIGTERM. Only the main thread may install handlers; they
-    are put back on leaving.
-    """
-
-    received: int | None = None  # by this process
-    agreed: int | None = None  # by any process, as all of them know after the same step
-    since: float = 0.0  # time.monotonic() of the first
-    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
-
-    def __enter__(self) -> StopSignals:
-        """Installs the handlers."""
-        if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
-            self.previous = {number: signal.signal(number, self.handle) for number in numbers}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Puts the old handlers back; of a program that is about to end, the launcher's end is no news."""
-        for number, handler in self.previous.items():
-            ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
-            signal.signal(number, signal.SIG_IGN if ends else handler)
-
-    def handle(self, number: int, _frame: Any) -> None:
-        """Notes the first signal; a later one has its usual effect, unless it is an echo.
-
-        Launchers pass on what the whole process group has got already, and end themselves.
-        """
-        if self.received is None:
-            self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
-            log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
-        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
-            signal.signal(number, self.previous[number])
-            signal.raise_signal(number)
-
-    def agree(self, run: Run, known: int) -> None:
-        """Takes over what all processes `known` of each other's signals in this step; the time limit is a SIGTERM."""
-        if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
-            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
-            self.received = signal.SIGTERM
-        self.agreed = self.received if run.processes == 1 else known or None
-
-
-def set_up_logging() -> None:
-    """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
-    for library in (transformers, diffusers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-
-
-def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
-    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
-
-    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
-    """
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if args.mixed_precision is None and configured in ("fp16", "fp8"):
-        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
-    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
-    return torch.bfloat16 if choice == "bf16" else torch.float32
-
-
-def start_accelerator(args: Args) -> Run:
-    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
-    if problems := list(check_launch(args)):  # a notebook or a TPU launcher has not been through parse_args
-        raise UserError("\n".join(problems))
-    set_up_logging()
-    for note in flag_notes(args):
-        log.warning(note)
-    output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
-    family = find_family(model)
-    accelerator = accelerate.Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=report_to(args) or None,
-        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # the encoder of [dev] takes a while
-    )
-    if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
-        raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
-    dtype = compute_dtype(args, accelerator.device.type == "cpu")
-    if args.do_fp8_training:
-        check_fp8(accelerator.device, dtype)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-    seed = resume.state["seed"] if resume and args.seed is None else args.seed
-    drawn = broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device))
-    return Run(
-        args, accelerator, accelerator.device, dtype,
-        seed=int(drawn) if seed is None else seed,  # the first process's; all draw, if only some found a checkpoint
-        model=model, family=family, text_layers=text_layers(args, model, family),
-        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        quantization=find_quantization(args, model),
-        output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
-        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
-    )  # fmt: skip
-
-
-def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
-    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
-    layers = tuple(args.text_encoder_out_layers or family.text_layers)
-    if args.remote_text_encoder:
-        return layers
-    config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
-    depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
-    if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
-        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
-    return layers
-
-
-def create_hub_repo(args: Args) -> str | None:
-    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    try:
-        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
-    except Exception as error:  # the network has no common base of errors
-        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
-
-
 def start_worker(_worker: int) -> None:
     """Workers log as we do, and outlive a signal to the process group: the main process answers it and ends them."""
     set_up_logging()
