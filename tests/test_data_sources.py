@@ -380,7 +380,7 @@ def test_a_refusal_is_remembered_too(script, tmp_path, counted):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy": -1, "files": {}, "pictures": {}}'])
 def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
-    (tmp_path / "index.json").write_bytes(content)
+    (tmp_path / "flux2_images.json").write_bytes(content)
     assert len(check(script, photos, tmp_path)) == 5
     assert counted["decoded"] == 5
     check(script, photos, tmp_path)
@@ -443,3 +443,31 @@ def test_a_picture_that_vanishes_is_a_bad_picture_and_no_crash(script, tmp_path)
     (data / "b.jpg").unlink()
     with pytest.raises(script.UserError, match=r"b\.jpg: cannot be read"):
         script.inspect_rows(args, rows, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["reg", "Regularization", "regularisation_images", "class_images"])
+def test_class_images_among_the_images_are_told_by_their_folder(script, tmp_path, name):
+    """They would be trained on as the subject."""
+    fill(tmp_path, "img/a.jpg", f"{name}/b.jpg", "classic/c.jpg")
+    with log_lines(logging.WARNING) as lines:
+        listed(script, tmp_path)
+    assert [line for line in lines if "class" in line] == [
+        "data: images of the whole class, by the name of their folder, are trained on as images of yours; "
+        f"move them elsewhere: {name}"
+    ]
+
+
+def test_a_list_of_bad_images_ends_after_twenty_with_the_count_of_the_rest(script, tmp_path):
+    for number in range(31):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(b"x")
+    with pytest.raises(script.UserError) as error:
+        check(script, tmp_path, tmp_path / "cache")
+    first, *lines, last = str(error.value).splitlines()
+    assert first.startswith("31 picture(s)") and "19.jpg" in lines[-1] and last == "    and 11 more"
+
+
+def test_a_file_of_yours_in_the_cache_folder_is_not_written_over(script, tmp_path, photos):
+    """`index.json` is a name that others use."""
+    (tmp_path / "index.json").write_text("mine")
+    check(script, photos, tmp_path)
+    assert (tmp_path / "index.json").read_text() == "mine"

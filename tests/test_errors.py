@@ -107,6 +107,8 @@ WRONG_FLAGS = {
     "a beta of one": (["--adam_beta2", "1"], ["--adam_beta2"]),
     "too long a text": (["--max_sequence_length", "1024"], ["--max_sequence_length", "1024", "512"]),
     "a shift that is neither name nor number": (["--timestep_shift", "some"], ["--timestep_shift some", "linear"]),
+    "a shift without any noise but noise": (["--timestep_shift", "100"], ["--timestep_shift 100", "0.01 to 99"]),
+    "a shift of nearly none": (["--timestep_shift", "0.009"], ["--timestep_shift 0.009", "0.01 to 99"]),
     "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
     "NF4 settings that are not there": (
         ["--bnb_quantization_config_path", "nf4.json"],

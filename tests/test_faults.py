@@ -264,7 +264,7 @@ def quiet(script, tiny, photos, reference_flags, tmp_path_factory):
 THREE = ("--max_train_steps", "3", "--cache_latents", *DRAWS, "--validation_steps", "3")
 
 
-@pytest.mark.parametrize("part", ["index.json", "config.args", "prompts/", "latents/"])
+@pytest.mark.parametrize("part", ["flux2_images.json", "config.args", "prompts/", "latents/"])
 def test_a_disk_that_is_full_before_training_is_one_message_that_says_where_and_what_to_do(
     script, train, monkeypatch, tmp_path, part
 ):

@@ -113,7 +113,7 @@ def test_a_pickle_in_the_cache_is_not_run_and_made_anew(script, train, tmp_path,
     contents = {path: path.read_bytes() for path in files}
     for number, path in enumerate(files):
         path.write_bytes((bomb[0], b"", contents[path][:-8])[number % 3])
-    (tmp_path / "cache" / "index.json").write_bytes(bomb[0])
+    (tmp_path / "cache" / "flux2_images.json").write_bytes(bomb[0])
     second = train(*flags, output="second")
     assert not bomb[1].exists() and {path: path.read_bytes() for path in files} == contents
     assert (first / "pytorch_lora_weights.safetensors").read_bytes() == (

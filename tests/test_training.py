@@ -82,7 +82,11 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, alpha):
         expected |= {"samples/final/contact_sheet.png", "samples/final/prompt-0_image-0.png"}
     assert outside == expected
     assert any(name.startswith("logs/") and "tfevents" in name for name in written)
-    assert {name.split("/")[1] for name in written if name.startswith("cache/")} <= {"index.json", "prompts", "latents"}
+    assert {name.split("/")[1] for name in written if name.startswith("cache/")} <= {
+        "flux2_images.json",
+        "prompts",
+        "latents",
+    }
     assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp")]
 
 
@@ -399,7 +403,7 @@ def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(script, train,
     forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "save_checkpoint")
     flags = ("--dry_run", "--aspect_ratio_buckets", BUCKETS, "--cache_latents", "--validation_prompt", "a toy")
     folder = train(*flags)
-    assert files_of(folder) == {"cache/index.json"}
+    assert files_of(folder) == {"cache/flux2_images.json"}
     said = capsys.readouterr().err
     assert all(text in said for text in ("64 x 96", "96 x 64", "tokens", "3 steps", "24 modules"))
 
