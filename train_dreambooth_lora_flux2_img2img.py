@@ -337,8 +337,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Prints and ends."""
-        super().exit(status, message if not is_launched() or os.environ["LOCAL_RANK"] == "0" else None)
+        """Prints and ends; a process that is silent waits, since with the first that fails the launcher ends all."""
+        silent = is_launched() and os.environ["LOCAL_RANK"] != "0"
+        if silent and status:
+            time.sleep(10)
+        super().exit(status, None if silent else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
