@@ -487,7 +487,7 @@ def local_dataset(tmp_path, monkeypatch) -> Path:
     return folder.parent
 
 
-@pytest.mark.parametrize(("flag", "column"), [("--image_column", "image"), ("--caption_column", "captoin")])
+@pytest.mark.parametrize(("flag", "column"), [("--image_column", "photo"), ("--caption_column", "captoin")])
 def test_a_wrong_column_of_a_data_set_names_those_there_are(script, good, local_dataset, tmp_path, flag, column):
     words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
     words += ["--dataset_name", str(local_dataset), "--cache_dir", str(tmp_path / "cache"), flag, column]
