@@ -7,7 +7,7 @@
 #     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0",
 # ]
 # ///
-"""Train a FLUX.2 LoRA on a few pictures of a subject or a style (DreamBooth, text-to-image).
+"""Train a FLUX.2 LoRA on a few images of a subject or a style (DreamBooth, text-to-image).
 
     python train_dreambooth_lora_flux2.py @configs/runs/demo_cpu.args                      CPU, embedded tiny model
     accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
@@ -16,6 +16,7 @@
 The file reads in the order in which a run happens:
 
     Arguments               flags, their checks, saved command lines; no heavy import before they pass
+    The run                 what is decided once, at start; errors and exit codes, signals, log lines, progress
     Model families          what differs between FLUX.2 [dev] and [klein]; where the parts of a model come from
     Data                    decode policy, captions, buckets, the index of checked images, the endless sample stream
     Text and latents        prompts and images are encoded once and cached by content
@@ -23,8 +24,8 @@ The file reads in the order in which a run happens:
     Flow matching           noise, sigma, velocity and the loss
     Optimizer and schedule  AdamW, 8-bit AdamW, Prodigy; steps and epochs
     Checkpoints             atomic, verified, exact resume
-    Validation and results  pictures, metrics, model card, upload
-    main                    the story of one run
+    Validation and results  images, metrics, model card, upload
+    Training                the step, the loop, saving; `main`, the story of one run
 
 examples/minimal_flux2_lora.py is the same training in 261 lines, to read first or to start anew from.
 
@@ -161,8 +162,8 @@ SHARED_FLAGS = {
         flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
         flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
         flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
-        flag("repeats", COUNT, 1, "visits of each picture in one epoch"),
-        flag("on_bad_image", "error|skip", "error", "error: list bad pictures and stop; skip: train on the rest"),
+        flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+        flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
         flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     ],
     "Image size": [
@@ -201,7 +202,7 @@ SHARED_FLAGS = {
     "Steps": [
         flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
         flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step"),
-        flag("num_train_epochs", COUNT, 1, "epochs of pictures x repeats samples"),
+        flag("num_train_epochs", COUNT, 1, "epochs of images x repeats samples"),
         flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
         flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
         flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
@@ -229,7 +230,7 @@ SHARED_FLAGS = {
     "Memory and speed": [
         flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in "
              "every block, 0.5 in half of them", nargs="?", const=1.0),
-        flag("cache_latents", bool, False, "encode the pictures once, to disk; fixes the crop to the centre"),
+        flag("cache_latents", bool, False, "encode the images once, to disk; fixes the crop to the centre"),
         flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
         flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
         flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes, "
@@ -248,15 +249,15 @@ SHARED_FLAGS = {
         flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
     ],
     "Validation": [
-        flag("validation_prompt", str, None, "draw pictures of these prompts while training", nargs="+"),
-        flag("num_validation_images", NATURAL, 4, "pictures per prompt"),
+        flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
+        flag("num_validation_images", NATURAL, 4, "images per prompt"),
         flag("validation_epochs", COUNT, 50, "epochs between validations"),
         flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
-        flag("num_inference_steps", COUNT, 28, "denoising steps per picture"),
+        flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
         flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
-        flag("validation_size", str, None, "'height,width' of those pictures; None: --resolution or the first bucket"),
-        flag("final_validation_prompt", str, None, "prompt of the last pictures; None: --validation_prompt"),
-        flag("skip_final_inference", bool, False, "no pictures at the end"),
+        flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
+        flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
+        flag("skip_final_inference", bool, False, "no images at the end"),
     ],
     "Logging and Hub": [
         flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
@@ -302,13 +303,13 @@ TASK = "text-to-image"
 # differs: prior preservation is a text-to-image technique
 OWN_FLAGS = {
     "Prior preservation": [
-        flag("with_prior_preservation", bool, False, "train beside pictures of the whole class"),
-        flag("class_data_dir", to_path, None, "folder of class pictures; missing ones are generated into it"),
-        flag("class_prompt", str, None, "caption of the class pictures, such as 'a photo of a dog'"),
-        flag("num_class_images", COUNT, 100, "class pictures wanted"),
+        flag("with_prior_preservation", bool, False, "train beside images of the whole class"),
+        flag("class_data_dir", to_path, None, "folder of class images; missing ones are generated into it"),
+        flag("class_prompt", str, None, "caption of the class images, such as 'a photo of a dog'"),
+        flag("num_class_images", COUNT, 100, "class images wanted"),
         flag("prior_loss_weight", POSITIVE, 1.0, "weight of the class loss"),
-        flag("prior_generation_precision", "no|fp32|bf16", None, "dtype of the model that draws class pictures"),
-        flag("sample_batch_size", COUNT, 4, "class pictures generated at once"),
+        flag("prior_generation_precision", "no|fp32|bf16", None, "dtype of the model that draws class images"),
+        flag("sample_batch_size", COUNT, 4, "class images generated at once"),
     ],
 }  # fmt: skip
 
@@ -333,8 +334,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Prints and ends."""
-        super().exit(status, message if not is_launched() or os.environ["LOCAL_RANK"] == "0" else None)
+        """Prints and ends; a process that is silent waits, since with the first that fails the launcher ends all."""
+        silent = is_launched() and os.environ["LOCAL_RANK"] != "0"
+        if silent and status:
+            time.sleep(10)
+        super().exit(status, None if silent else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -390,7 +394,7 @@ def parse_sizes(text: str) -> list[Size]:
 
 
 def final_prompts(args: Args) -> list[str]:
-    """Prompts of the last pictures."""
+    """Prompts of the last images."""
     return [args.final_validation_prompt] if args.final_validation_prompt else list(args.validation_prompt or [])
 
 
@@ -660,7 +664,7 @@ def check_own(args: Args) -> Iterator[str]:
 
 # differs: the image-to-image script has folders of references too
 def data_folders(args: Args) -> list[str]:
-    """The folders that the pictures are read from, into which nothing may be written."""
+    """The folders that the images are read from, into which nothing may be written."""
     return [args.instance_data_dir] if args.instance_data_dir else []
 
 
@@ -773,6 +777,371 @@ from tqdm.auto import tqdm
 
 log = logging.getLogger("flux2_lora")
 # endregion shared: imports
+
+
+# -------------------------------------------------------------------------------------------------------------- The run
+# region shared: run
+@dataclass(frozen=True)
+class Run:
+    """The flags, and what is derived from them and from the machine once, at start."""
+
+    args: Args
+    accelerator: accelerate.Accelerator
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
+    seed: int
+    model: ModelFiles
+    family: ModelFamily
+    text_layers: tuple[int, ...]
+    cell: int  # pixels per token side
+    quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    output_dir: Path
+    cache_dir: Path
+    resume: Checkpoint | None
+    started: float  # time.monotonic()
+    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
+    hub_repo: str | None = None  # made when the checks have passed
+    told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
+
+    @property
+    def base_format(self) -> str:
+        """How the frozen base is kept, for people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
+        dtype, settings = str(self.dtype).removeprefix("torch."), self.quantization or {}
+        four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
+        blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
+        return f"{dtype}, blocks in {blocks}" if blocks else dtype
+
+    @property
+    def process_index(self) -> int:
+        """Number of this process, from 0, over all machines."""
+        return self.accelerator.process_index
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run, on all machines; each has a device and a micro-batch of its own."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what the run has only once."""
+        return self.process_index == 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
+
+    name: str
+    samples: list[Sample]
+    weight: float = 1.0  # of its loss
+
+
+@dataclass
+class TrainingParts:
+    """What the training loop works with."""
+
+    space: LatentSpace
+    prompts: PromptCache
+    transformer: nn.Module
+    vae: Any  # None when the images are cached and nothing is drawn
+    streams: list[Stream]  # the first one is what is learned
+    buckets: list[Size]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What is learned: epochs count these."""
+        return self.streams[0].samples
+
+    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
+        """The VAE where it is needed; before its first use, and with --offload after each, it waits on the CPU."""
+        return self.vae.to(run.device)
+
+    def rest_vae(self, args: Args) -> None:
+        """Sends the VAE to the CPU with --offload."""
+        if args.offload and self.vae is not None:
+            self.vae.to("cpu")
+
+
+class NotFinite(RuntimeError):
+    """Ten steps in a row had a loss or gradient that is not finite. Exit code 3."""
+
+
+class SaveFailed(RuntimeError):
+    """The last save failed. Exit code 4."""
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """Out of memory, with what was going on and what to do. Exit code 6."""
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
+
+
+class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
+    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
+
+    no_memory = (torch.OutOfMemoryError, MemoryError)
+    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (no_memory, 6), (KeyboardInterrupt, 130))
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Turns a known failure into SystemExit when this file is the program."""
+        for known, code in self.codes if __name__ == "__main__" else ():
+            if isinstance(error, known):
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+                raise SystemExit(code) from None
+
+
+PHASES = {"check_data": "check data", "encode_prompts": "encode prompts", "encode_images": "encode images",
+          "prepare_class_samples": "generate class images", "set_up_training": "load transformer",
+          "train": "train", "save_results": "save"}  # by the functions that main calls  # fmt: skip
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(run: Run) -> Iterator[None]:
+    """Turns every kind of running out of memory, also the CPU's, into OutOfMemory with a message that helps."""
+    try:
+        yield
+    except Exception as error:
+        signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
+        known = isinstance(error, (UserError, NotFinite, SaveFailed))
+        if known or not (isinstance(error, ExitCodes.no_memory) or re.search(signs, str(error), re.IGNORECASE)):
+            raise
+        called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        phase = next((PHASES[name] for name in called if name in PHASES), "start")
+        raise OutOfMemory(out_of_memory_message(run, phase, error)) from error
+
+
+def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
+    """Phase, peak, free memory, the two flags that help most, and the line that goes on from the last checkpoint."""
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    peak, flags = max(peak_memory(run).values(), default=math.nan), memory_flags(run, phase)[:2]
+    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free_memory(run):.2f} GB\n"
+    text += f"  what helps most and is not on: {', then '.join(flags)}\n"
+    newest_first = reversed(list_checkpoints(run.output_dir))
+    if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
+        return f"{text}  no step has been saved: start again with them"
+    harmless = ("--gradient_checkpointing", "--stream_blocks", "--offload", "--fsdp_text_encoder")
+    same = [flag for flag in flags if flag in harmless]
+    text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
+    return f"{text}    {resume_line(run, *same)}"
+
+
+def memory_flags(run: Run, phase: str) -> list[str]:
+    """What saves memory in this phase and is not on yet, what helps most first."""
+    on_gpu, base = run.device.type != "cpu", ("generate class images", "load transformer", "train")
+    four_bit = "--bnb_quantization_config_path configs/quantization/nf4.json"
+    quantised = run.quantization is not None or run.args.do_fp8_training
+    full_adam = run.args.optimizer == "adamw" and not run.args.use_8bit_adam
+    rows = [
+        ("--offload", ["encode prompts"], on_gpu and not run.args.offload and not run.args.fsdp_text_encoder),
+        ("--fsdp_text_encoder", ["encode prompts"], run.processes > 1 and not run.args.fsdp_text_encoder),
+        ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
+        ("a smaller --max_sequence_length", ["encode prompts"], True),
+        ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
+        ("--stream_blocks", base, on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization)),
+        ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
+        (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
+        ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),
+        ("--cache_latents", ["train"], not run.args.cache_latents),
+        ("--offload", ["train"], on_gpu and not run.args.offload),
+        ("a smaller --resolution", ["check data", "encode images", "generate class images", "train"], True),
+        ("--use_8bit_adam", ["train", "load transformer"], full_adam),
+        ("a smaller --rank", ["train", "load transformer", "save"], True),
+        ("[klein] instead of [dev]", base, run.family.pipeline == "Flux2Pipeline"),
+        ("more memory", [phase], True),
+    ]
+    return [flag for flag, phases, wanted in rows if phase in phases and wanted]
+
+
+def free_memory(run: Run) -> float:
+    """Free memory in GB: of the device, or of the machine on CPU; NaN where the system does not tell."""
+    if run.device.type == "cuda":
+        return torch.cuda.mem_get_info(run.device)[0] / 1e9
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+    return math.nan
+
+
+def resume_line(run: Run, *more: str) -> str:
+    """What goes on from the last checkpoint: a command, or the call of a notebook."""
+    words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
+    if __name__ != "__main__":
+        return f"main(parse_args({words}))"
+    launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
+    return f"{launcher} {shlex.join([sys.argv[0], *words])}"
+
+
+@dataclass
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
+
+    SIGUSR2 is the end of the launcher, and as a first signal a SIGTERM. Only the main thread may install handlers; they
+    are put back on leaving.
+    """
+
+    received: int | None = None  # by this process
+    agreed: int | None = None  # by any process, as all of them know after the same step
+    since: float = 0.0  # time.monotonic() of the first
+    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
+
+    def __enter__(self) -> StopSignals:
+        """Installs the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+            self.previous = {number: signal.signal(number, self.handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Puts the old handlers back; of a program that is about to end, the launcher's end is no news."""
+        for number, handler in self.previous.items():
+            ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """Notes the first signal; a later one has its usual effect, unless it is an echo.
+
+        Launchers pass on what the whole process group has got already, and end themselves.
+        """
+        if self.received is None:
+            self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
+            log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
+        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+
+    def agree(self, run: Run, known: int) -> None:
+        """Takes over what all processes `known` of each other's signals in this step; the time limit is a SIGTERM."""
+        if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
+            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
+            self.received = signal.SIGTERM
+        self.agreed = self.received if run.processes == 1 else known or None
+
+
+def set_up_logging() -> None:
+    """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
+def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
+    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
+
+    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if args.mixed_precision is None and configured in ("fp16", "fp8"):
+        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
+    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
+    return torch.bfloat16 if choice == "bf16" else torch.float32
+
+
+def start_accelerator(args: Args) -> Run:
+    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
+    if problems := list(check_launch(args)):  # a notebook or a TPU launcher has not been through parse_args
+        raise UserError("\n".join(problems))
+    set_up_logging()
+    for note in flag_notes(args):
+        log.warning(note)
+    output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
+    family = find_family(model)
+    if is_launched() and process_count() > 1:
+        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}; if you started one, `unset "
+                 f"{' '.join(LAUNCH_VARIABLES)}`")  # fmt: skip
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=report_to(args) or None,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # the encoder of [dev] takes a while
+    )
+    if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
+        raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    dtype = compute_dtype(args, accelerator.device.type == "cpu")
+    if args.do_fp8_training:
+        check_fp8(accelerator.device, dtype)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    seed = resume.state["seed"] if resume and args.seed is None else args.seed
+    drawn = broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device))
+    return Run(
+        args, accelerator, accelerator.device, dtype,
+        seed=int(drawn) if seed is None else seed,  # the first process's; all draw, if only some found a checkpoint
+        model=model, family=family, text_layers=text_layers(args, model, family),
+        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        quantization=find_quantization(args, model),
+        output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
+        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
+    )  # fmt: skip
+
+
+def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
+    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
+    layers = tuple(args.text_encoder_out_layers or family.text_layers)
+    if args.remote_text_encoder:
+        return layers
+    config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
+    depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
+    if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
+        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
+    return layers
+
+
+def create_hub_repo(args: Args) -> str | None:
+    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
+    except Exception as error:  # the network has no common base of errors
+        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+
+
+class Progress(contextlib.AbstractContextManager):
+    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+
+    def __init__(self, phase: str, total: int, done: int = 0) -> None:
+        """`done` of `total` are behind us when the phase begins."""
+        self.phase, self.total, self.done, self.first = phase, total, done, done
+        self.started = self.last_line = time.monotonic()
+        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
+
+    def __exit__(self, *_: Any) -> None:
+        """Ends the phase's bar."""
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()
+
+    def advance(self, note: str = "") -> None:
+        """One more is done; `note` stands behind the bar."""
+        self.done += 1
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
+            self.last_line = now
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+
+
+class LogHandler(logging.Handler):
+    """Writes lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            line = f"{time.strftime('%H:%M:%S')} {record.levelname:7} {record.getMessage()}"
+            tqdm.write(line, file=sys.stderr)
+
+
+# endregion shared: run
 
 
 # ------------------------------------------------------------------------------------------------------- Model families
@@ -1042,77 +1411,77 @@ def digest(*parts: Any) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 # region shared: data
-PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 MAX_PIXELS = 100_000_000
-warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decode_picture refuses by its own limit
-DECODE_POLICY = 2  # raise it when decode_picture changes: checked pictures are checked again
+warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decode_image refuses by its own limit
+DECODE_POLICY = 2  # raise it when decode_image changes: checked images are checked again
 
 
-def decode_picture(data: bytes) -> PIL.Image.Image:
-    """Decodes one picture as a person sees it: upright, in sRGB, transparency on white.
+def decode_image(data: bytes) -> PIL.Image.Image:
+    """Decodes one image as a person sees it: upright, in sRGB, transparency on white.
 
     Raises ValueError with the reason for what cannot be trained on: empty, truncated, animated, over 100 MP, float.
     """
     if not data:
         raise ValueError("empty file (0 bytes)")
     try:
-        picture = PIL.Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
+        image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
             raise PIL.Image.DecompressionBombError
-        if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-            raise ValueError(f"animated or multi-page ({picture.n_frames} frames)")
-        picture = PIL.ImageOps.exif_transpose(picture)  # decodes all of it, and fails on damaged EXIF too
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"animated or multi-page ({image.n_frames} frames)")
+        image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
-        raise ValueError("not a picture in a known format") from None
+        raise ValueError("not an image in a known format") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
     except ValueError:
         raise
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
-    return to_rgb(picture)
+    return to_rgb(image)
 
 
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """sRGB pixels of a decoded picture: 16-bit grey scaled, alpha on white, colour profile applied."""
-    if picture.mode in ("F", "I"):
-        raise ValueError(f"{picture.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
-    if picture.mode.startswith("I;16"):
-        picture = to_eight_bits(picture)
-    if picture.mode == "P":
-        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-    if "transparency" not in picture.info and picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return apply_profile(picture).convert("RGB")
-    layered, grey = picture.convert("RGBA"), picture.mode in ("L", "LA", "La")
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """sRGB pixels of a decoded image: 16-bit grey scaled, alpha on white, colour profile applied."""
+    if image.mode in ("F", "I"):
+        raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    if image.mode.startswith("I;16"):
+        image = to_eight_bits(image)
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return apply_profile(image).convert("RGB")
+    layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
     opaque = layered.convert("RGB").convert("L" if grey else "RGB")
-    opaque.info["icc_profile"] = picture.info.get("icc_profile")
-    white = PIL.Image.new("RGB", picture.size, "white")
+    opaque.info["icc_profile"] = image.info.get("icc_profile")
+    white = PIL.Image.new("RGB", image.size, "white")
     return PIL.Image.composite(apply_profile(opaque).convert("RGB"), white, layered.getchannel("A"))
 
 
-def to_eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture of 16-bit grey with 257 levels in one; its profile and its transparent level stay."""
-    levels, clear = np.asarray(picture), picture.info.get("transparency")
+def to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of 16-bit grey with 257 levels in one; its profile and its transparent level stay."""
+    levels, clear = np.asarray(image), image.info.get("transparency")
     grey = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))
     if clear is not None:
         grey.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    grey.info["icc_profile"] = picture.info.get("icc_profile")
+    grey.info["icc_profile"] = image.info.get("icc_profile")
     return grey
 
 
-def apply_profile(picture: PIL.Image.Image) -> PIL.Image.Image:
+def apply_profile(image: PIL.Image.Image) -> PIL.Image.Image:
     """Converts from the embedded colour profile to sRGB; a profile that does not fit the pixels is an error."""
-    profile = picture.info.get("icc_profile")
-    if not profile or picture.mode not in ("RGB", "CMYK", "L"):
-        return picture
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+        return image
     try:
         source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if picture.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
-            picture = picture.convert("RGB")
-        return PIL.ImageCms.profileToProfile(picture, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            image = image.convert("RGB")
+        return PIL.ImageCms.profileToProfile(image, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (PIL.ImageCms.PyCMSError, OSError) as error:
-        raise ValueError(f"unreadable colour profile ({error}); remove it or save the picture as sRGB") from None
+        raise ValueError(f"unreadable colour profile ({error}); remove it or save the image as sRGB") from None
 
 
 def cover_size(size: Size, target: Size) -> Size:
@@ -1121,30 +1490,26 @@ def cover_size(size: Size, target: Size) -> Size:
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
 
-def picture_to_pixels(
-    picture: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool
-) -> torch.Tensor:
+def image_to_pixels(image: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool) -> torch.Tensor:
     """Resizes and crops to `target` (height, width); returns (3, H, W) in [-1, 1].
 
     `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
     """
-    height, width = cover_size((picture.height, picture.width), target)
+    height, width = cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
-        picture = PIL.ImageOps.fit(picture, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
-    elif (height, width) != (picture.height, picture.width):
-        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-    return crop_to_pixels(picture, target, crop, flip)
+        image = PIL.ImageOps.fit(image, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
+    elif (height, width) != (image.height, image.width):
+        image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return crop_to_pixels(image, target, crop, flip)
 
 
-def crop_to_pixels(
-    picture: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool
-) -> torch.Tensor:
-    """Crops a picture that is large enough; (3, H, W) by the operations of the pipelines' image processor."""
-    down, right = picture.height - target[0], picture.width - target[1]
+def crop_to_pixels(image: PIL.Image.Image, target: Size, crop: tuple[float, float] | None, flip: bool) -> torch.Tensor:
+    """Crops an image that is large enough; (3, H, W) by the operations of the pipelines' image processor."""
+    down, right = image.height - target[0], image.width - target[1]
     top, left = (int(crop[0] * (down + 1)), int(crop[1] * (right + 1))) if crop else (down // 2, right // 2)
-    picture = picture.crop((left, top, left + target[1], top + target[0]))
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
+    image = image.crop((left, top, left + target[1], top + target[0]))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
     return pixels.flip(-1) if flip else pixels
 
 
@@ -1160,7 +1525,7 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
 
 @dataclass(frozen=True)
 class Source:
-    """One picture as listed, nothing opened: a file, or a row of a data set."""
+    """One image as listed, nothing opened: a file, or a row of a data set."""
 
     name: str
     path: Path | None = None
@@ -1193,8 +1558,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A checked picture and the size it is encoded at; sizes are (height, width) in pixels."""
+class Image:
+    """A checked image and the size it is encoded at; sizes are (height, width) in pixels."""
 
     source: Source
     sha256: str  # of the file's bytes
@@ -1207,13 +1572,13 @@ class Picture:
         return "centre"
 
     def pixels(self, crop: tuple[float, float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: pictures are never kept. See `picture_to_pixels`."""
-        return picture_to_pixels(self.decoded(), self.target, crop, flip)
+        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
+        return image_to_pixels(self.decoded(), self.target, crop, flip)
 
     def decoded(self) -> PIL.Image.Image:
-        """The picture in sRGB. Raises UserError with its name if it is no longer what was checked."""
+        """The image in sRGB. Raises UserError with its name if it is no longer what was checked."""
         try:
-            return decode_picture(self.source.read())
+            return decode_image(self.source.read())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.source.name}: was good at the start, and now: {error}") from error
 
@@ -1226,15 +1591,15 @@ class Picture:
 class Row:
     """One row of the data as listed, nothing opened."""
 
-    picture: Source
+    image: Source
     captions: tuple[str, ...]  # one of them is drawn at each visit
     origin: str = ""  # where the captions come from, for the report
 
 
 # differs: samples of the image-to-image script have references
 @dataclass(frozen=True)
-class Sample(Picture):
-    """One training sample after the checks: a picture and its captions."""
+class Sample(Image):
+    """One training sample after the checks: an image and its captions."""
 
     captions: tuple[str, ...]
 
@@ -1278,9 +1643,9 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def list_pictures(files: list[Path]) -> list[Path]:
+def list_images(files: list[Path]) -> list[Path]:
     """The images among the files; a link to nothing is one, to be told by name."""
-    return [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir()]
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
@@ -1297,14 +1662,14 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
                  "metadata.csv, of a folder in it")  # fmt: skip
 
 
-def tell_names(args: Args, folder: Path, pictures: list[Path]) -> None:
+def tell_names(args: Args, folder: Path, images: list[Path]) -> None:
     """Warns of file and folder names that mean something to other trainers, and nothing here."""
-    masks = [path.name for path in pictures if re.search(r"[-_. ]mask(label)?$", path.stem, re.IGNORECASE)
+    masks = [path.name for path in images if re.search(r"[-_. ]mask(label)?$", path.stem, re.IGNORECASE)
              or path.parent.name.lower() in ("mask", "masks")]  # fmt: skip
     if masks:
         log.warning(f"data: {len(masks)} image(s) look like masks; move them elsewhere, or they are trained on as "
                     f"images: {some(masks)}")  # fmt: skip
-    parents = dict.fromkeys(part for path in pictures for part in path.relative_to(folder.parent).parts[:-1])
+    parents = dict.fromkeys(part for path in images for part in path.relative_to(folder.parent).parts[:-1])
     if classes := [part for part in parents if re.fullmatch(r"(?i)(reg|class|regulari[sz]ation)([-_ ]images)?", part)]:
         log.warning("data: images of the whole class, by the name of their folder, are trained on as images of yours; "
                     f"move them elsewhere: {some(classes)}")  # fmt: skip
@@ -1315,18 +1680,18 @@ def tell_names(args: Args, folder: Path, pictures: list[Path]) -> None:
 
 
 def file_source(folder: Path, path: Path) -> Source:
-    """A picture below `folder`, named by its path in it."""
+    """An image below `folder`, named by its path in it."""
     return Source(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path=path)
 
 
-def caption_files(files: list[Path], pictures: Iterable[Path]) -> dict[Path, Path]:
-    """The caption file beside each picture that has one: NAME.txt or NAME.caption, also behind NAME's own ending.
+def caption_files(files: list[Path], images: Iterable[Path]) -> dict[Path, Path]:
+    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending.
 
-    The very name goes before one that differs in case, blanks or Unicode form, and that is then no other picture's.
+    The very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's.
     """
     texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
     same = {path.with_suffix(""): path for path in reversed(texts)}
-    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in pictures}
+    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
     similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
     for path in [path for path, text in found.items() if text is None]:
         found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
@@ -1481,12 +1846,12 @@ def list_folder(args: Args) -> list[tuple[list[Source], tuple[str, ...], str]]:
              for images, texts in metadata_rows(args, folder, path, rows, columns[path], names)]  # fmt: skip
     single = all(plain(first) == "file_name" and not more for first, *more in columns.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        merged = dict.fromkeys(list_pictures(files), ((), ""))
+        merged = dict.fromkeys(list_images(files), ((), ""))
         for [image], texts, origin in found:
             merged[image] = merged.get(image, ((), ""))[0] + texts, origin
         found = [([image], texts, origin) for image, (texts, origin) in merged.items()]
     if not found:
-        raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     beside, listed, used, empty = caption_files(files, [images[0] for images, *_ in found]), [], [*tables], []
     for images, texts, origin in found:
         if not texts and images[0] in beside:
@@ -1508,7 +1873,7 @@ def list_folder(args: Args) -> list[tuple[list[Source], tuple[str, ...], str]]:
 
 
 def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its pictures not decoded. Raises UserError with the cause if it cannot be loaded."""
+    """The table of --dataset_name, its images not decoded. Raises UserError with the cause if it cannot be loaded."""
     import datasets  # only now: it costs a second and most runs use a folder
 
     name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
@@ -1553,16 +1918,16 @@ def dataset_places(args: Args) -> tuple[tuple[Path, ...], Path]:
     return tuple(Path(os.path.abspath(root)) for root in caches if root), Path()
 
 
-def column_pictures(args: Args, table: Any, flag_name: str, column: str) -> list[Source]:
-    """One picture per row of the column. Raises UserError if it holds none."""
+def column_images(args: Args, table: Any, flag_name: str, column: str) -> list[Source]:
+    """One image per row of the column. Raises UserError if it holds none."""
     import datasets
 
     try:
-        pictures = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        images = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--{flag_name} {column}: holds no pictures ({error})") from None
+        raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
     places = dataset_places(args)
-    return [Source(f"row {row}", None, pictures, row, column, *places) for row in range(len(table))]
+    return [Source(f"row {row}", None, images, row, column, *places) for row in range(len(table))]
 
 
 def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[tuple[str, ...]]]:
@@ -1600,23 +1965,23 @@ def metadata_columns(args: Args, path: Path, rows: Table) -> list[str]:
 def list_rows(args: Args) -> list[Row]:
     """The rows of --dataset_name or --instance_data_dir, captions not settled yet."""
     if not args.dataset_name:
-        return [Row(picture, texts, origin) for [picture], texts, origin in list_folder(args)]
+        return [Row(image, texts, origin) for [image], texts, origin in list_folder(args)]
     table = open_dataset(args)
     column = choose_column("image_column", args.image_column, args.dataset_name, table.column_names)
-    pictures = column_pictures(args, table, "image_column", column)
+    images = column_images(args, table, "image_column", column)
     origin, captions = dataset_captions(args, table, [column])
-    return [Row(picture, texts, origin) for picture, texts in zip(pictures, captions, strict=True)]
+    return [Row(image, texts, origin) for image, texts in zip(images, captions, strict=True)]
 
 
 # differs: rows of the image-to-image script have references
-def pictures_of_row(row: Row) -> tuple[Source, ...]:
-    """Every picture that is checked with the row."""
-    return (row.picture,)
+def images_of_row(row: Row) -> tuple[Source, ...]:
+    """Every image that is checked with the row."""
+    return (row.image,)
 
 
 # differs: only references have to be of a certain size
 def row_problems(args: Args, sizes: list[tuple[str, Size]]) -> dict[str, str]:
-    """Why a row of good pictures (name, size) cannot be trained on, by picture."""
+    """Why a row of good images (name, size) cannot be trained on, by image."""
     return {}
 
 
@@ -1632,8 +1997,8 @@ def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
 
     Raises UserError if an --instance_prompt is needed.
     """
-    missing = [row.picture.name for row in rows if not row.captions]
-    triggered = [row.picture.name for row in rows if "[trigger]" in "".join(row.captions)]
+    missing = [row.image.name for row in rows if not row.captions]
+    triggered = [row.image.name for row in rows if "[trigger]" in "".join(row.captions)]
     prompt = args.instance_prompt
     if (missing or triggered) and not prompt:
         names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
@@ -1651,34 +2016,34 @@ def settle_captions(args: Args, rows: list[Row]) -> list[Row]:
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for row in list(dict.fromkeys([*map(first.get, counts), *settled]))[:3]:
         others = f" (one of {len(row.captions)}, drawn at each visit)" * (len(row.captions) > 1)
-        report += f"\n    {row.picture.name}: {row.captions[0][:120]}{others}"
+        report += f"\n    {row.image.name}: {row.captions[0][:120]}{others}"
     log.info(f"data: captions of {report}")
     return settled
 
 
-class PictureIndex:
-    """`flux2_images.json` in the cache: which files were read, and what the decoder said of their content.
+class ImageIndex:
+    """`checked_images.json` in the cache: which files were read, and what the decoder said of their content.
 
     A file with the same size and mtime is not read again, content with the same SHA-256 is not decoded again.
     """
 
     def __init__(self, cache_dir: Path) -> None:
         """Loads the index of an earlier start; a damaged or older one is begun anew."""
-        self.path, self.decoded, self.changed = cache_dir / "flux2_images.json", 0, False
+        self.path, self.decoded, self.changed = cache_dir / "checked_images.json", 0, False
         self.files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
-        self.pictures: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
+        self.images: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored["policy"] == DECODE_POLICY:
-                self.files, self.pictures = stored["files"], stored["pictures"]
+                self.files, self.images = stored["files"], stored["images"]
 
     def inspect(self, source: Source) -> tuple[str, list]:
-        """(sha256, [height, width, None or reason]) of a picture; reads and decodes only what is new."""
+        """(sha256, [height, width, None or reason]) of an image; reads and decodes only what is new."""
         try:
             stamp = [source.path.stat().st_size, source.path.stat().st_mtime_ns] if source.path else None
             known = self.files.get(str(source.path)) if source.path else None
-            if known and known[:2] == stamp and known[2] in self.pictures:
-                return known[2], self.pictures[known[2]]
+            if known and known[:2] == stamp and known[2] in self.images:
+                return known[2], self.images[known[2]]
             data = source.read()
         except OSError as error:
             reason = error.strerror if source.path and error.strerror else error  # the name of a row is no path
@@ -1686,20 +2051,20 @@ class PictureIndex:
         sha256 = hashlib.sha256(data).hexdigest()
         if stamp:
             self.files[str(source.path)], self.changed = [*stamp, sha256], True
-        if sha256 not in self.pictures:
+        if sha256 not in self.images:
             self.decoded, self.changed = self.decoded + 1, True
             try:
-                picture = decode_picture(data)
-                self.pictures[sha256] = [picture.height, picture.width, None]
+                image = decode_image(data)
+                self.images[sha256] = [image.height, image.width, None]
             except (ValueError, MemoryError) as error:
-                self.pictures[sha256] = [0, 0, str(error)]
-        return sha256, self.pictures[sha256]
+                self.images[sha256] = [0, 0, str(error)]
+        return sha256, self.images[sha256]
 
     def save(self) -> None:
         """Writes the index, if anything is new, so that a crash leaves the old or the new one."""
         if not self.changed:
             return
-        content = {"policy": DECODE_POLICY, "files": self.files, "pictures": self.pictures}
+        content = {"policy": DECODE_POLICY, "files": self.files, "images": self.images}
         write_atomically(self.path, json.dumps(content).encode())
 
 
@@ -1732,27 +2097,27 @@ def remove_left_overs(run: Run) -> None:
 
 
 def inspect_rows(args: Args, rows: list[Row], cache_dir: Path) -> list[tuple[Row, list[tuple[Source, str, Size]]]]:
-    """Checks every picture once, in threads; returns the good rows, each with (source, sha256, size) of its pictures.
+    """Checks every image once, in threads; returns the good rows, each with (source, sha256, size) of its images.
 
-    Raises UserError with one list of all bad pictures unless --on_bad_image skip, which leaves their rows out.
+    Raises UserError with one list of all bad images unless --on_bad_image skip, which leaves their rows out.
     """
-    index, good, bad = PictureIndex(cache_dir), [], {}
-    sources = list(dict.fromkeys(source for row in rows for source in pictures_of_row(row)))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check pictures", len(sources)) as progress:
+    index, good, bad = ImageIndex(cache_dir), [], {}
+    sources = list(dict.fromkeys(source for row in rows for source in images_of_row(row)))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(sources)) as progress:
         verdicts = {}
         for source, verdict in zip(sources, pool.map(index.inspect, sources), strict=True):
             verdicts[source] = verdict
             progress.advance()
     index.save()
-    log.info(f"data: {len(sources)} pictures checked, {index.decoded} of them decoded now")
+    log.info(f"data: {len(sources)} images checked, {index.decoded} of them decoded now")
     for row in rows:
-        found = [(source, *verdicts[source]) for source in pictures_of_row(row)]
+        found = [(source, *verdicts[source]) for source in images_of_row(row)]
         problems = {source.name: reason for source, _, (_, _, reason) in found if reason}
         problems = problems or row_problems(args, [(source.name, (h, w)) for source, _, (h, w, _) in found])
         bad |= problems
         if not problems:
             good.append((row, [(source, sha256, (height, width)) for source, sha256, (height, width, _) in found]))
-    count, left_out = f"{len(bad)} picture(s)", len(rows) - len(good)
+    count, left_out = f"{len(bad)} image(s)", len(rows) - len(good)
     listed = as_lines(f"{name}: {reason}" for name, reason in bad.items())
     if bad and (args.on_bad_image == "error" or not good):
         raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{listed}")
@@ -1793,7 +2158,7 @@ class SampleStream:
     """
 
     def __init__(
-        self, geometries: list[Any], batch: int, seed: int, stream: str, first: int = 0, rank: int = 0,
+        self, geometries: list[Any], batch: int, seed: int, stream: str, first: int = 0, process_index: int = 0,
         processes: int = 1,
     ) -> None:  # fmt: skip
         """`geometries` are those of the samples, which sort: a batch holds samples of one geometry."""
@@ -1804,7 +2169,7 @@ class SampleStream:
         common = math.gcd(*map(len, self.buckets))
         self.shares = tuple(len(bucket) // common for bucket in self.buckets)
         self.batch, self.seed, self.stream, self.first = batch, seed, stream, first
-        self.rank, self.processes = rank, processes
+        self.process_index, self.processes = process_index, processes
 
     def micro_batch(self, step: int) -> list[tuple[int, int]]:
         """This process's (sample index, position) pairs of global micro-batch `step`."""
@@ -1813,7 +2178,7 @@ class SampleStream:
         members, global_batch = self.buckets[bucket], self.batch * self.processes
         start = (cycle * self.shares[bucket] + earlier) * global_batch
         pairs = []
-        for i in range(self.rank * self.batch, (self.rank + 1) * self.batch):
+        for i in range(self.process_index * self.batch, (self.process_index + 1) * self.batch):
             turn, offset = divmod(start + i, len(members))
             order = permutation(self.seed, self.stream, bucket, turn, len(members))
             pairs.append((members[order[offset]], step * global_batch + i))
@@ -1854,11 +2219,11 @@ class TrainingSet(Dataset):
         item["moments" if run.args.cache_latents else "pixels"] = self.view(sample, crop, flip)
         return {**item, **own_tensors(self, sample, position, crop, flip)}
 
-    def view(self, picture: Picture, crop: list[float] | None, flip: bool) -> torch.Tensor:
+    def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
         """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
         if self.run.args.cache_latents:
-            return load_file(self.space.path(picture, flip))["moments"]
-        return picture.pixels(crop, flip)
+            return load_file(self.space.path(image, flip))["moments"]
+        return image.pixels(crop, flip)
 
     def generator(self, purpose: str, position: int) -> torch.Generator:
         """The generator of one purpose at one position of this set's stream."""
@@ -1878,7 +2243,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
-    """Reads and decodes every picture once, settles captions and buckets, prints the plan; loads no weights.
+    """Reads and decodes every image once, settles captions and buckets, prints the plan; loads no weights.
 
     Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
     """
@@ -1887,7 +2252,7 @@ def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
     report_captions(run, samples)
     for (height, width), count in sorted(Counter(sample.target for sample in samples).items()):
         small = sum(s.target == (height, width) and cover_size(s.size, s.target) > s.size for s in samples)
-        log.info(f"data: {height:5d} x {width:<5d} {count:6d} picture(s)" + f", {small} of them enlarged" * (small > 0))
+        log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
     if blurred := [s.source.name for s in samples if cover_size(s.size, s.target)[0] > 4 * s.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
     check_own_data(run, samples)
@@ -1924,9 +2289,9 @@ def report_captions(run: Run, samples: list[Sample]) -> None:
 
 # differs: rows of the image-to-image script have references
 def make_samples(run: Run, rows: list[Row], buckets: list[Size]) -> list[Sample]:
-    """The samples of the rows whose pictures are good, each in its bucket."""
+    """The samples of the rows whose images are good, each in its bucket."""
     good = inspect_rows(run.args, rows, run.cache_dir)
-    return [Sample(*picture, nearest_bucket(picture[2], buckets), row.captions) for row, [picture] in good]
+    return [Sample(*image, nearest_bucket(image[2], buckets), row.captions) for row, [image] in good]
 
 
 # differs: there are no references, but class images
@@ -1971,7 +2336,7 @@ def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int |
     """
     limits = {"padding": "max_length", "truncation": True, "max_length": max_length} if max_length else {}
     if family.pipeline == "Flux2Pipeline":
-        # "[IMG]" would be counted as a picture by the processor
+        # "[IMG]" would be counted as an image by the processor
         messages = [
             {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
             {"role": "user", "content": [{"type": "text", "text": prompt.replace("[IMG]", "")}]},
@@ -2035,7 +2400,7 @@ def load_text_encoder(run: Run) -> nn.Module:
 
 
 def drop_unread_parts(encoder: nn.Module) -> None:
-    """Removes the head over the vocabulary and what would see pictures: some 2 GB of [dev] in bf16."""
+    """Removes the head over the vocabulary and what would see images: some 2 GB of [dev] in bf16."""
     encoder.lm_head = None
     if hasattr(encoder.model, "vision_tower"):
         encoder.model.vision_tower = encoder.model.multi_modal_projector = None
@@ -2205,7 +2570,7 @@ def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[li
     its end has to end the run. There all parts have the same length: the last piece is done more than once.
     """
     run.accelerator.wait_for_everyone()
-    mine = work[run.rank :: run.processes]
+    mine = work[run.process_index :: run.processes]
     try:
         yield mine + work[-1:] * (lockstep * (math.ceil(len(work) / run.processes) - len(mine)))
     except Exception:
@@ -2266,7 +2631,7 @@ def own_prompts(args: Args) -> list[str]:
 # region shared: latents
 @dataclass(frozen=True)
 class LatentSpace:
-    """How pictures become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded pictures."""
+    """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
 
     mean_C: torch.Tensor  # per channel of a token
     std_C: torch.Tensor
@@ -2279,9 +2644,9 @@ class LatentSpace:
         """C, channels of a token: 4 x the VAE's latent channels."""
         return len(self.mean_C)
 
-    def path(self, picture: Picture, flip: bool) -> Path:
-        """The cache file of a picture: named by content, geometry and VAE."""
-        key = digest(picture.sha256, DECODE_POLICY, *picture.target, picture.fit, flip, self.identity)
+    def path(self, image: Image, flip: bool) -> Path:
+        """The cache file of an image: named by content, geometry and VAE."""
+        key = digest(image.sha256, DECODE_POLICY, *image.target, image.fit, flip, self.identity)
         return self.folder / f"{key}.safetensors"
 
 
@@ -2311,7 +2676,7 @@ def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def position_ids(rows: int, columns: int, time: int = 0) -> torch.Tensor:
-    """(1, rows*columns, 4) coordinates (T, row, column, 0) of a picture's tokens; T is 0 for the target."""
+    """(1, rows*columns, 4) coordinates (T, row, column, 0) of an image's tokens; T is 0 for the target."""
     axes = torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)
     return torch.cartesian_prod(*axes)[None]
 
@@ -2345,50 +2710,48 @@ def tokens_from_moments(
 def decode_tokens(
     space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
 ) -> list[PIL.Image.Image]:
-    """Pictures from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    """Images from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
     tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
     latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
-    # one at a time: at 1024 px the decoder's activations are several GB per picture
+    # one at a time: at 1024 px the decoder's activations are several GB per image
     pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
     bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [PIL.Image.fromarray(array) for array in bytes_BHWC]
 
 
-def cache_latents(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
-    """Encodes every picture (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
+def cache_latents(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
+    """Encodes every image (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
 
-    Only the picture in work is in memory. Raises UserError when the disk is too small.
+    Only the image in work is in memory. Raises UserError when the disk is too small.
     """
     flips = (False, True) if run.args.random_flip else (False,)
-    wanted = {space.path(picture, flip): (picture, flip) for picture in pictures for flip in flips}
+    wanted = {space.path(image, flip): (image, flip) for image in images for flip in flips}
     missing = {path: work for path, work in wanted.items() if not is_cached(path)}
     log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     with shared_out(run, list(missing.items())) as mine:
-        return encode_missing_pictures(run, space, dict(mine)) if mine else None
+        return encode_missing_images(run, space, dict(mine)) if mine else None
 
 
-def encode_missing_pictures(
-    run: Run, space: LatentSpace, missing: dict[Path, tuple[Picture, bool]]
-) -> AutoencoderKLFlux2:
-    """Loads the VAE and writes the latents of these pictures, each mirrored or not."""
+def encode_missing_images(run: Run, space: LatentSpace, missing: dict[Path, tuple[Image, bool]]) -> AutoencoderKLFlux2:
+    """Loads the VAE and writes the latents of these images, each mirrored or not."""
     numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-    need = sum(4 * numbers_per_pixel * math.prod(picture.target) for picture, _ in missing.values())
+    need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in missing.values())
     check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
     vae = load_vae(run)
-    with Progress("encode pictures", len(missing)) as progress:
-        for path, (picture, flip) in missing.items():
-            moments = encode_pixels(vae, picture.pixels(flip=flip)[None])[0]
-            write_cached(path, "moments", moments, f"picture {picture.source.name}")
+    with Progress("encode images", len(missing)) as progress:
+        for path, (image, flip) in missing.items():
+            moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
+            write_cached(path, "moments", moments, f"image {image.source.name}")
             progress.advance()
     return vae
 
 
-def encode_pictures(run: Run, space: LatentSpace, pictures: list[Picture]) -> AutoencoderKLFlux2 | None:
+def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
     """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it.
 
     It waits on the CPU: the transformer may need all of the device while it is loaded and quantised.
     """
-    vae = cache_latents(run, space, pictures) if run.args.cache_latents else None
+    vae = cache_latents(run, space, images) if run.args.cache_latents else None
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = (vae or load_vae(run)).to("cpu") if draws or not run.args.cache_latents else None
     release_memory()
@@ -2582,7 +2945,7 @@ def bnb_linear(
         format = {"quant_type": settings.get("bnb_4bit_quant_type", "fp4"),
                   "compress_statistics": settings.get("bnb_4bit_use_double_quant", False)}  # fmt: skip
         layer.weight = bnb.Params4bit(linear.weight.detach(), module=layer, **format).to(device)
-    # on some CPUs drawing a picture would repack the weight in place, and no gradient passes a repacked one
+    # on some CPUs drawing an image would repack the weight in place, and no gradient passes a repacked one
     layer.support_avx512bf16_for_cpu = False
     return layer
 
@@ -3178,7 +3541,7 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
 
 
 def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run; class pictures are known later than the rest.
+    """What must be the same for a resumed run to be the same run; class images are known later than the rest.
 
     Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
     """
@@ -3373,44 +3736,6 @@ def restore(run: Run, state: TrainState) -> None:
 
 # ----------------------------------------------------------------------------------------------- Validation and results
 # region shared: validation
-class Progress(contextlib.AbstractContextManager):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
-
-    def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        """`done` of `total` are behind us when the phase begins."""
-        self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
-
-    def __exit__(self, *_: Any) -> None:
-        """Ends the phase's bar."""
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
-
-    def advance(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar."""
-        self.done += 1
-        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
-            self.last_line = now
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
-
-
-class LogHandler(logging.Handler):
-    """Writes lines above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            line = f"{time.strftime('%H:%M:%S')} {record.levelname:7} {record.getMessage()}"
-            tqdm.write(line, file=sys.stderr)
-
-
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
     """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
     modules = {"transformer": parts.transformer, "vae": parts.vae_on_device(run)}
@@ -3426,7 +3751,7 @@ def make_pipeline(run: Run, parts: TrainingParts) -> Any:
 def generate(
     run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
-    """Pictures of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
+    """Images of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
     options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
@@ -3443,13 +3768,13 @@ def generate(
 # endregion shared: validation
 
 
-# differs: pictures of the image-to-image script have references
+# differs: images of the image-to-image script have references
 def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, dict[str, Any]]:
-    """(height, width) of the pictures of the prompt in this row, as asked or the first size that is trained at."""
+    """(height, width) of the images of the prompt in this row, as asked or the first size that is trained at."""
     return parse_sizes(run.args.validation_size)[0] if run.args.validation_size else buckets[0], {}
 
 
-# differs: the image-to-image script shows references and known targets beside its pictures
+# differs: the image-to-image script shows references and known targets beside its images
 def sheet_columns(
     run: Run, parts: TrainingParts, prompts: list[str], drawn: list[tuple[str, Path]]
 ) -> list[tuple[str, Path]]:
@@ -3470,28 +3795,28 @@ def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Pat
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
                 size, inputs = validation_inputs(run, row, parts.buckets)
-                picture = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
-                write_picture(picture, folder / f"prompt-{row}_image-{number}.png")
+                image = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
+                write_image(image, folder / f"prompt-{row}_image-{number}.png")
                 progress.advance()
         parts.rest_vae(run.args)
 
 
-def write_picture(picture: PIL.Image.Image, path: Path, **facts: str) -> None:
+def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     """Writes a PNG that is there whole or not at all: in lock-step two processes may draw the same one."""
     buffer, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
     for name, text in facts.items():
         info.add_text(name, text)
-    picture.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer, "PNG", pnginfo=info)
     write_atomically(path, buffer.getvalue())
 
 
 def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> None:
-    """A contact sheet: one row per prompt, one column per folder of pictures (title, folder), the first of each."""
+    """A contact sheet: one row per prompt, one column per folder of images (title, folder), the first of each."""
     cells = {}
     for (x, (_, folder)), y in itertools.product(enumerate(columns), range(len(rows))):
         if (file := folder / f"prompt-{y}_image-0.png").is_file():
             cells[x, y] = PIL.Image.open(file).convert("RGB")
-    widest, highest = (max(picture.size[side] for picture in cells.values()) for side in (0, 1))
+    widest, highest = (max(image.size[side] for image in cells.values()) for side in (0, 1))
     scale = 256 / max(widest, highest)
     width, height = round(widest * scale), round(highest * scale)
     sheet = PIL.Image.new("RGB", (len(columns) * (width + 8) + 8, len(rows) * (height + 28) + 24), "white")
@@ -3500,16 +3825,16 @@ def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> 
         draw.text((8 + x * (width + 8), 6), title, fill="black")
     for y, prompt in enumerate(rows):
         draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(columns) * width // 7], fill="black")
-    for (x, y), picture in cells.items():
+    for (x, y), image in cells.items():
         filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
-        fitted = PIL.ImageOps.contain(picture, (width, height), filter)
+        fitted = PIL.ImageOps.contain(image, (width, height), filter)
         sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
-    write_picture(sheet, path)
+    write_image(sheet, path)
 
 
 @torch.no_grad()
 def validation_loss(run: Run, parts: TrainingParts) -> float:
-    """Loss on up to four training pictures at fixed noise and fixed sigmas: comparable from step to step."""
+    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
     fixed = TrainingSet(run, parts.space, parts.samples, "validation")
     losses = []
     for number in range(8):
@@ -3518,23 +3843,23 @@ def validation_loss(run: Run, parts: TrainingParts) -> float:
     return sum(losses) / len(losses)
 
 
-def track_pictures(run: Run, folder: Path, step: int) -> None:
-    """Sends the first picture of each prompt in `folder` to the trackers; one that fails does not stop the rest."""
+def track_images(run: Run, folder: Path, step: int) -> None:
+    """Sends the first image of each prompt in `folder` to the trackers; one that fails does not stop the rest."""
     try:
-        pictures = [PIL.Image.open(path).convert("RGB") for path in sorted(folder.glob("prompt-*_image-0.png"))]
+        images = [PIL.Image.open(path).convert("RGB") for path in sorted(folder.glob("prompt-*_image-0.png"))]
         for tracker in run.accelerator.trackers:
             if tracker.name == "tensorboard":
-                for row, picture in enumerate(pictures):  # one by one: their sizes may differ
-                    images = {f"validation/{row}": np.asarray(picture)[None]}
-                    tracker.log_images(images, step=step, dataformats="NHWC")
+                for row, image in enumerate(images):  # one by one: their sizes may differ
+                    named = {f"validation/{row}": np.asarray(image)[None]}
+                    tracker.log_images(named, step=step, dataformats="NHWC")
             elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": pictures}, step=step)
+                tracker.log_images({"validation": images}, step=step)
     except Exception as error:  # whatever a tracker raises
-        warn_once(run, "trackers", f"pictures of step {step} were not logged ({error})")
+        warn_once(run, "trackers", f"images of step {step} were not logged ({error})")
 
 
 def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
-    """Pictures, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
     parts.transformer.eval()
     try:
         samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
@@ -3544,9 +3869,9 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
             steps = sorted(path for path in samples_dir.glob("step-*") if path.is_dir())
             columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
             draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
-            track_pictures(run, folder, state.step)
+            track_images(run, folder, state.step)
         return {"validation_loss": validation_loss(run, parts)}
-    except Exception as error:  # pictures are not worth a run
+    except Exception as error:  # images are not worth a run
         if run.sharding:  # the other processes wait for this one's part of the weights
             raise
         log.error(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
@@ -3561,31 +3886,31 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
 
 
 def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size]) -> list[Sample]:
-    """The class pictures of prior preservation, generated first where too few are there; [] without it."""
+    """The class images of prior preservation, generated first where too few are there; [] without it."""
     if not run.args.with_prior_preservation:
         return []
     folder, wanted = Path(run.args.class_data_dir).absolute(), run.args.num_class_images
-    present = len(list_pictures(list_files(folder)))
+    present = len(list_images(list_files(folder)))
     free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
     missing = list(itertools.islice(free_numbers, max(0, wanted - present)))
-    log.info(f"class pictures: {present} in {folder.name}, {len(missing)} to generate")
+    log.info(f"class images: {present} in {folder.name}, {len(missing)} to generate")
     batches = [
         missing[start : start + run.args.sample_batch_size]
         for start in range(0, len(missing), run.args.sample_batch_size)
     ]
     with shared_out(run, batches, lockstep=run.sharding is not None) as mine:
         if mine:
-            generate_class_pictures(run, space, prompts, buckets, folder, mine)
+            generate_class_images(run, space, prompts, buckets, folder, mine)
     files = list_files(folder)
-    pictures = list_pictures(files)
-    tell_unused(folder, files, pictures)
-    return make_samples(run, [Row(file_source(folder, path), (run.args.class_prompt,)) for path in pictures], buckets)
+    images = list_images(files)
+    tell_unused(folder, files, images)
+    return make_samples(run, [Row(file_source(folder, path), (run.args.class_prompt,)) for path in images], buckets)
 
 
-def generate_class_pictures(
+def generate_class_images(
     run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size], folder: Path, batches: list[list[int]]
 ) -> None:
-    """Generates the class pictures of these numbers, batch by batch, with the bare base model.
+    """Generates the class images of these numbers, batch by batch, with the bare base model.
 
     Each number has its own seed, so a start that was cut short goes on where it stopped.
     """
@@ -3594,18 +3919,18 @@ def generate_class_pictures(
     transformer = place_transformer(base_run, load_transformer(base_run)).eval()
     parts = TrainingParts(space, prompts, transformer, load_vae(run), [], buckets)
     pipeline, size = make_pipeline(base_run, parts), buckets[0]
-    with Progress("generate class pictures", sum(map(len, batches))) as progress:
+    with Progress("generate class images", sum(map(len, batches))) as progress:
         for chosen in batches:
             seeds = [("class picture", number) for number in chosen]
-            pictures = generate(base_run, parts, pipeline, run.args.class_prompt, seeds, size)
-            for number, picture in zip(chosen, pictures, strict=True):
-                write_picture(picture, folder / f"class-{number:05d}.png", class_prompt=run.args.class_prompt)
+            images = generate(base_run, parts, pipeline, run.args.class_prompt, seeds, size)
+            for number, image in zip(chosen, images, strict=True):
+                write_image(image, folder / f"class-{number:05d}.png", class_prompt=run.args.class_prompt)
                 progress.advance()
     del pipeline, parts, transformer
     release_memory()
 
 
-# differs: the image-to-image script has a picture to give
+# differs: the image-to-image script has an image to give
 def card_inputs(run: Run) -> tuple[str, dict[str, Any]]:
     """(import lines, arguments) of the card's snippet that are this script's."""
     (height, width), _ = validation_inputs(run, 0, choose_buckets(run))
@@ -3692,7 +4017,7 @@ transformer = Flux2Transformer2DModel.from_pretrained(
 parts = {{"transformer": transformer, "text_encoder": None, "tokenizer": None}}
 pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={file!r})
-pipeline(**text, {arguments}).images[0].save("picture.png")
+pipeline(**text, {arguments}).images[0].save("image.png")
 ```
 """
 
@@ -3824,8 +4149,8 @@ def trim_metrics(run: Run, step: int) -> None:
         warn_once(run, "metrics.jsonl", error)
 
 
-def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
-    """Pictures from the saved file, read back into the resident adapter.
+def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Images from the saved file, read back into the resident adapter.
 
     Returns (prompt, path) for the card's gallery; a failure is a warning, the LoRA is already saved.
     """
@@ -3841,7 +4166,7 @@ def draw_final_pictures(run: Run, parts: TrainingParts, parameters: dict[str, nn
     except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
         if run.sharding:  # the other processes wait for this one's part of the weights
             raise
-        log.warning(f"final pictures: failed ({type(error).__name__}: {error}); the LoRA is saved")
+        log.warning(f"final images: failed ({type(error).__name__}: {error}); the LoRA is saved")
         return []
     numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
     return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
@@ -3866,7 +4191,7 @@ def push(run: Run) -> None:
     folder = run.output_dir
     try:
         files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
-        # samples/given holds copies of the user's own pictures: they stay here
+        # samples/given holds copies of the user's own images: they stay here
         files += sorted(
             path for path in (folder / "samples").rglob("*.png") if "given" not in path.relative_to(folder).parts
         )
@@ -3885,330 +4210,8 @@ def push(run: Run) -> None:
 # endregion shared: results
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------------- Training
 # region shared: training
-@dataclass(frozen=True)
-class Run:
-    """The flags, and what is derived from them and from the machine once, at start."""
-
-    args: Args
-    accelerator: accelerate.Accelerator
-    device: torch.device
-    dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
-    seed: int
-    model: ModelFiles
-    family: ModelFamily
-    text_layers: tuple[int, ...]
-    cell: int  # pixels per token side
-    quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
-    output_dir: Path
-    cache_dir: Path
-    resume: Checkpoint | None
-    started: float  # time.monotonic()
-    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
-    hub_repo: str | None = None  # made when the checks have passed
-    told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
-
-    @property
-    def base_format(self) -> str:
-        """How the frozen base is kept, for people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
-        dtype, settings = str(self.dtype).removeprefix("torch."), self.quantization or {}
-        four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
-        blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
-        return f"{dtype}, blocks in {blocks}" if blocks else dtype
-
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0, over all machines."""
-        return self.accelerator.process_index
-
-    @property
-    def processes(self) -> int:
-        """Processes of the run, on all machines; each has a device and a micro-batch of its own."""
-        return self.accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes what the run has only once."""
-        return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
-
-    name: str
-    samples: list[Sample]
-    weight: float = 1.0  # of its loss
-
-
-@dataclass
-class TrainingParts:
-    """What the training loop works with."""
-
-    space: LatentSpace
-    prompts: PromptCache
-    transformer: nn.Module
-    vae: Any  # None when the pictures are cached and nothing is drawn
-    streams: list[Stream]  # the first one is what is learned
-    buckets: list[Size]
-
-    @property
-    def samples(self) -> list[Sample]:
-        """What is learned: epochs count these."""
-        return self.streams[0].samples
-
-    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
-        """The VAE where it is needed; before its first use, and with --offload after each, it waits on the CPU."""
-        return self.vae.to(run.device)
-
-    def rest_vae(self, args: Args) -> None:
-        """Sends the VAE to the CPU with --offload."""
-        if args.offload and self.vae is not None:
-            self.vae.to("cpu")
-
-
-class NotFinite(RuntimeError):
-    """Ten steps in a row had a loss or gradient that is not finite. Exit code 3."""
-
-
-class SaveFailed(RuntimeError):
-    """The last save failed. Exit code 4."""
-
-
-class OutOfMemory(torch.OutOfMemoryError):
-    """Out of memory, with what was going on and what to do. Exit code 6."""
-
-
-class Stopped(SystemExit):
-    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
-
-
-class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
-    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
-
-    no_memory = (torch.OutOfMemoryError, MemoryError)
-    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (no_memory, 6), (KeyboardInterrupt, 130))
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Turns a known failure into SystemExit when this file is the program."""
-        for known, code in self.codes if __name__ == "__main__" else ():
-            if isinstance(error, known):
-                with contextlib.suppress(OSError, ValueError):
-                    print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-                raise SystemExit(code) from None
-
-
-PHASES = {"check_data": "check data", "encode_prompts": "encode prompts", "encode_pictures": "encode pictures",
-          "prepare_class_samples": "generate class pictures", "set_up_training": "load transformer",
-          "train": "train", "save_results": "save"}  # by the functions that main calls  # fmt: skip
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(run: Run) -> Iterator[None]:
-    """Turns every kind of running out of memory, also the CPU's, into OutOfMemory with a message that helps."""
-    try:
-        yield
-    except Exception as error:
-        signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
-        known = isinstance(error, (UserError, NotFinite, SaveFailed))
-        if known or not (isinstance(error, ExitCodes.no_memory) or re.search(signs, str(error), re.IGNORECASE)):
-            raise
-        called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        phase = next((PHASES[name] for name in called if name in PHASES), "start")
-        raise OutOfMemory(out_of_memory_message(run, phase, error)) from error
-
-
-def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
-    """Phase, peak, free memory, the two flags that help most, and the line that goes on from the last checkpoint."""
-    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    peak, flags = max(peak_memory(run).values(), default=math.nan), memory_flags(run, phase)[:2]
-    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free_memory(run):.2f} GB\n"
-    text += f"  what helps most and is not on: {', then '.join(flags)}\n"
-    newest_first = reversed(list_checkpoints(run.output_dir))
-    if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
-        return f"{text}  no step has been saved: start again with them"
-    harmless = ("--gradient_checkpointing", "--stream_blocks", "--offload", "--fsdp_text_encoder")
-    same = [flag for flag in flags if flag in harmless]
-    text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
-    return f"{text}    {resume_line(run, *same)}"
-
-
-def memory_flags(run: Run, phase: str) -> list[str]:
-    """What saves memory in this phase and is not on yet, what helps most first."""
-    on_gpu, base = run.device.type != "cpu", ("generate class pictures", "load transformer", "train")
-    four_bit = "--bnb_quantization_config_path configs/quantization/nf4.json"
-    quantised = run.quantization is not None or run.args.do_fp8_training
-    full_adam = run.args.optimizer == "adamw" and not run.args.use_8bit_adam
-    rows = [
-        ("--offload", ["encode prompts"], on_gpu and not run.args.offload and not run.args.fsdp_text_encoder),
-        ("--fsdp_text_encoder", ["encode prompts"], run.processes > 1 and not run.args.fsdp_text_encoder),
-        ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
-        ("a smaller --max_sequence_length", ["encode prompts"], True),
-        ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
-        ("--stream_blocks", base, on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization)),
-        ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
-        (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
-        ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),
-        ("--cache_latents", ["train"], not run.args.cache_latents),
-        ("--offload", ["train"], on_gpu and not run.args.offload),
-        ("a smaller --resolution", ["check data", "encode pictures", "generate class pictures", "train"], True),
-        ("--use_8bit_adam", ["train", "load transformer"], full_adam),
-        ("a smaller --rank", ["train", "load transformer", "save"], True),
-        ("[klein] instead of [dev]", base, run.family.pipeline == "Flux2Pipeline"),
-        ("more memory", [phase], True),
-    ]
-    return [flag for flag, phases, wanted in rows if phase in phases and wanted]
-
-
-def free_memory(run: Run) -> float:
-    """Free memory in GB: of the device, or of the machine on CPU; NaN where the system does not tell."""
-    if run.device.type == "cuda":
-        return torch.cuda.mem_get_info(run.device)[0] / 1e9
-    with contextlib.suppress(OSError, TypeError):
-        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
-    return math.nan
-
-
-def resume_line(run: Run, *more: str) -> str:
-    """What goes on from the last checkpoint: a command, or the call of a notebook."""
-    words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
-    launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
-    return f"{launcher} {shlex.join([sys.argv[0], *words])}"
-
-
-@dataclass
-class StopSignals:
-    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
-
-    SIGUSR2 is the end of the launcher, and as a first signal a SIGTERM. Only the main thread may install handlers; they
-    are put back on leaving.
-    """
-
-    received: int | None = None  # by this process
-    agreed: int | None = None  # by any process, as all of them know after the same step
-    since: float = 0.0  # time.monotonic() of the first
-    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
-
-    def __enter__(self) -> StopSignals:
-        """Installs the handlers."""
-        if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
-            self.previous = {number: signal.signal(number, self.handle) for number in numbers}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Puts the old handlers back; of a program that is about to end, the launcher's end is no news."""
-        for number, handler in self.previous.items():
-            ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
-            signal.signal(number, signal.SIG_IGN if ends else handler)
-
-    def handle(self, number: int, _frame: Any) -> None:
-        """Notes the first signal; a later one has its usual effect, unless it is an echo.
-
-        Launchers pass on what the whole process group has got already, and end themselves.
-        """
-        if self.received is None:
-            self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
-            log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
-        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
-            signal.signal(number, self.previous[number])
-            signal.raise_signal(number)
-
-    def agree(self, run: Run, known: int) -> None:
-        """Takes over what all processes `known` of each other's signals in this step; the time limit is a SIGTERM."""
-        if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
-            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
-            self.received = signal.SIGTERM
-        self.agreed = self.received if run.processes == 1 else known or None
-
-
-def set_up_logging() -> None:
-    """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
-    for library in (transformers, diffusers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-
-
-def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
-    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
-
-    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
-    """
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if args.mixed_precision is None and configured in ("fp16", "fp8"):
-        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
-    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
-    return torch.bfloat16 if choice == "bf16" else torch.float32
-
-
-def start_accelerator(args: Args) -> Run:
-    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
-    if problems := list(check_launch(args)):  # a notebook or a TPU launcher has not been through parse_args
-        raise UserError("\n".join(problems))
-    set_up_logging()
-    for note in flag_notes(args):
-        log.warning(note)
-    output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
-    family = find_family(model)
-    if is_launched() and process_count() > 1:
-        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}; if you started one, `unset "
-                 f"{' '.join(LAUNCH_VARIABLES)}`")  # fmt: skip
-    accelerator = accelerate.Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=report_to(args) or None,
-        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # the encoder of [dev] takes a while
-    )
-    if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
-        raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
-    dtype = compute_dtype(args, accelerator.device.type == "cpu")
-    if args.do_fp8_training:
-        check_fp8(accelerator.device, dtype)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-    seed = resume.state["seed"] if resume and args.seed is None else args.seed
-    drawn = broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device))
-    return Run(
-        args, accelerator, accelerator.device, dtype,
-        seed=int(drawn) if seed is None else seed,  # the first process's; all draw, if only some found a checkpoint
-        model=model, family=family, text_layers=text_layers(args, model, family),
-        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        quantization=find_quantization(args, model),
-        output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
-        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
-    )  # fmt: skip
-
-
-def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
-    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
-    layers = tuple(args.text_encoder_out_layers or family.text_layers)
-    if args.remote_text_encoder:
-        return layers
-    config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
-    depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
-    if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
-        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
-    return layers
-
-
-def create_hub_repo(args: Args) -> str | None:
-    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    try:
-        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
-    except Exception as error:  # the network has no common base of errors
-        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
-
-
 def start_worker(_worker: int) -> None:
     """Workers log as we do, and outlive a signal to the process group: the main process answers it and ends them."""
     set_up_logging()
@@ -4221,7 +4224,7 @@ def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[d
     loaders = []
     for stream in parts.streams:
         geometries = [sample.geometry for sample in stream.samples]
-        place = run.rank, run.processes
+        place = run.process_index, run.processes
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
         options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
         options["worker_init_fn"] = start_worker
@@ -4243,7 +4246,7 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
         for stream, batch in zip(parts.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
                 # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
-                key = (state.step * accumulation + micro, len(rows) * run.processes + run.rank)
+                key = (state.step * accumulation + micro, len(rows) * run.processes + run.process_index)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
             losses_B, sigmas_B = batch_losses(run, parts, batch)
             run.accelerator.backward(stream.weight * losses_B.mean())
@@ -4289,7 +4292,7 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows_N2: to
     if run.processes == 1:
         return rows_N2
     slots = rows_N2.new_zeros(run.processes, rows_N2.numel())
-    slots[run.rank] = rows_N2.flatten()
+    slots[run.process_index] = rows_N2.flatten()
     gradients = [parameter.grad for parameter in parameters]
     pieces = [*gradients, slots]
     flat = torch.cat([piece.flatten() for piece in pieces])
@@ -4302,11 +4305,11 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows_N2: to
 
 def name_bad_samples(run: Run, step: int, names: list[str], row_losses: list[float], sigmas: list[float]) -> None:
     """Logs a skipped step with this process's samples whose loss is not finite, or all if only the gradient is not."""
-    own = slice(run.rank * len(names), (run.rank + 1) * len(names))
+    own = slice(run.process_index * len(names), (run.process_index + 1) * len(names))
     told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
     bad = [name for name, loss in zip(told, row_losses[own], strict=True) if not math.isfinite(loss)]
     bad = bad or told * all(map(math.isfinite, row_losses))
-    where = f" (process {run.rank})" * (run.processes > 1)
+    where = f" (process {run.process_index})" * (run.processes > 1)
     if bad or run.is_main:
         log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")
 
@@ -4355,7 +4358,7 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
     n, repeats, per_step, batch = len(parts.samples), run.args.repeats, samples_per_step(run), run.args.train_batch_size
     accumulation, visits = run.args.gradient_accumulation_steps, steps * per_step
-    log.info(f"train: {n} pictures x {repeats} repeats = {n * repeats} samples per epoch")
+    log.info(f"train: {n} images x {repeats} repeats = {n * repeats} samples per epoch")
     processes = f"{run.processes} process" + "es" * (run.processes > 1)
     log.info(f"train: batch {batch} x accumulation {accumulation} x {processes} = {per_step} samples per step")
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
@@ -4373,9 +4376,9 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
 
 
 def validation_is_due(run: Run, samples: int, step: int) -> bool:
-    """Whether pictures are drawn after `step`: before the first one, then by steps or by epochs.
+    """Whether images are drawn after `step`: before the first one, then by steps or by epochs.
 
-    An epoch is pictures x repeats drawn samples; its event comes at the first step that reaches it.
+    An epoch is images x repeats drawn samples; its event comes at the first step that reaches it.
     """
     if not run.args.validation_prompt or run.args.num_validation_images == 0:
         return False
@@ -4522,7 +4525,7 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
     """Raises UserError unless all processes see the same data, settings and checkpoint.
 
-    Machines without a shared file system would train on different pictures, or some of them from step 0, in silence.
+    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
     """
     own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
     flags = {name: value for name, value in vars(run.args).items() if name not in own}
@@ -4530,7 +4533,7 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
     if differing := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
         raise UserError(
-            f"process(es) {', '.join(map(str, differing))} see other pictures, settings or checkpoints than process 0: "
+            f"process(es) {', '.join(map(str, differing))} see other images, settings or checkpoints than process 0: "
             "start all machines with the same command, and the same data and --output_dir on a shared file system"
         )
 
@@ -4608,11 +4611,11 @@ def print_results(run: Run, state: TrainState) -> None:
 # endregion shared: training
 
 
-# differs: the image-to-image script has references and no class pictures
+# differs: the image-to-image script has references and no class images
 def prepare_streams(
     run: Run, space: LatentSpace, prompts: PromptCache, samples: list[Sample], buckets: list[Size]
-) -> tuple[list[Stream], list[Picture]]:
-    """What is learned, with prior preservation the class beside it; and all the pictures to encode."""
+) -> tuple[list[Stream], list[Image]]:
+    """What is learned, with prior preservation the class beside it; and all the images to encode."""
     class_samples = prepare_class_samples(run, space, prompts, buckets)
     streams = [Stream("instance", samples)]
     streams += [Stream("class", class_samples, run.args.prior_loss_weight)] if class_samples else []
@@ -4669,7 +4672,7 @@ def started_run(args: Args) -> Iterator[Run]:
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with started_run(args) as run:
-        with run.accelerator.main_process_first():  # the others find the index of checked pictures
+        with run.accelerator.main_process_first():  # the others find the index of checked images
             samples, buckets = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
@@ -4677,14 +4680,14 @@ def main(args: Args) -> None:
         run = prepare_output(run)
         space = open_latent_space(run)
         prompts = encode_prompts(run, all_prompts(run, samples))
-        streams, pictures = prepare_streams(run, space, prompts, samples, buckets)
-        parts = TrainingParts(space, prompts, None, encode_pictures(run, space, pictures), streams, buckets)
+        streams, images = prepare_streams(run, space, prompts, samples, buckets)
+        parts = TrainingParts(space, prompts, None, encode_images(run, space, images), streams, buckets)
         state = set_up_training(run, parts)
         with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
             with keep_progress(run, state):
                 train(run, parts, state, stop)
             save_results(run, state, stop)
-        gallery = draw_final_pictures(run, parts, state.parameters)
+        gallery = draw_final_images(run, parts, state.parameters)
         end_trackers(run)
         if run.is_main:
             write_card(run, state, gallery)

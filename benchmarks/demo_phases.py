@@ -27,13 +27,13 @@ PHASES = {
     "check_data": "check data",
     "check_plan": "check data",
     "encode_prompts": "encode prompts",
-    "cache_latents": "encode pictures",
-    "load_vae": "encode pictures",
+    "cache_latents": "encode images",
+    "load_vae": "encode images",
     "set_up_training": "load transformer, add LoRA",
     "train": "training loop",
-    "validate": "validation pictures",
+    "validate": "validation images",
     "save_results": "save",
-    "draw_final_pictures": "final pictures",
+    "draw_final_images": "final images",
     "write_card": "save",
 }
 

@@ -1,4 +1,4 @@
-"""Peak memory of the host at 50 and at 400 pictures of 512 px with cached latents: it must not grow with the data.
+"""Peak memory of the host at 50 and at 400 images of 512 px with cached latents: it must not grow with the data.
 
     python benchmarks/memory.py
 
@@ -27,37 +27,37 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def draw_pictures(folder: Path, count: int, size: int) -> Path:
+def draw_images(folder: Path, count: int, size: int) -> Path:
     """`count` different JPEGs of `size` x `size`; smooth noise, which compresses like a photograph."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(count):
         coarse = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number:04d}.jpg", quality=90)
+        image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:04d}.jpg", quality=90)
     return folder
 
 
 def measure(count: int, folder: Path, size: int = 512, model: Path = ROOT / "tiny_flux2") -> dict[str, float]:
-    """Trains five steps on `count` pictures below `folder`; returns peak in MB and seconds of the process."""
-    pictures = draw_pictures(folder / f"pictures-{count}", count, size)
+    """Trains five steps on `count` images below `folder`; returns peak in MB and seconds of the process."""
+    images = draw_images(folder / f"images-{count}", count, size)
     words = [ROOT / "train_dreambooth_lora_flux2.py", "--pretrained_model_name_or_path", model]
-    words += ["--instance_data_dir", pictures, "--instance_prompt", "a photo of sks toy", "--resolution", size]
+    words += ["--instance_data_dir", images, "--instance_prompt", "a photo of sks toy", "--resolution", size]
     words += ["--output_dir", folder / f"out-{count}", "--max_train_steps", 5, "--seed", 0, "--cache_latents"]
     words += ["--max_sequence_length", 64, "--report_to", "none", "--dataloader_num_workers", 0, "--rank", 4]
     started = time.monotonic()
     process = subprocess.run([sys.executable, "-c", WATCHED, *map(str, words)], capture_output=True, text=True)
     if process.returncode != 0:
-        raise RuntimeError(f"the run on {count} pictures failed:\n{process.stderr}")
+        raise RuntimeError(f"the run on {count} images failed:\n{process.stderr}")
     peak = int(process.stdout.split("peak_kib")[1].split()[0])
-    return {"pictures": count, "peak_mb": peak * 1024 / 1e6, "seconds": time.monotonic() - started}
+    return {"images": count, "peak_mb": peak * 1024 / 1e6, "seconds": time.monotonic() - started}
 
 
 def main() -> None:
     """Measures both sizes and writes memory.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[50, 400], help="numbers of pictures")
-    parser.add_argument("--size", type=int, default=512, help="pixels per side of pictures and training")
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 400], help="numbers of images")
+    parser.add_argument("--size", type=int, default=512, help="pixels per side of images and training")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [measure(count, Path(folder), args.size) for count in args.counts]

@@ -80,7 +80,7 @@ def measure_here(arguments: list[str]) -> None:
     sharded = sum(isinstance(parameter, DTensor) for parameter in transformer.parameters())
     seen = {"processes": run.processes, "sharded_tensors": sharded, "before_gb": round(before, 3),
             "peak_above_gb": round(sampler.peak - before, 3), "kept_above_gb": round(pss() - before, 3)}  # fmt: skip
-    Path(os.environ["MEASURED"], f"{run.rank}.json").write_text(json.dumps(seen))
+    Path(os.environ["MEASURED"], f"{run.process_index}.json").write_text(json.dumps(seen))
 
 
 def launch(processes: int, model: Path, scratch: Path) -> list[dict]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from memory import draw_pictures
+from memory import draw_images
 from results import ROOT, write_result
 
 sys.path.insert(0, str(ROOT))
@@ -42,7 +42,7 @@ def make_model(folder: Path, width: int) -> Path:
 def build(folder: Path, width: int, size: int) -> tuple:
     """(run, parts, state) as the script hands them to its training loop."""
     words = ["--pretrained_model_name_or_path", make_model(folder / "model", width)]
-    words += ["--instance_data_dir", draw_pictures(folder / "pictures", 5, size), "--instance_prompt", "a photo"]
+    words += ["--instance_data_dir", draw_images(folder / "images", 5, size), "--instance_prompt", "a photo"]
     words += ["--output_dir", folder / "out", "--resolution", size, "--cache_latents", "--max_train_steps", 10**6]
     words += ["--seed", 0, "--report_to", "tensorboard", "--mixed_precision", "no", "--max_sequence_length", 128]
 

@@ -1,4 +1,4 @@
-"""Print a table of a README from the JSON files of the benchmarks.
+"""Print a table of docs/learning.md or of a README from the JSON files of the benchmarks.
 
 python benchmarks/table.py              time and memory
 python benchmarks/table.py learning     what LoRAs of the toy learned
@@ -18,9 +18,9 @@ def demo_rows(result: dict) -> list[tuple[str, str]]:
 
 
 def memory_rows(result: dict) -> list[tuple[str, str]]:
-    """Peak memory at each number of pictures."""
-    what = f"pictures of {result['size']} px, `--cache_latents`: peak memory of the host"
-    rows = [(f"{run['pictures']} {what}", f"{run['peak_mb'] / 1000:.2f} GB") for run in result["runs"]]
+    """Peak memory at each number of images."""
+    what = f"images of {result['size']} px, `--cache_latents`: peak memory of the host"
+    rows = [(f"{run['images']} {what}", f"{run['peak_mb'] / 1000:.2f} GB") for run in result["runs"]]
     return [*rows, ("growth from the first to the last", f"{100 * (result['growth'] - 1):+.1f} %")]
 
 
@@ -66,7 +66,7 @@ BASES = {
 
 
 def print_learning() -> None:
-    """Prints how much nearer each LoRA brought the pictures to the toy, then what else was measured of LoRAs."""
+    """Prints how much nearer each LoRA brought the images to the toy, then what else was measured of LoRAs."""
     found = read_result("learning")["figures"]
     settings, subject = found["gain by setting"], found["subject"]
     gains = {what: settings[name] for name, what in SETTINGS.items()}
@@ -99,7 +99,7 @@ def print_learning() -> None:
 
 
 def print_tiny_flux2() -> None:
-    """Prints the share of pictures in which each property is read as asked for, and distances."""
+    """Prints the share of images in which each property is read as asked for, and distances."""
     scores = read_result("tiny_flux2")["scores"]
     captions, edits = scores["captions"], scores["edits"]
     rows = {"guessing": captions["chance"]}
@@ -113,12 +113,12 @@ def print_tiny_flux2() -> None:
         fields = ("background", "light", "colour", "shape", "all")
         print(f"| {name} | {' | '.join(f'{100 * shares[key]:.0f} %' if key in shares else '' for key in fields)} |")
     print("\nMean absolute difference, as a share of the range of values:\n")
-    print("| picture | to its reference | to another one |\n|---|---|---|")
+    print("| image | to its reference | to another one |\n|---|---|---|")
     keeping = scores["keeping"]
     for key in ("scenes", "toys_never_seen", "nights_never_seen"):
         pair = (keeping[f"{key}_to_reference"], keeping[f"{key}_to_shuffled"])
         print(f'| "keep the image", {key.replace("_", " ")} | {pair[0]:.3f} | {pair[1]:.3f} |')
-    print("\n| picture | to the drawing of it |\n|---|---|")
+    print("\n| image | to the drawing of it |\n|---|---|")
     print(
         f"| an edit | {edits['to_the_edit']:.3f} |\n| its unedited reference | {edits['reference_to_the_edit']:.3f} |"
     )

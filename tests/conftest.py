@@ -1,4 +1,4 @@
-"""What every test gets: a hermetic environment, both scripts as modules, the tiny models, drawn pictures.
+"""What every test gets: a hermetic environment, both scripts as modules, the tiny models, drawn images.
 
 A test of the fixture `script` runs on both scripts: what they share is promised of both. `t2i` and `i2i` are for what
 is one script's own.
@@ -39,8 +39,8 @@ def draw_photo(path: Path, size: tuple[int, int], seed: int, exif_orientation: i
     ramp = np.linspace(0, 255, width)[None, :, None] * rng.random(3) + np.linspace(0, 255, height)[
         :, None, None
     ] * rng.random(3)
-    picture = Image.fromarray((ramp / 2 + rng.normal(0, 6, (height, width, 3)) + 20).clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray((ramp / 2 + rng.normal(0, 6, (height, width, 3)) + 20).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     for _ in range(4):
         x, y, r = rng.integers(0, width), rng.integers(0, height), rng.integers(5, max(6, min(size) // 3))
         draw.ellipse([x - r, y - r, x + r, y + r], fill=tuple(int(c) for c in rng.integers(0, 255, 3)))
@@ -48,7 +48,7 @@ def draw_photo(path: Path, size: tuple[int, int], seed: int, exif_orientation: i
     if exif_orientation:
         exif[0x0112] = exif_orientation
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, quality=92, exif=exif)
+    image.save(path, quality=92, exif=exif)
     return path
 
 
@@ -59,13 +59,13 @@ def draw_photos(folder: Path, count: int = 5, seed: int = 0) -> Path:
         orientation = (None, 6, 3, None, 8)[number % 5]
         draw_photo(folder / f"{number:02d}.jpg", sizes[number % 5], seed + number, orientation)
     (folder / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
-    (folder / ".cache" / "huggingface" / "hidden.jpg").write_bytes(b"not a picture")
+    (folder / ".cache" / "huggingface" / "hidden.jpg").write_bytes(b"not an image")
     (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
     return folder
 
 
 def draw_references(folder: Path, size: tuple[int, int] | None = None) -> Path:
-    """A reference for each picture of `draw_photos`, one lying on its side; of many sizes or all of one."""
+    """A reference for each image of `draw_photos`, one lying on its side; of many sizes or all of one."""
     sizes = [(80, 72), (64, 128), (64, 100), (150, 70), (150, 70)]  # the last two are a group
     for number, own_size in enumerate(sizes):
         lying = number == 1 and size is None
@@ -192,7 +192,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quick(train, cache):
-    """`train` with the shared cache, pictures in it too."""
+    """`train` with the shared cache, images in it too."""
     return functools.partial(train, "--latents_cache_dir", cache, "--cache_latents")
 
 

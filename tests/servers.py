@@ -311,7 +311,7 @@ class Hub(Loopback):
         return json_reply({"url": f"{self.url}/{name}", "name": name, "id": "1"})
 
     def preupload(self, request: Request) -> Reply:
-        """Weights and pictures go through LFS, text into the commit itself."""
+        """Weights and images go through LFS, text into the commit itself."""
         files = [
             {
                 "path": file["path"],

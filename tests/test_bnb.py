@@ -26,7 +26,7 @@ from unit_parts import start_run
 CONFIGS = Path(__file__).parent.parent / "configs" / "quantization"
 KINDS = ("nf4", "int8")
 # Relative error of output and input gradient against fp32, for normal weights. Seen: NF4 0.092; 8 bit 0.0074 to 0.0108,
-# the most where a picture is drawn and activations are 8 bit too.
+# the most where an image is drawn and activations are 8 bit too.
 ERRORS = {"nf4": (0.08, 0.1), "int8": (0.005, 0.012)}
 
 
@@ -94,7 +94,7 @@ def test_the_storage_is_what_the_format_says(script):
         assert [name for name, _ in layer.named_parameters()] == ["weight"] and not layer.weight.requires_grad
 
 
-def test_drawing_a_picture_does_not_repack_a_weight(script):
+def test_drawing_a_image_does_not_repack_a_weight(script):
     """On a CPU with AVX-512 bitsandbytes would, in place, and from then on no gradient passed the layer."""
     layer = script.bnb_linear(settings_of("nf4"), normal_linear(128, 128), torch.device("cpu"))
     before = layer.weight.detach().clone()
@@ -196,7 +196,7 @@ def test_the_whole_model_is_near_the_unquantised_one_in_output_and_lora_gradient
 def test_training_follows_the_unquantised_run_and_leaves_the_base_as_it_was(
     script, train, monkeypatch, kind, distance, validation_reference
 ):
-    """Losses within a few per cent, with accumulation, checkpointing and pictures on the way; no bit of the base."""
+    """Losses within a few per cent, with accumulation, checkpointing and images on the way; no bit of the base."""
     flags = ("--max_train_steps", "6", "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2")
     plain, before = train(*flags, output="a"), []
     loaded = spy(monkeypatch, script, "load_transformer")
@@ -472,7 +472,7 @@ def python_of(folder: Path) -> str:
 def test_the_cards_snippet_draws_with_the_base_that_was_trained_on(
     script, train, tiny, tiny_klein, stored_models, tmp_path, monkeypatch, rung
 ):
-    """As it stands, from start to picture.png; on the CPU only diffusers' demand for a GPU is left out.
+    """As it stands, from start to image.png; on the CPU only diffusers' demand for a GPU is left out.
 
     The encoder is gone before the transformer is loaded, and every frozen weight is the trained run's to the last bit;
     in FP8, which torchao rounds from other scales, to a tenth of the format's own error.
@@ -512,8 +512,8 @@ def test_the_cards_snippet_draws_with_the_base_that_was_trained_on(
     monkeypatch.setattr(encoder_class, "from_pretrained", classmethod(load_encoder))
     names = {}
     exec(compile(python_of(folder), "snippet", "exec"), names)
-    with Image.open("picture.png") as picture:
-        assert picture.width >= 64 and picture.height >= 64
+    with Image.open("image.png") as image:
+        assert image.width >= 64 and image.height >= 64
     assert encoder is not None and names["pipeline"].get_active_adapters()
     ours = {name.replace(".base_layer", ""): value for name, value in base_bytes(trained[0].result).items()}
     if rung == "fp8":

@@ -499,7 +499,7 @@ def test_a_folder_of_save_to_disk_is_read(script, tmp_path, photos, split):
     for name in ("several", *(["one"] if split == "train" else [])):
         rows = table_rows(script, tmp_path, tmp_path / name, *flags)
         assert [caption_of(row) for row in rows] == ["x", "y"]
-        assert rows[1].picture.read() == (photos / "01.jpg").read_bytes()
+        assert rows[1].image.read() == (photos / "01.jpg").read_bytes()
     with pytest.raises(script.UserError, match=f"--dataset_split other: .*it has {split}"):
         table_rows(script, tmp_path, tmp_path / "several", "--dataset_split", "other")
 
@@ -513,7 +513,7 @@ def test_a_single_table_file_is_read_and_names_images_from_its_own_folder(script
     write_table(folder / f"rows.{kind}")
     monkeypatch.chdir(photos)
     (row,) = table_rows(script, tmp_path, folder / f"rows.{kind}")
-    assert (caption_of(row), row.picture.read()) == ("x", (folder / "images" / "a.jpg").read_bytes())
+    assert (caption_of(row), row.image.read()) == ("x", (folder / "images" / "a.jpg").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_a_strip_is_cropped_before_it_is_enlarged(script, size, crop, monkeypatc
         return resize(image, size, *more, **options)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    pixels = script.picture_to_pixels(strip, (1024, 1024), crop, False)
+    pixels = script.image_to_pixels(strip, (1024, 1024), crop, False)
     assert pixels.shape == (3, 1024, 1024) and all(max(size) <= 1024 for size in made)
 
 
@@ -579,9 +579,9 @@ def test_a_strip_shows_the_place_that_the_crop_asks_for(script, monkeypatch):
     """The same as when it is enlarged first, which the limit decides."""
     strip = Image.linear_gradient("L").rotate(90).resize((900, 9)).convert("RGB")
     for crop in (None, (0.0, 0.0), (0.5, 0.25), (0.9, 0.99)):
-        whole = script.picture_to_pixels(strip, (64, 64), crop, False)
+        whole = script.image_to_pixels(strip, (64, 64), crop, False)
         monkeypatch.setattr(script, "MAX_PIXELS", 1000)
-        first = script.picture_to_pixels(strip, (64, 64), crop, False)
+        first = script.image_to_pixels(strip, (64, 64), crop, False)
         monkeypatch.undo()
         assert (whole - first).abs().mean() < 0.02
 

@@ -328,7 +328,7 @@ def test_a_finished_run_can_be_resumed_to_export_its_lora_anew(quick):
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "checkpoint-1").iterdir()} == before
 
 
-def test_several_changed_settings_and_other_pictures_are_named_together(script, quick, finished, tmp_path):
+def test_several_changed_settings_and_other_images_are_named_together(script, quick, finished, tmp_path):
     """One error lists them all, with old and new value."""
     flags = ("--rank", "8", "--random_flip", "--instance_data_dir", draw_photos(tmp_path / "others", 3, seed=40))
     with pytest.raises(script.UserError) as caught:
@@ -484,7 +484,7 @@ def test_overwriting_removes_our_files_and_never_the_cache_or_what_is_not_ours(s
     """Afterwards the folder is that of a fresh run, plus the user's files, and the cache was used again."""
     flags = ("--cache_latents", "--report_to", "tensorboard")
     folder = train(*flags, "--max_train_steps", "4", "--checkpointing_steps", "2", "--lora_alpha", "2")
-    foreign = ["notes.txt", "checkpoint-best/keep.txt", "checkpoint-2.zip", "pictures/a.png", "my.safetensors"]
+    foreign = ["notes.txt", "checkpoint-best/keep.txt", "checkpoint-2.zip", "images/a.png", "my.safetensors"]
     for name in foreign:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
@@ -496,8 +496,8 @@ def test_overwriting_removes_our_files_and_never_the_cache_or_what_is_not_ours(s
     assert checkpoints_of_ours(folder) == [3] and column(folder, "step") == [1, 2, 3]
     assert not (folder / "comfyui_lora.safetensors").exists()
     assert not events & files_of(folder)
-    kept = {name: (folder / name).stat().st_mtime_ns for name in cached if name != "cache/flux2_images.json"}
-    assert kept == {name: stamp for name, stamp in cached.items() if name != "cache/flux2_images.json"}
+    kept = {name: (folder / name).stat().st_mtime_ns for name in cached if name != "cache/checked_images.json"}
+    assert kept == {name: stamp for name, stamp in cached.items() if name != "cache/checked_images.json"}
 
 
 def checkpoints_of_ours(folder: Path) -> list[int]:
@@ -506,7 +506,7 @@ def checkpoints_of_ours(folder: Path) -> list[int]:
 
 
 def test_overwriting_keeps_the_users_files_among_the_samples(quick, six_steps):
-    """Also inside samples/ only pictures that we wrote go."""
+    """Also inside samples/ only images that we wrote go."""
     draw = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "1")
     folder = quick(*draw, "--max_train_steps", "1", "--skip_final_inference")
     (folder / "samples" / "favourites.txt").write_text("mine")

@@ -26,16 +26,16 @@ def arguments(script, *flags) -> object:
 def listed(script, folder: Path, *flags) -> dict[str, str | None]:
     """{name: caption or None} of a folder, in the order of the list."""
     found = script.list_rows(arguments(script, "--instance_data_dir", folder, *flags))
-    return {row.picture.name: caption_of(row) for row in found}
+    return {row.image.name: caption_of(row) for row in found}
 
 
 # ---- folders ----
 
 
-def test_a_folder_lists_pictures_only_and_sorted(script, tmp_path):
+def test_a_folder_lists_images_only_and_sorted(script, tmp_path):
     """Whatever order the disk has; in subfolders too."""
     fill(tmp_path, "b.jpg", "a.PNG", "sub/0.jpeg", "c.webp")
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     (tmp_path / "Thumbs.db").write_bytes(b"\0")
     (tmp_path / "a-folder.jpg").mkdir()
     assert list(listed(script, tmp_path)) == ["a.PNG", "b.jpg", "c.webp", str(Path("sub/0.jpeg"))]
@@ -54,14 +54,14 @@ def test_the_drawn_photographs_are_all_listed_without_a_caption(script, photos):
 
 
 def test_an_empty_folder_is_an_error_that_names_the_suffixes(script, tmp_path):
-    """Only hidden pictures are none."""
+    """Only hidden images are none."""
     fill(tmp_path, ".cache/a.jpg")
     with pytest.raises(script.UserError, match=r"no image in it \(.*\.jpg.*\.png") as error:
         listed(script, tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
-def test_captions_beside_the_pictures_are_read(script, tmp_path):
+def test_captions_beside_the_images_are_read(script, tmp_path):
     """NAME.txt before NAME.caption, blanks stripped, a byte order mark dropped, an empty file is no caption."""
     fill(tmp_path, "a.jpg", "b.png", "c.jpg", "d.jpg")
     (tmp_path / "a.txt").write_bytes("\ufeff  ein Hündchen \n".encode())
@@ -90,7 +90,7 @@ def write_jsonl(folder: Path, *rows: object) -> None:
 
 
 def test_metadata_jsonl_gives_the_captions(script, tmp_path):
-    """In subfolders and with './' too; a picture that the file does not name keeps its own caption file."""
+    """In subfolders and with './' too; an image that the file does not name keeps its own caption file."""
     fill(tmp_path, "a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
     (tmp_path / "c.txt").write_text("from the text file")
     (tmp_path / "a.txt").write_text("not this one")
@@ -170,7 +170,7 @@ def test_metadata_cannot_lead_out_of_the_folder(script, tmp_path, name):
 
 
 def test_a_metadata_row_without_a_file_is_an_error_that_names_it(script, tmp_path):
-    """A picture that was deleted."""
+    """An image that was deleted."""
     fill(tmp_path, "a.jpg")
     write_jsonl(tmp_path, {"file_name": "gone.jpg", "text": "x"})
     with pytest.raises(script.UserError, match=r"'gone\.jpg' leads out of the folder or does not exist"):
@@ -187,14 +187,14 @@ def settled(script, captions: dict[str, str | None], prompt: str | None = None) 
     return [caption_of(row) for row in script.settle_captions(arguments(script, *flags), rows)]
 
 
-def test_the_instance_prompt_is_the_caption_of_pictures_without_one(script):
+def test_the_instance_prompt_is_the_caption_of_images_without_one(script):
     """Those that have one keep it, and the log names the others."""
     with log_lines() as lines:
         assert settled(script, {"a.jpg": "a cat", "b.jpg": None}, "sks toy") == ["a cat", "sks toy"]
     assert any("no caption" in line and "b.jpg" in line and "a.jpg" not in line for line in lines)
 
 
-def test_a_missing_caption_without_an_instance_prompt_is_an_error_that_names_the_pictures(script):
+def test_a_missing_caption_without_an_instance_prompt_is_an_error_that_names_the_images(script):
     """And says the flag that helps."""
     with pytest.raises(script.UserError, match=r"--instance_prompt: needed.*b\.jpg, c\.jpg"):
         settled(script, {"a.jpg": "a cat", "b.jpg": None, "c.jpg": None})
@@ -215,7 +215,7 @@ def test_the_trigger_is_replaced_by_the_instance_prompt(script):
     assert not any("not used" in line for line in lines)
 
 
-def test_a_trigger_without_an_instance_prompt_is_an_error_that_names_the_picture(script):
+def test_a_trigger_without_an_instance_prompt_is_an_error_that_names_the_image(script):
     """Otherwise the word [trigger] would be trained."""
     with pytest.raises(script.UserError, match=r"--instance_prompt: needed.*\[trigger\].*a\.jpg"):
         settled(script, {"a.jpg": "[trigger] on a table"})
@@ -225,17 +225,15 @@ def test_a_trigger_without_an_instance_prompt_is_an_error_that_names_the_picture
 
 
 def parquet(folder: Path, photos: Path) -> Path:
-    """A folder with a parquet file of five rows: picture, caption, label."""
+    """A folder with a parquet file of five rows: image, caption, label."""
     import datasets
 
     rows = {
-        "picture": [{"bytes": path.read_bytes(), "path": None} for path in sorted(photos.glob("*.jpg"))],
+        "image": [{"bytes": path.read_bytes(), "path": None} for path in sorted(photos.glob("*.jpg"))],
         "label": list(range(5)),
         "words": ["one", " two ", "", None, "five"],
     }
-    features = datasets.Features(
-        picture=datasets.Image(), label=datasets.Value("int64"), words=datasets.Value("string")
-    )
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"), words=datasets.Value("string"))
     (folder / "data").mkdir(parents=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return folder
@@ -254,24 +252,24 @@ def list_table(script, tmp_path: Path, name: Path, *flags) -> list:
 
 def test_a_parquet_data_set_gives_the_bytes_and_captions_of_its_rows(script, tmp_path, table, photos):
     """Undecoded, in order; empty captions are none."""
-    rows = list_table(script, tmp_path, table, "--image_column", "picture", "--caption_column", "words")
+    rows = list_table(script, tmp_path, table, "--image_column", "image", "--caption_column", "words")
     assert [caption_of(row) for row in rows] == ["one", "two", None, None, "five"]
-    assert [row.picture.read() for row in rows] == [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
-    assert rows[3].picture.name == "row 3"
+    assert [row.image.read() for row in rows] == [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
+    assert rows[3].image.name == "row 3"
 
 
 def test_a_data_set_without_a_caption_column_has_no_captions(script, tmp_path, table):
     """The columns of a hub data set mean what its author wanted: none is guessed."""
-    rows = list_table(script, tmp_path, table, "--image_column", "picture")
+    rows = list_table(script, tmp_path, table, "--image_column", "image")
     assert [caption_of(row) for row in rows] == [None] * 5
 
 
 @pytest.mark.parametrize("flag", ["image_column", "caption_column"])
 def test_a_wrong_column_is_an_error_that_names_the_columns(script, tmp_path, table, flag):
-    """Before a picture is touched."""
-    columns = {"image_column": "picture", "caption_column": "words", flag: "txt"}
+    """Before an image is touched."""
+    columns = {"image_column": "image", "caption_column": "words", flag: "txt"}
     flags = [word for name, value in columns.items() for word in (f"--{name}", value)]
-    with pytest.raises(script.UserError, match=f"--{flag} txt: .*columns: picture, label, words"):
+    with pytest.raises(script.UserError, match=f"--{flag} txt: .*columns: image, label, words"):
         list_table(script, tmp_path, table, *flags)
 
 
@@ -284,11 +282,11 @@ def test_an_image_folder_with_metadata_loads_as_a_data_set(script, tmp_path, pho
     write_jsonl(data / "train", *({"file_name": f"0{number}.jpg", "text": f"photo {number}"} for number in range(3)))
     rows = list_table(script, tmp_path, data, "--caption_column", "text")
     assert [caption_of(row) for row in rows] == ["photo 0", "photo 1", "photo 2"]
-    assert [row.picture.read() for row in rows] == [(photos / f"0{number}.jpg").read_bytes() for number in range(3)]
+    assert [row.image.read() for row in rows] == [(photos / f"0{number}.jpg").read_bytes() for number in range(3)]
 
 
-def test_a_column_that_holds_no_pictures_is_an_error_that_names_it(script, tmp_path, table):
-    """A number cannot be cast to a picture."""
+def test_a_column_that_holds_no_images_is_an_error_that_names_it(script, tmp_path, table):
+    """A number cannot be cast to an image."""
     with pytest.raises(script.UserError, match="--image_column label"):
         list_table(script, tmp_path, table, "--image_column", "label")
 
@@ -304,14 +302,14 @@ def test_a_data_set_that_cannot_be_loaded_is_an_error_with_its_name(script, tmp_
         list_table(script, tmp_path, data)
 
 
-# ---- the index of checked pictures ----
+# ---- the index of checked images ----
 
 
 @pytest.fixture
 def counted(script, monkeypatch) -> dict[str, int]:
     """Counts how often a file is read and how often one is decoded."""
     counts = {"read": 0, "decoded": 0}
-    read, decode = script.Source.read, script.decode_picture
+    read, decode = script.Source.read, script.decode_image
 
     def counting_read(source):
         counts["read"] += 1
@@ -322,17 +320,17 @@ def counted(script, monkeypatch) -> dict[str, int]:
         return decode(data)
 
     monkeypatch.setattr(script.Source, "read", counting_read)
-    monkeypatch.setattr(script, "decode_picture", counting_decode)
+    monkeypatch.setattr(script, "decode_image", counting_decode)
     return counts
 
 
 def check(script, folder: Path, cache: Path, *flags) -> list:
-    """Lists a folder and checks its pictures, as a start of the script does."""
+    """Lists a folder and checks its images, as a start of the script does."""
     args = arguments(script, "--instance_data_dir", folder, *flags)
-    return [picture for _, [picture] in script.inspect_rows(args, script.list_rows(args), cache)]
+    return [image for _, [image] in script.inspect_rows(args, script.list_rows(args), cache)]
 
 
-def test_the_second_start_neither_reads_nor_decodes_unchanged_pictures(script, tmp_path, photos, counted):
+def test_the_second_start_neither_reads_nor_decodes_unchanged_images(script, tmp_path, photos, counted):
     """And says the same of them."""
     first = check(script, photos, tmp_path)
     assert counted == {"read": 5, "decoded": 5}
@@ -340,14 +338,14 @@ def test_the_second_start_neither_reads_nor_decodes_unchanged_pictures(script, t
     assert counted == {"read": 5, "decoded": 5}
 
 
-def test_the_index_knows_the_size_of_a_picture_as_a_viewer_shows_it(script, tmp_path, photos):
+def test_the_index_knows_the_size_of_a_image_as_a_viewer_shows_it(script, tmp_path, photos):
     """(height, width) after the EXIF rotation, and the SHA-256 of the file: 01 lies on its side."""
     good = {source.name: (sha256, size) for source, sha256, size in check(script, photos, tmp_path)}
     assert [size for _, size in good.values()] == [(128, 96), (128, 96), (128, 128), (120, 200), (90, 160)]
     assert good["00.jpg"][0] == hashlib.sha256((photos / "00.jpg").read_bytes()).hexdigest()
 
 
-def test_a_changed_picture_is_read_and_decoded_again(script, tmp_path, counted):
+def test_a_changed_image_is_read_and_decoded_again(script, tmp_path, counted):
     """Only that one."""
     data = fill(tmp_path / "data", "a.jpg", "b.jpg")
     before = check(script, data, tmp_path / "cache")
@@ -368,26 +366,26 @@ def test_known_content_under_another_name_is_read_but_not_decoded_again(script, 
 
 
 def test_a_refusal_is_remembered_too(script, tmp_path, counted):
-    """A bad picture is not decoded at every start, and is still refused."""
+    """A bad image is not decoded at every start, and is still refused."""
     data = fill(tmp_path / "data", "a.jpg")
-    (data / "bad.jpg").write_bytes(b"not a picture")
+    (data / "bad.jpg").write_bytes(b"not an image")
     for _ in range(2):
-        with pytest.raises(script.UserError, match=r"bad\.jpg: not a picture"):
+        with pytest.raises(script.UserError, match=r"bad\.jpg: not an image"):
             check(script, data, tmp_path / "cache")
     assert counted == {"read": 2, "decoded": 2}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy": -1, "files": {}, "pictures": {}}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy": -1, "files": {}, "images": {}}'])
 def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
-    (tmp_path / "flux2_images.json").write_bytes(content)
+    (tmp_path / "checked_images.json").write_bytes(content)
     assert len(check(script, photos, tmp_path)) == 5
     assert counted["decoded"] == 5
     check(script, photos, tmp_path)
     assert counted["decoded"] == 5
 
 
-def test_a_new_decode_policy_checks_every_picture_again(script, tmp_path, photos, counted, monkeypatch):
+def test_a_new_decode_policy_checks_every_image_again(script, tmp_path, photos, counted, monkeypatch):
     """Sizes and refusals of the old policy may be wrong under the new one."""
     check(script, photos, tmp_path)
     monkeypatch.setattr(script, "DECODE_POLICY", script.DECODE_POLICY + 1)
@@ -396,7 +394,7 @@ def test_a_new_decode_policy_checks_every_picture_again(script, tmp_path, photos
 
 
 def spoil(folder: Path) -> Path:
-    """Three good pictures, one of them a link, and three bad ones, each with a fault of its own."""
+    """Three good images, one of them a link, and three bad ones, each with a fault of its own."""
     fill(folder, "a.jpg", "e.jpg")
     (folder / "b.jpg").write_bytes(b"")
     (folder / "c.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
@@ -405,14 +403,14 @@ def spoil(folder: Path) -> Path:
     return folder
 
 
-def test_one_error_lists_every_bad_picture_with_its_reason(script, tmp_path):
+def test_one_error_lists_every_bad_image_with_its_reason(script, tmp_path):
     """All at once, so that one start is enough to mend them."""
     data = spoil(tmp_path / "data")
     with pytest.raises(script.UserError) as error:
         check(script, data, tmp_path / "cache")
     message = str(error.value)
     assert "--on_bad_image skip" in message
-    reasons = {"b.jpg": "empty file", "c.jpg": "truncated", "d.png": "not a picture"}
+    reasons = {"b.jpg": "empty file", "c.jpg": "truncated", "d.png": "not an image"}
     assert all(
         any(name in line and reason in line for line in message.splitlines()) for name, reason in reasons.items()
     )
@@ -435,7 +433,7 @@ def test_skipping_everything_is_an_error(script, tmp_path):
         check(script, data, tmp_path / "cache", "--on_bad_image", "skip")
 
 
-def test_a_picture_that_vanishes_is_a_bad_picture_and_no_crash(script, tmp_path):
+def test_a_image_that_vanishes_is_a_bad_image_and_no_crash(script, tmp_path):
     """Deleted between the listing and the check."""
     data = fill(tmp_path / "data", "a.jpg", "b.jpg")
     args = arguments(script, "--instance_data_dir", data)
@@ -463,7 +461,7 @@ def test_a_list_of_bad_images_ends_after_twenty_with_the_count_of_the_rest(scrip
     with pytest.raises(script.UserError) as error:
         check(script, tmp_path, tmp_path / "cache")
     first, *lines, last = str(error.value).splitlines()
-    assert first.startswith("31 picture(s)") and "19.jpg" in lines[-1] and last == "    and 11 more"
+    assert first.startswith("31 image(s)") and "19.jpg" in lines[-1] and last == "    and 11 more"
 
 
 def test_a_file_of_yours_in_the_cache_folder_is_not_written_over(script, tmp_path, photos):

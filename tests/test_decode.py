@@ -1,4 +1,4 @@
-"""Pictures become the pixels that a person sees, or are refused by name; geometry and buckets."""
+"""Images become the pixels that a person sees, or are refused by name; geometry and buckets."""
 
 import io
 import math
@@ -25,18 +25,18 @@ def noise(height: int = 12, width: int = 20, channels: int = 3, seed: int = 0) -
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    """The bytes of a picture file."""
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The bytes of an image file."""
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
 def decoded(script, data: bytes) -> Array:
     """What the script decodes, as (H, W, 3) integers."""
-    picture = script.decode_picture(data)
-    assert picture.mode == "RGB"
-    return np.asarray(picture).astype(int)
+    image = script.decode_image(data)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
 
 
 def assert_close(actual: Array, expected: Array, levels: int = 1) -> None:
@@ -103,7 +103,7 @@ def test_a_jpeg_from_a_phone_lying_on_its_side_is_turned_upright(script):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_every_format_that_the_folder_is_searched_for_can_be_decoded(script, kind):
-    """One flat picture per format."""
+    """One flat image per format."""
     if kind == "AVIF" and not Image.registered_extensions().get(".avif"):
         pytest.skip("this Pillow has no AVIF")
     data = encoded(Image.new("RGB", (32, 24), (200, 100, 50)), kind)
@@ -113,23 +113,23 @@ def test_every_format_that_the_folder_is_searched_for_can_be_decoded(script, kin
 def test_every_searched_suffix_belongs_to_a_format_that_is_allowed(script):
     """The suffixes and the formats are two lists; a suffix that the decoder cannot open would always be refused."""
     kinds = Image.registered_extensions()
-    for suffix in script.PICTURE_SUFFIXES:
-        assert kinds[suffix] in {*script.PICTURE_FORMATS, "MPO"}, suffix
+    for suffix in script.IMAGE_SUFFIXES:
+        assert kinds[suffix] in {*script.IMAGE_FORMATS, "MPO"}, suffix
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_to_eight(script, kind):
     """257 levels of 16 bit are one of 8; clipping or taking the low byte would be noise."""
     grey = noise(channels=1)
-    picture = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert_close(decoded(script, encoded(picture, kind)), np.repeat(grey[..., None], 3, 2), levels=0)
+    image = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert_close(decoded(script, encoded(image, kind)), np.repeat(grey[..., None], 3, 2), levels=0)
 
 
 def test_sixteen_bit_big_endian_grey_is_read_in_the_right_byte_order(script):
     """A TIFF written on the other kind of machine."""
     grey = noise(channels=1)
-    picture = Image.frombytes("I;16B", (grey.shape[1], grey.shape[0]), (grey.astype(">u2") * 257).tobytes())
-    assert_close(decoded(script, encoded(picture, "TIFF")), np.repeat(grey[..., None], 3, 2), levels=0)
+    image = Image.frombytes("I;16B", (grey.shape[1], grey.shape[0]), (grey.astype(">u2") * 257).tobytes())
+    assert_close(decoded(script, encoded(image, "TIFF")), np.repeat(grey[..., None], 3, 2), levels=0)
 
 
 def test_sixteen_bit_grey_is_turned_upright_too(script):
@@ -160,13 +160,13 @@ def test_a_palette_with_transparency_becomes_white(script, partial):
     indices = noise(channels=1) % 4
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [90, 90, 90]])
     alphas = np.array([255, 255, 0, 255]) if not partial else np.array([255, 128, 0, 30])
-    picture = Image.fromarray(indices, "P")
-    picture.putpalette(colours.astype(np.uint8).tobytes())
-    data = encoded(picture, "PNG", transparency=bytes(alphas.astype(np.uint8)) if partial else 2)
+    image = Image.fromarray(indices, "P")
+    image.putpalette(colours.astype(np.uint8).tobytes())
+    data = encoded(image, "PNG", transparency=bytes(alphas.astype(np.uint8)) if partial else 2)
     assert_close(decoded(script, data), on_white(colours[indices], alphas[indices]))
 
 
-def test_a_transparent_colour_of_an_rgb_picture_becomes_white(script):
+def test_a_transparent_colour_of_an_rgb_image_becomes_white(script):
     """RGB with a tRNS chunk, which has no alpha channel."""
     rgb = np.tile(np.array([[10, 20, 30], [40, 50, 60]], dtype=np.uint8), (6, 4, 1))
     expected = np.where((rgb == [10, 20, 30]).all(-1, keepdims=True), 255, rgb)
@@ -198,16 +198,16 @@ def test_a_colour_profile_is_applied_to_what_is_opaque(script):
 
 @pytest.mark.parametrize("transparent", [False, True], ids=["opaque", "transparent"])
 def test_a_colour_profile_is_applied_to_a_palette(script, transparent):
-    """P with a profile, as picture editors export PNG-8."""
+    """P with a profile, as image editors export PNG-8."""
     indices = noise(channels=1) % 3
     colours = np.array([[255, 0, 0], [0, 40, 200], [120, 80, 10]], dtype=np.uint8)
-    picture = Image.fromarray(indices, "P")
-    picture.putpalette(colours.tobytes())
+    image = Image.fromarray(indices, "P")
+    image.putpalette(colours.tobytes())
     options = {"transparency": 1} if transparent else {}
     expected = colours[indices][..., ::-1].copy()
     if transparent:
         expected[indices == 1] = 255
-    data = encoded(picture, "PNG", icc_profile=swapped_primaries(), **options)
+    data = encoded(image, "PNG", icc_profile=swapped_primaries(), **options)
     assert_close(decoded(script, data), expected, levels=2)
 
 
@@ -215,7 +215,7 @@ def test_a_profile_that_does_not_fit_the_pixels_is_refused_by_name(script):
     """Bytes that are no profile."""
     data = encoded(Image.fromarray(noise()), "PNG", icc_profile=b"not a profile")
     with pytest.raises(ValueError, match="colour profile"):
-        script.decode_picture(data)
+        script.decode_image(data)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -224,7 +224,7 @@ def test_an_animation_is_refused_by_name(script, kind):
     frames = [Image.fromarray(noise(seed=seed)) for seed in range(3)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="3 frames"):
-        script.decode_picture(data)
+        script.decode_image(data)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -248,7 +248,7 @@ def test_pixels_without_a_fixed_range_are_refused_by_name(script, dtype):
     """Float and 32-bit TIFF."""
     data = encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
     with pytest.raises(ValueError, match="no fixed range"):
-        script.decode_picture(data)
+        script.decode_image(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -256,52 +256,52 @@ def test_a_truncated_file_is_refused_by_name(script, kind):
     """Half of it."""
     data = encoded(Image.fromarray(noise(64, 64)), kind)
     with pytest.raises(ValueError, match="truncated or damaged"):
-        script.decode_picture(data[: len(data) // 2])
+        script.decode_image(data[: len(data) // 2])
 
 
 def test_an_empty_file_is_refused_by_name(script):
     """Zero bytes."""
     with pytest.raises(ValueError, match="0 bytes"):
-        script.decode_picture(b"")
+        script.decode_image(b"")
 
 
 @pytest.mark.parametrize("data", [b"hello", b"<svg></svg>", b"%PDF-1.7", b"PK\x03\x04" + bytes(64)])
-def test_what_is_no_picture_is_refused_by_name(script, data):
+def test_what_is_no_image_is_refused_by_name(script, data):
     """Text, SVG, PDF, an archive."""
-    with pytest.raises(ValueError, match="not a picture"):
-        script.decode_picture(data)
+    with pytest.raises(ValueError, match="not an image"):
+        script.decode_image(data)
 
 
 @pytest.mark.parametrize("width, height", [(10_001, 10_000), (20_000, 20_000)])
 def test_a_giant_is_refused_before_its_pixels_are_decoded(script, width, height):
     """The file ends after its header, so decoding would call it truncated; 400 MP trips Pillow's own limit."""
     with pytest.raises(ValueError, match="100 MP"):
-        script.decode_picture(png_header_only(width, height))
+        script.decode_image(png_header_only(width, height))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_of_just_100_megapixels_is_not_refused_for_its_size(script):
+def test_a_image_of_just_100_megapixels_is_not_refused_for_its_size(script):
     """The header passes; only the missing pixels are complained about."""
     with pytest.raises(ValueError, match="truncated"):
-        script.decode_picture(png_header_only(10_000, 10_000))
+        script.decode_image(png_header_only(10_000, 10_000))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_damage_makes_the_decoder_raise_anything_but_a_reason(script):
-    """Random bytes written into headers and cuts at random places: ValueError or a picture, nothing else."""
+    """Random bytes written into headers and cuts at random places: ValueError or an image, nothing else."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture, rng = Image.fromarray(noise(24, 32)), random.Random(0)
-    whole = [encoded(picture, kind, exif=exif, icc_profile=profile) for kind in ("JPEG", "PNG", "WEBP", "TIFF")]
-    whole += [encoded(picture, kind) for kind in ("GIF", "BMP")]
+    image, rng = Image.fromarray(noise(24, 32)), random.Random(0)
+    whole = [encoded(image, kind, exif=exif, icc_profile=profile) for kind in ("JPEG", "PNG", "WEBP", "TIFF")]
+    whole += [encoded(image, kind) for kind in ("GIF", "BMP")]
     for data in whole:
         for attempt in range(100):
             damaged = bytearray(data[: rng.randrange(1, len(data))] if attempt % 3 == 0 else data)
             for _ in range(rng.choice([1, 2, 5, 20])):
                 damaged[rng.randrange(min(len(damaged), rng.choice([64, 400, 10**6])))] = rng.randrange(256)
             try:
-                script.decode_picture(bytes(damaged))
+                script.decode_image(bytes(damaged))
             except ValueError as reason:
                 assert str(reason)
 
@@ -317,7 +317,7 @@ def test_the_short_side_becomes_the_resolution_and_the_shape_stays(script, heigh
     assert abs(covered[0] / covered[1] / (height / width) - 1) < 1 / 64
 
 
-def test_a_picture_always_covers_its_bucket(script):
+def test_a_image_always_covers_its_bucket(script):
     """Rounding must never leave it a pixel short."""
     rng = random.Random(0)
     for _ in range(2000):
@@ -329,7 +329,7 @@ def test_a_picture_always_covers_its_bucket(script):
 
 
 def grid(height: int, width: int) -> Image.Image:
-    """A picture whose red is the row and whose green is the column."""
+    """An image whose red is the row and whose green is the column."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8))
 
@@ -341,38 +341,38 @@ def corner(pixels) -> tuple[int, int]:
 
 def test_pixels_reach_from_minus_one_to_one(script):
     """Black is -1 and white 1, exactly, in fp32 and channels first."""
-    pixels = script.picture_to_pixels(Image.fromarray(np.array([[[0, 255, 51]]], np.uint8)), (1, 1), None, False)
+    pixels = script.image_to_pixels(Image.fromarray(np.array([[[0, 255, 51]]], np.uint8)), (1, 1), None, False)
     assert pixels.shape == (3, 1, 1) and pixels.dtype.is_floating_point and pixels.dtype.itemsize == 4
     assert pixels.flatten().tolist() == pytest.approx([-1, 1, 51 / 127.5 - 1], abs=1e-7)
 
 
 def test_the_centre_crop_takes_the_centre(script):
     """Nothing is resized here, so the coordinates show where the window is."""
-    assert corner(script.picture_to_pixels(grid(16, 48), (16, 16), None, False)) == (0, 16)
-    assert corner(script.picture_to_pixels(grid(48, 16), (16, 16), None, False)) == (16, 0)
+    assert corner(script.image_to_pixels(grid(16, 48), (16, 16), None, False)) == (0, 16)
+    assert corner(script.image_to_pixels(grid(48, 16), (16, 16), None, False)) == (16, 0)
 
 
 def test_a_random_crop_reaches_both_edges_and_stays_inside(script):
     """Every offset from 0 to the last one, and none beyond."""
     largest = math.nextafter(1.0, 0.0)
-    assert corner(script.picture_to_pixels(grid(16, 20), (16, 16), (0.0, 0.0), False)) == (0, 0)
-    assert corner(script.picture_to_pixels(grid(16, 20), (16, 16), (largest, largest), False)) == (0, 4)
+    assert corner(script.image_to_pixels(grid(16, 20), (16, 16), (0.0, 0.0), False)) == (0, 0)
+    assert corner(script.image_to_pixels(grid(16, 20), (16, 16), (largest, largest), False)) == (0, 4)
     for axis, (height, width) in enumerate([(20, 16), (16, 20)]):
         crops = [((i + 0.5) / 50, (i + 0.5) / 50) for i in range(50)]
-        corners = {corner(script.picture_to_pixels(grid(height, width), (16, 16), crop, False)) for crop in crops}
+        corners = {corner(script.image_to_pixels(grid(height, width), (16, 16), crop, False)) for crop in crops}
         assert {place[axis] for place in corners} == {0, 1, 2, 3, 4} and {place[1 - axis] for place in corners} == {0}
 
 
 def test_a_flip_is_the_mirror_image_of_the_same_crop(script):
     """Left becomes right, up stays up."""
-    plain = script.picture_to_pixels(grid(16, 40), (16, 16), (0.3, 0.7), False)
-    assert script.picture_to_pixels(grid(16, 40), (16, 16), (0.3, 0.7), True).equal(plain.flip(-1))
+    plain = script.image_to_pixels(grid(16, 40), (16, 16), (0.3, 0.7), False)
+    assert script.image_to_pixels(grid(16, 40), (16, 16), (0.3, 0.7), True).equal(plain.flip(-1))
 
 
 def test_resizing_keeps_a_flat_colour_and_the_target_size(script):
     """Up and down, to a bucket that is not square."""
     for height, width in ((500, 400), (20, 30)):
-        pixels = script.picture_to_pixels(Image.new("RGB", (width, height), (255, 0, 0)), (48, 80), (0.5, 0.5), False)
+        pixels = script.image_to_pixels(Image.new("RGB", (width, height), (255, 0, 0)), (48, 80), (0.5, 0.5), False)
         assert pixels.shape == (3, 48, 80)
         assert (pixels[0] == 1).all() and (pixels[1:] == -1).all()
 
@@ -395,7 +395,7 @@ def test_among_buckets_of_one_shape_the_nearest_area_wins(script):
 
 
 def test_the_bucket_does_not_depend_on_the_order_of_the_list(script):
-    """Also not in a tie: a picture half-way between two shapes, or between two areas."""
+    """Also not in a tie: an image half-way between two shapes, or between two areas."""
     buckets = script.parse_sizes(README_BUCKETS) + [(512, 512), (2048, 2048), (16, 64), (64, 16)]
     rng = random.Random(0)
     sizes = [(1024, 1024), (300, 300), (1448, 1448)] + [
@@ -407,7 +407,7 @@ def test_the_bucket_does_not_depend_on_the_order_of_the_list(script):
         assert script.nearest_bucket(size, shuffled) == script.nearest_bucket(size, buckets)
 
 
-def test_a_picture_of_a_readme_bucket_goes_into_it(script):
+def test_a_image_of_a_readme_bucket_goes_into_it(script):
     """And so does one of the same shape at another size."""
     buckets = script.parse_sizes(README_BUCKETS)
     assert len(buckets) == 17 and buckets[0] == (672, 1568)

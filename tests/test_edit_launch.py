@@ -71,10 +71,10 @@ def test_every_row_of_the_data_set_has_its_reference_and_the_log_says_so(relight
     told = f"pairs: {PAIRS} rows, images from output, references from file_name, captions from instruction"
     assert told in process.stdout
     assert "have no reference" not in process.stdout
-    assert f"{2 * PAIRS} pictures checked" in process.stdout
+    assert f"{2 * PAIRS} images checked" in process.stdout
     assert len(list((folder / "cache" / "latents").iterdir())) == 2 * PAIRS
     groups = int(re.search(r"(\d+) groups of equal geometry", process.stdout)[1])
-    assert groups == 4  # the drawn pictures have four shapes, the targets one
+    assert groups == 4  # the drawn images have four shapes, the targets one
 
 
 def test_each_instruction_is_asked_of_the_remote_encoder_once(relighting):

@@ -1,4 +1,4 @@
-"""Whole runs of the image-to-image script on references: every form of data, exact resume, batches, pictures, card."""
+"""Whole runs of the image-to-image script on references: every form of data, exact resume, batches, images, card."""
 
 import json
 import re
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 DRAW = ("--num_validation_images", "1", "--num_inference_steps", "2")
 CALM = ("--adam_epsilon", "1e-3", "--learning_rate", "1e-3")  # see test_training.py
-PROMPTS = ("make it night", "make it day", "a plain picture")
+PROMPTS = ("make it night", "make it day", "a plain image")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_cached_references_train_like_uncached_ones(edit):
 
 
 def test_the_second_start_encodes_no_reference(i2i, edit, monkeypatch):
-    """Neither pictures nor prompts: nothing but the transformer is loaded."""
+    """Neither images nor prompts: nothing but the transformer is loaded."""
     edit("--cache_latents", output="a")
     forbid(monkeypatch, i2i, "load_vae", "load_text_encoder")
     edit("--cache_latents", output="b")
@@ -153,9 +153,9 @@ def test_a_resumed_run_with_references_is_the_run_that_was_never_stopped(i2i, ed
 
 
 def pixels(path: Path) -> np.ndarray:
-    """A picture as signed integers."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    """An image as signed integers."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
 @pytest.fixture
@@ -164,12 +164,12 @@ def drawn(i2i, edit, mixed, monkeypatch):
     calls = spy(monkeypatch, i2i, "train")
     references = mixed / "references"
     images = references / "first1.jpg", f"{references / 'first4.jpg'},{references / 'second4.jpg'}"
-    flags = ("--validation_prompt", "make it snow", PROMPTS[4 % 3], "a plain picture", "--validation_image", *images)
+    flags = ("--validation_prompt", "make it snow", PROMPTS[4 % 3], "a plain image", "--validation_image", *images)
     folder = edit(*flags, *DRAW, "--validation_steps", "2", "--learning_rate", "3e-2")
     return folder, *calls[0].args[:2]
 
 
-def test_pictures_are_what_the_users_pipeline_draws_from_the_same_references(i2i, drawn, tiny, mixed):
+def test_images_are_what_the_users_pipeline_draws_from_the_same_references(i2i, drawn, tiny, mixed):
     """Before training and with the saved LoRA, for one reference, two, and none."""
     folder, run, _ = drawn
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
@@ -183,7 +183,7 @@ def test_pictures_are_what_the_users_pipeline_draws_from_the_same_references(i2i
         if final:
             pipeline.load_lora_weights(folder)
         for row, prompt in enumerate(run.args.validation_prompt):
-            image = [i2i.decode_picture(path.read_bytes()) for path in given[row]] if row < 2 else None
+            image = [i2i.decode_image(path.read_bytes()) for path in given[row]] if row < 2 else None
             generator = [i2i.make_generator(0, "validation", row, 0)]
             options = {"height": sizes[row][0], "width": sizes[row][1], "num_inference_steps": 2, "guidance_scale": 4.0}
             expected = pipeline(prompt=prompt, image=image, generator=generator, max_sequence_length=64, **options)
@@ -214,8 +214,8 @@ def test_the_sheet_shows_references_and_steps(drawn):
 def test_training_with_validation_references_is_bit_identical_to_training_without(edit, mixed):
     flags = ("--cond_dropout", "0.3", "--lora_dropout", "0.2", "--skip_final_inference")
     image = mixed / "references" / "first1.jpg"
-    pictures = ("--validation_prompt", "x", "--validation_image", image, "--validation_steps", "1", *DRAW)
-    assert_same_run(edit(*flags, output="a"), edit(*flags, *pictures, output="b"))
+    images = ("--validation_prompt", "x", "--validation_image", image, "--validation_steps", "1", *DRAW)
+    assert_same_run(edit(*flags, output="a"), edit(*flags, *images, output="b"))
 
 
 def test_the_validation_loss_counts_references(edit):
@@ -234,7 +234,7 @@ def test_a_second_run_removes_the_references_that_the_first_one_showed(edit, mix
     assert not (folder / "samples" / "given").exists()
 
 
-def test_a_validation_picture_that_vanishes_costs_pictures_and_nothing_else(i2i, edit, mixed, tmp_path, monkeypatch):
+def test_a_validation_image_that_vanishes_costs_images_and_nothing_else(i2i, edit, mixed, tmp_path, monkeypatch):
     """Deleted while training: the LoRA and its card are written all the same."""
     image = shutil.copy(mixed / "references" / "first1.jpg", tmp_path / "v.jpg")
     monkeypatch.setattr(i2i, "save_results", lambda *given, go_on=i2i.save_results: (image.unlink(), go_on(*given)))
@@ -255,7 +255,7 @@ def test_a_resumed_run_shows_no_reference_of_prompts_that_were_changed(edit, mix
 
 
 @pytest.mark.parametrize("extra", [(), ("--align_cond_image", "--validation_size", "64,96")])
-def test_the_snippet_of_the_card_edits_a_picture(edit, mixed, tiny, tmp_path, monkeypatch, extra):
+def test_the_snippet_of_the_card_edits_a_image(edit, mixed, tiny, tmp_path, monkeypatch, extra):
     """The code runs as it stands, beside a reference.png; the task is image-to-image."""
     data = tmp_path / "one"
     draw_photo(data / "a.jpg", (96, 64), 0)
@@ -270,8 +270,8 @@ def test_the_snippet_of_the_card_edits_a_picture(edit, mixed, tiny, tmp_path, mo
     monkeypatch.chdir(folder.parent)
     shutil.copy(mixed / "references" / "first1.jpg", "reference.png")
     exec(compile(code, "card", "exec"), {})
-    with Image.open("picture.png") as picture:
-        assert picture.size == ((96, 64) if extra else (80, 64))
+    with Image.open("image.png") as image:
+        assert image.size == ((96, 64) if extra else (80, 64))
 
 
 def test_the_saved_command_line_repeats_the_run_and_leaves_paths_out_of_the_upload(i2i, edit, mixed, tmp_path):

@@ -144,7 +144,7 @@ def test_a_wrong_flag_is_refused_with_what_where_and_remedy(refusal, case):
 INDEX = str(ROOT / "tiny_flux2" / "model_index.json")  # any file that is there
 
 OWN_WRONG_FLAGS = {
-    "fp16 class pictures": (
+    "fp16 class images": (
         "t2i",
         ["--prior_generation_precision", "fp16"],
         ["--prior_generation_precision", "fp16", "bf16"],
@@ -164,7 +164,7 @@ OWN_WRONG_FLAGS = {
         ["--cond_data_dir", "tests"],
         ["unrecognized arguments: --cond_data_dir tests"],
     ),
-    "class pictures with the script that has none": (
+    "class images with the script that has none": (
         "i2i",
         ["--with_prior_preservation"],
         ["unrecognized arguments: --with_prior_preservation"],
@@ -180,7 +180,7 @@ OWN_WRONG_FLAGS = {
         ["--cond_data_dir", "--cond_image_column"],
     ),
     "a probability above one that references are dropped": ("i2i", ["--cond_dropout", "2"], ["--cond_dropout", "2"]),
-    "a validation picture that is not there": (
+    "a validation image that is not there": (
         "i2i",
         ["--validation_prompt", "a toy", "--validation_image", "none.png"],
         ["--validation_image none.png", "no such file"],
@@ -195,8 +195,8 @@ OWN_WRONG_FLAGS = {
         ["--prior_loss_weight", "0"],
         ["--prior_loss_weight", "above 0"],
     ),
-    "a validation picture without a prompt": ("i2i", ["--validation_image", INDEX], ["--validation_image", "0 prompt"]),
-    "more validation pictures than prompts": (
+    "a validation image without a prompt": ("i2i", ["--validation_image", INDEX], ["--validation_image", "0 prompt"]),
+    "more validation images than prompts": (
         "i2i",
         ["--validation_prompt", "a toy", "--validation_image", INDEX, INDEX],
         ["--validation_image", "2 for 1 prompt", "comma"],
@@ -388,7 +388,14 @@ def test_what_no_run_wrote_is_never_overwritten_whatever_the_flags(refusal, tmp_
     assert path.read_text() == "--rank 4 # mine"
 
 
-NEIGHBOURS = ["notes.txt", "samples/mine.png", "checkpoint-best/x", "checkpoint-2.zip", "cache/index.json", "logs/x"]
+NEIGHBOURS = [
+    "notes.txt",
+    "samples/mine.png",
+    "checkpoint-best/x",
+    "checkpoint-2.zip",
+    "cache/checked_images.json",
+    "logs/x",
+]
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
@@ -414,7 +421,7 @@ def test_a_folder_with_only_hidden_files_counts_as_empty(failure, tmp_path):
     assert has(failure("--instance_data_dir", folder), "no image")
 
 
-def test_all_corrupt_pictures_are_listed_with_their_reasons(failure, tmp_path):
+def test_all_corrupt_images_are_listed_with_their_reasons(failure, tmp_path):
     folder = draw_photos(tmp_path / "bad", 4)
     data = (folder / "01.jpg").read_bytes()
     (folder / "01.jpg").write_bytes(data[: len(data) // 2])
@@ -422,18 +429,18 @@ def test_all_corrupt_pictures_are_listed_with_their_reasons(failure, tmp_path):
     (folder / "03.jpg").write_bytes(b"<html>404</html>")
     message = failure("--instance_data_dir", folder)
     assert has(
-        message, "3 picture(s)", "01.jpg: truncated", "02.jpg: empty", "03.jpg: not a picture", "--on_bad_image skip"
+        message, "3 image(s)", "01.jpg: truncated", "02.jpg: empty", "03.jpg: not an image", "--on_bad_image skip"
     )
     assert "00.jpg" not in message
 
 
-def test_a_folder_of_only_corrupt_pictures_is_an_error_also_with_skip(failure, tmp_path):
+def test_a_folder_of_only_corrupt_images_is_an_error_also_with_skip(failure, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"nothing")
     assert has(failure("--instance_data_dir", tmp_path / "bad", "--on_bad_image", "skip"), "a.jpg")
 
 
-def test_pictures_without_captions_need_a_prompt(script, good, monkeypatch):
+def test_images_without_captions_need_a_prompt(script, good, monkeypatch):
     words = [word for word in good if word not in ("--instance_prompt", "a photo of sks toy")]
     with pytest.raises(script.UserError) as error:
         script.main(script.parse_args(words))
@@ -459,7 +466,7 @@ def test_a_bad_metadata_file_is_an_error_that_says_why(failure, tmp_path, conten
     assert has(failure("--instance_data_dir", folder), "meta", named)
 
 
-def test_a_metadata_file_without_a_column_of_pictures_says_what_is_looked_for(failure, tmp_path):
+def test_a_metadata_file_without_a_column_of_images_says_what_is_looked_for(failure, tmp_path):
     folder = draw_photos(tmp_path / "meta", 1)
     (folder / "metadata.jsonl").write_text('{"text": "a toy"}')
     assert has(failure("--instance_data_dir", folder), "metadata.jsonl", "every row needs a 'file_name'")
@@ -482,7 +489,7 @@ def local_dataset(tmp_path, monkeypatch) -> Path:
     return folder.parent
 
 
-@pytest.mark.parametrize(("flag", "column"), [("--image_column", "picture"), ("--caption_column", "captoin")])
+@pytest.mark.parametrize(("flag", "column"), [("--image_column", "photo"), ("--caption_column", "captoin")])
 def test_a_wrong_column_of_a_data_set_names_those_there_are(script, good, local_dataset, tmp_path, flag, column):
     words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
     words += ["--dataset_name", str(local_dataset), "--cache_dir", str(tmp_path / "cache"), flag, column]
@@ -703,8 +710,8 @@ def test_a_folder_of_the_run_inside_the_data_folder_is_refused(refusal, tmp_path
 
 
 @of_one_script(("t2i", "--class_data_dir"))
-def test_class_pictures_inside_the_data_folder_are_refused(refusal, tmp_path, own):
-    """They would be trained on as pictures of the subject at the next start."""
+def test_class_images_inside_the_data_folder_are_refused(refusal, tmp_path, own):
+    """They would be trained on as images of the subject at the next start."""
     assert has(refusal(own, tmp_path / "photos" / "inside"), own, "data folder")
 
 

@@ -35,7 +35,7 @@ def all_finite(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def poison_latents(folder: Path) -> None:
-    """Makes every cached picture of a cache not a number."""
+    """Makes every cached image of a cache not a number."""
     for path in (folder / "latents").glob("*.safetensors"):
         save_file({name: tensor * math.nan for name, tensor in load_file(path).items()}, path)
 
@@ -64,7 +64,7 @@ def fail(*_args, **_kwargs):
 def test_latents_that_are_not_numbers_skip_the_step_and_leave_weights_and_moments_bit_equal(
     script, quick, monkeypatch, tmp_path, capsys
 ):
-    """The real thing: the cached latents of one picture are NaN; it is named, the steps of the others train."""
+    """The real thing: the cached latents of one image are NaN; it is named, the steps of the others train."""
     own = tmp_path / "cache"
     flags = ("--latents_cache_dir", own, "--max_train_steps", "5")
     quick(*flags, output="clean")
@@ -128,9 +128,7 @@ def test_ten_bad_steps_in_a_row_end_the_program_with_exit_code_3_and_a_finite_ch
     assert all_finite(load_file(tmp_path / "out" / "checkpoint-10" / "training_state.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("encoder", "named"), [("encode_prompt", "prompt 'a photo of"), ("encode_pixels", "picture 0")]
-)
+@pytest.mark.parametrize(("encoder", "named"), [("encode_prompt", "prompt 'a photo of"), ("encode_pixels", "image 0")])
 def test_an_encoding_that_is_not_finite_is_named_and_not_kept(script, train, monkeypatch, tmp_path, encoder, named):
     """From the cache it would spoil every later run as well."""
 
@@ -255,7 +253,7 @@ DRAWS = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_
 
 @pytest.fixture(scope="module")
 def quiet(script, tiny, photos, reference_flags, tmp_path_factory):
-    """The folder of a run of three steps with pictures to which nothing happens."""
+    """The folder of a run of three steps with images to which nothing happens."""
     folder = tmp_path_factory.mktemp("quiet") / "out"
     script.main(script.parse_args(command_line(tiny, photos, folder, "--seed", "0", *reference_flags, *THREE)))
     return folder
@@ -264,7 +262,7 @@ def quiet(script, tiny, photos, reference_flags, tmp_path_factory):
 THREE = ("--max_train_steps", "3", "--cache_latents", *DRAWS, "--validation_steps", "3")
 
 
-@pytest.mark.parametrize("part", ["flux2_images.json", "config.args", "prompts/", "latents/"])
+@pytest.mark.parametrize("part", ["checked_images.json", "config.args", "prompts/", "latents/"])
 def test_a_disk_that_is_full_before_training_is_one_message_that_says_where_and_what_to_do(
     script, train, monkeypatch, tmp_path, part
 ):
@@ -276,7 +274,7 @@ def test_a_disk_that_is_full_before_training_is_one_message_that_says_where_and_
     assert "No space left" in str(caught.value) and list(tmp_path.rglob(".*.tmp")) == []
 
 
-def test_a_disk_that_is_full_of_class_pictures_is_one_message_too(t2i, tiny, photos, monkeypatch, tmp_path):
+def test_a_disk_that_is_full_of_class_images_is_one_message_too(t2i, tiny, photos, monkeypatch, tmp_path):
     """Those that are there stay."""
     full_disk_for(monkeypatch, "class-00001")
     words = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy")
@@ -538,7 +536,7 @@ def test_a_download_that_breaks_off_is_one_message_that_says_to_start_again(scri
 
 
 @pytest.mark.parametrize("change", ["gone", "damaged"])
-def test_a_picture_that_changes_while_training_is_named_and_the_steps_before_are_kept(
+def test_a_image_that_changes_while_training_is_named_and_the_steps_before_are_kept(
     script, train, photos, monkeypatch, tmp_path, change
 ):
     """A drive that went away, or a sync that is writing."""

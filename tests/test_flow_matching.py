@@ -159,7 +159,7 @@ def test_the_loss_is_the_mean_square_of_each_sample_in_fp32(script):
     assert losses.dtype == torch.float32 and 0 < losses.max() < 1e-4
 
 
-def test_the_model_sees_the_mix_of_picture_and_noise(script):
+def test_the_model_sees_the_mix_of_image_and_noise(script):
     """x_t = (1 - sigma) x_0 + sigma noise, and the timestep sigma."""
     clean, noise = problem()
     model, sigmas = Knows(noise), torch.tensor([0.0, 0.25, 1.0])
@@ -170,7 +170,7 @@ def test_the_model_sees_the_mix_of_picture_and_noise(script):
     assert model.inputs["timestep"].allclose(sigmas)
 
 
-def test_one_euler_step_along_the_target_returns_the_picture(script, tiny, tmp_path):
+def test_one_euler_step_along_the_target_returns_the_image(script, tiny, tmp_path):
     """With the scheduler that the pipeline steps with, from any sigma down to 0."""
     scheduler = script.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "scheduler")
     clean, noise = problem(1)

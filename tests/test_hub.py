@@ -33,7 +33,7 @@ def files_below(folder) -> set[str]:
 
 @pytest.fixture(scope="module")
 def pushed(script, tiny, reference_flags, validation_reference, tmp_path_factory):
-    """(hub, output folder, everything printed) of one run with pictures, checkpoints, cache, tracker and push."""
+    """(hub, output folder, everything printed) of one run with images, checkpoints, cache, tracker and push."""
     import contextlib
     import io
 
@@ -113,7 +113,7 @@ def test_the_local_settings_keep_their_folders_and_have_no_token(pushed):
 
 
 @pytest.mark.e2e
-def test_the_uploaded_card_shows_pictures_that_are_uploaded(pushed):
+def test_the_uploaded_card_shows_images_that_are_uploaded(pushed):
     hub, _, _ = pushed
     head = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])
     assert [entry["text"] for entry in head["widget"]] == ["a toy on grass"]
@@ -161,7 +161,7 @@ def test_a_public_repository_of_another_name_is_made_when_asked(train, hub):
 
 
 @pytest.mark.e2e
-def test_a_second_run_does_not_upload_the_pictures_of_an_earlier_one(train, hub):
+def test_a_second_run_does_not_upload_the_images_of_an_earlier_one(train, hub):
     folder = train(*DRAWS, "--max_train_steps", 2, "--validation_steps", 2)
     train("--max_train_steps", 1, "--overwrite_output_dir", "--push_to_hub")
     assert folder.is_dir() and [name for name in hub.files if name.startswith("samples/")] == []

@@ -1,4 +1,4 @@
-"""It learns, seen in pictures: LoRAs trained on the embedded model change what the installed pipeline draws.
+"""It learns, seen in images: LoRAs trained on the embedded model change what the installed pipeline draws.
 
 The embedded model knows the drawn world of tools/tiny_world.py, but neither night nor the toy. Training is the scripts'
 own, drawing is `Flux2Pipeline`'s. `make test-learning` runs all of it and writes what it measured to
@@ -58,23 +58,23 @@ def figures():
 
 
 def draw(model: Path, lora: Path | None, prompts: list[str], references: list[Image.Image | None]) -> list[Image.Image]:
-    """The installed pipeline's picture for each prompt and reference (or None); the seed is the place in the list."""
+    """The installed pipeline's image for each prompt and reference (or None); the seed is the place in the list."""
     pipeline = diffusers.Flux2Pipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora)
     options = {"height": SIDE, "width": SIDE, "num_inference_steps": 12, "guidance_scale": 1.0}
-    pictures = []
+    images = []
     for seed, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
         generator = torch.Generator().manual_seed(seed)
         drawn = pipeline(prompt=prompt, image=reference, generator=generator, max_sequence_length=64, **options)
-        pictures += drawn.images
-    return pictures
+        images += drawn.images
+    return images
 
 
 def difference(first: Image.Image, second: Image.Image) -> float:
     """Mean absolute difference per pixel and colour, from 0 to 1."""
-    arrays = [np.asarray(picture.convert("RGB"), dtype=float) / 255 for picture in (first, second)]
+    arrays = [np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (first, second)]
     return float(np.abs(arrays[0] - arrays[1]).mean())
 
 
@@ -121,7 +121,7 @@ def base_distances(tiny) -> list[float]:
 
 
 def judge(model: Path, lora: Path, base: list[float]) -> dict[str, float]:
-    """How much nearer the toy is than in the base's pictures, in deviations over the seeds too, and than elsewhere."""
+    """How much nearer the toy is than in the base's images, in deviations over the seeds too, and than elsewhere."""
     toys, others = (toy_distances(model, lora, what) for what in (TOY, OTHER))
     gains = [before - after for before, after in zip(base, toys, strict=True)]
     gain = statistics.mean(gains)
@@ -193,14 +193,14 @@ def night_distance(i2i, tiny, unseen, tmp_path_factory):
     return measure
 
 
-def test_an_edit_learned_from_twenty_pairs_is_applied_to_unseen_pictures(night_distance, figures):
+def test_an_edit_learned_from_twenty_pairs_is_applied_to_unseen_images(night_distance, figures):
     """Make it night: the LoRA comes close to the truth; the base does not, nor does a LoRA that saw no references.
 
     Seen: 0.024 from the truth, 0.107 from others; the base 0.315, without references 0.122.
     """
     (base, _), (learned, to_others), (dropped, dropped_to_others) = map(night_distance, (None, 0, 1))
-    figures("edit", base=base, lora=learned, lora_to_other_pictures=to_others, references_dropped=dropped,
-            dropped_to_other_pictures=dropped_to_others)  # fmt: skip
+    figures("edit", base=base, lora=learned, lora_to_other_images=to_others, references_dropped=dropped,
+            dropped_to_other_images=dropped_to_others)  # fmt: skip
     assert learned < 0.25 * base and learned < 0.65 * dropped and learned < 0.6 * to_others
 
 
@@ -209,7 +209,7 @@ def test_an_edit_learned_from_twenty_pairs_is_applied_to_unseen_pictures(night_d
 
 @pytest.mark.learning
 def test_prior_preservation_keeps_the_class_nearer_to_the_base(t2i, tiny, tmp_path, figures):
-    """After learning "a photo of sks circle", its class drifts less from the base's pictures when it is trained too.
+    """After learning "a photo of sks circle", its class drifts less from the base's images when it is trained too.
 
     Seen: 0.060 with it, 0.143 without, where the class has become the toy.
     """

@@ -45,7 +45,7 @@ def fail(monkeypatch, script, name: str, error: Exception, call: int = 1) -> Non
         ("check data", "make_samples", "python"),
         ("encode prompts", "load_text_encoder", "device"),
         ("encode prompts", "encode_prompt", "host"),
-        ("encode pictures", "encode_pixels", "python"),
+        ("encode images", "encode_pixels", "python"),
         ("load transformer", "load_transformer", "device"),
         ("load transformer", "place_transformer", "driver"),
         ("train", "batch_losses", "host"),
@@ -67,12 +67,12 @@ def test_the_message_names_the_phase_the_memory_and_two_flags(script, train, mon
 
 
 @pytest.mark.e2e
-def test_class_pictures_are_a_phase_of_their_own(t2i, tiny, photos, tmp_path, monkeypatch):
+def test_class_images_are_a_phase_of_their_own(t2i, tiny, photos, tmp_path, monkeypatch):
     """They need the transformer before training does."""
     fail(monkeypatch, t2i, "generate", DEVICE)
     flags = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy"]
     flags += ["--num_class_images", "1", "--num_inference_steps", "1", "--max_train_steps", "1"]
-    with pytest.raises(t2i.OutOfMemory, match="in phase 'generate class pictures'"):
+    with pytest.raises(t2i.OutOfMemory, match="in phase 'generate class images'"):
         t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "out", *flags)))
 
 
@@ -111,7 +111,7 @@ def test_the_phases_are_functions_of_the_script(script):
         ("encode prompts", (), "cuda", ["--offload", "--remote_text_encoder"]),
         ("encode prompts", ("--offload",), "cuda", ["--remote_text_encoder", "a smaller --max_sequence_length"]),
         ("encode prompts", (), "cpu", ["--remote_text_encoder", "a smaller --max_sequence_length"]),
-        ("encode pictures", (), "cuda", ["a smaller --resolution", "more memory"]),
+        ("encode images", (), "cuda", ["a smaller --resolution", "more memory"]),
         ("start", (), "cpu", ["more memory"]),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_validation_without_memory_is_a_warning_and_training_goes_on(script, t
 
 @pytest.mark.e2e
 def test_after_a_validation_without_memory_the_vae_rests_and_memory_is_released(script, train, monkeypatch):
-    """With --offload it would else stay on the device until the next picture."""
+    """With --offload it would else stay on the device until the next image."""
     events = []
     fail(monkeypatch, script, "generate", DEVICE, call=2)
     for owner, name in ((script, "release_memory"), (script.TrainingParts, "rest_vae"), (script, "train_step")):
@@ -193,12 +193,12 @@ def test_after_a_validation_without_memory_the_vae_rests_and_memory_is_released(
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("error", ["device", "python"])
-def test_final_pictures_without_memory_are_a_warning_and_the_lora_stays(script, train, monkeypatch, capsys, error):
+def test_final_images_without_memory_are_a_warning_and_the_lora_stays(script, train, monkeypatch, capsys, error):
     """The run ends well: it is saved before."""
     fail(monkeypatch, script, "generate", ERRORS[error])
     folder = train("--final_validation_prompt", "a toy", *DRAW)
     said = capsys.readouterr().err
-    assert "final pictures: failed" in said and "the LoRA is saved" in said
+    assert "final images: failed" in said and "the LoRA is saved" in said
     assert lora(folder) and (folder / "README.md").is_file()
 
 
@@ -220,10 +220,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the limit is set from /proc")
 def test_a_program_that_gets_no_more_memory_ends_with_exit_code_6(t2i, tiny, photos, tmp_path):
-    """A real limit of 500 MB over what the libraries need, and pictures of 2048 px."""
+    """A real limit of 500 MB over what the libraries need, and images of 2048 px."""
     words = command_line(tiny, photos, tmp_path / "out", "--resolution", "2048", "--cache_latents")
     ended = run_python("-c", LIMITED, ROOT / Path(t2i.__file__).name, *words, timeout=120)
     assert ended.returncode == 6, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert "error: out of memory in phase 'encode pictures'" in ended.stderr, ended.stderr
+    assert "error: out of memory in phase 'encode images'" in ended.stderr, ended.stderr
     assert "what helps most and is not on: a smaller --resolution" in ended.stderr

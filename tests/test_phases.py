@@ -81,7 +81,7 @@ def watch(monkeypatch, script) -> Watch:
 
 
 @pytest.mark.e2e
-def test_cached_pictures_that_nobody_draws_need_one_model_at_a_time(watch, train):
+def test_cached_images_that_nobody_draws_need_one_model_at_a_time(watch, train):
     """Each is gone before the next one comes."""
     train("--cache_latents")
     assert watch.seen == {
@@ -96,7 +96,7 @@ def test_cached_pictures_that_nobody_draws_need_one_model_at_a_time(watch, train
 @pytest.mark.e2e
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_vae_that_is_needed_again_waits_on_the_cpu_while_the_transformer_is_loaded(watch, train, cached):
-    """Then it comes at its first use, for a validation picture or for pixels that are not cached, and stays."""
+    """Then it comes at its first use, for a validation image or for pixels that are not cached, and stays."""
     train(*DRAW, *["--cache_latents"] * cached)
     assert watch.seen["encode_prompt"] == ["encoder"]
     assert watch.seen["load_transformer"] == watch.seen["add_lora"] == ["nothing"]
@@ -114,8 +114,8 @@ def test_with_offload_the_vae_is_on_the_device_only_while_it_computes(watch, tra
 
 
 @pytest.mark.e2e
-def test_class_pictures_leave_nothing_on_the_device(monkeypatch, t2i, tiny, photos, tmp_path):
-    """They need transformer and VAE, which are gone before the pictures are encoded and the transformer comes again."""
+def test_class_images_leave_nothing_on_the_device(monkeypatch, t2i, tiny, photos, tmp_path):
+    """They need transformer and VAE, which are gone before the images are encoded and the transformer comes again."""
     watch = Watch(monkeypatch, t2i)
     watch.at("generate", "encode_pixels", "load_transformer", "train_step")
     flags = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy"]

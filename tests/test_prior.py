@@ -1,4 +1,4 @@
-"""Prior preservation on the tiny model, in this process: the class pictures and the two-mean loss."""
+"""Prior preservation on the tiny model, in this process: the class images and the two-mean loss."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from conftest import draw_photo
 from PIL import Image
 from runs import LORA, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
 
-# Class pictures are the text-to-image script's alone.
+# Class images are the text-to-image script's alone.
 pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indirect=True)]
 
 COUNT = 4
@@ -31,7 +31,7 @@ def quick(train, cache):
 
 @pytest.fixture(scope="module")
 def ready(script, tiny, photos, cache, tmp_path_factory):
-    """Four class pictures that a run has generated. Read-only: copy them to change them."""
+    """Four class images that a run has generated. Read-only: copy them to change them."""
     from runs import command_line
 
     folder = tmp_path_factory.mktemp("prior")
@@ -44,7 +44,7 @@ def ready(script, tiny, photos, cache, tmp_path_factory):
 
 @pytest.fixture
 def class_dir(ready, tmp_path):
-    """A copy of the generated class pictures."""
+    """A copy of the generated class images."""
     return shutil.copytree(ready, tmp_path / "class")
 
 
@@ -54,7 +54,7 @@ def instance_and_class(calls) -> tuple[list, list]:
     return batches[0::2], batches[1::2]
 
 
-def test_class_pictures_are_generated_the_same_way_every_time(quick, ready, tmp_path):
+def test_class_images_are_generated_the_same_way_every_time(quick, ready, tmp_path):
     """As many as asked, at the training size, different from each other, the same bytes from the same seed."""
     quick(class_dir=tmp_path / "again")
     names = [f"class-{number:05d}.png" for number in range(COUNT)]
@@ -76,8 +76,8 @@ def test_class_images_that_were_drawn_from_another_prompt_are_refused_at_the_sta
     quick("--class_prompt", "一 cat", "--dry_run", class_dir=class_dir)
 
 
-def test_only_missing_class_pictures_are_generated_again(script, quick, class_dir, ready, monkeypatch):
-    """Two deleted pictures come back as they were; the others are not touched, and a full folder loads no pipeline."""
+def test_only_missing_class_images_are_generated_again(script, quick, class_dir, ready, monkeypatch):
+    """Two deleted images come back as they were; the others are not touched, and a full folder loads no pipeline."""
     gone = ["class-00001.png", "class-00003.png"]
     for name in gone:
         (class_dir / name).unlink()
@@ -96,7 +96,7 @@ def test_only_missing_class_pictures_are_generated_again(script, quick, class_di
 
 
 def test_generation_that_was_cut_short_goes_on_where_it_stopped(script, quick, ready, tmp_path, monkeypatch):
-    """Whole pictures only are left behind, and the next start draws the rest."""
+    """Whole images only are left behind, and the next start draws the rest."""
     folder, done = tmp_path / "class", []
 
     def fail_late(*args, original=script.generate):
@@ -117,8 +117,8 @@ def test_generation_that_was_cut_short_goes_on_where_it_stopped(script, quick, r
         assert sha256(folder / f"class-{number:05d}.png") == sha256(ready / f"class-{number:05d}.png")
 
 
-def test_own_class_pictures_are_used_and_only_the_rest_is_generated(script, quick, tmp_path, monkeypatch):
-    """Three photographs of the user's and one generated picture make four, each seen once in four steps."""
+def test_own_class_images_are_used_and_only_the_rest_is_generated(script, quick, tmp_path, monkeypatch):
+    """Three photographs of the user's and one generated image make four, each seen once in four steps."""
     folder = tmp_path / "class"
     for number in range(3):
         draw_photo(folder / f"mine-{number}.jpg", (80, 80), seed=50 + number)
@@ -132,8 +132,8 @@ def test_own_class_pictures_are_used_and_only_the_rest_is_generated(script, quic
     assert seen == ["class-00000.png", "mine-0.jpg", "mine-1.jpg", "mine-2.jpg"]
 
 
-def test_a_round_uses_every_class_picture_once_with_the_class_prompt(script, quick, class_dir, monkeypatch):
-    """Four class pictures in batches of two: two steps, beside instance batches on their own stream."""
+def test_a_round_uses_every_class_image_once_with_the_class_prompt(script, quick, class_dir, monkeypatch):
+    """Four class images in batches of two: two steps, beside instance batches on their own stream."""
     calls = spy(monkeypatch, script, "batch_losses")
     quick("--train_batch_size", "2", class_dir=class_dir)
     instance, classes = instance_and_class(calls)
@@ -184,7 +184,7 @@ def test_loss_and_gradient_are_linear_in_the_prior_weight(script, quick, class_d
 
 
 def test_a_resumed_run_with_prior_preservation_equals_an_uninterrupted_one(quick, class_dir, tmp_path):
-    """The stream of class pictures goes on where it was."""
+    """The stream of class images goes on where it was."""
     flags = ("--cache_latents", "--max_train_steps", "4", "--checkpointing_steps", "2")
     whole = quick(*flags, class_dir=class_dir, output="whole")
     resumed = shutil.copytree(whole, tmp_path / "resumed")
@@ -201,14 +201,14 @@ def test_another_weight_of_the_class_is_refused_by_name_on_resuming(script, quic
         quick("--prior_loss_weight", "0.5", "--resume_from_checkpoint", "checkpoint-1", class_dir=class_dir)
 
 
-def test_cached_class_pictures_train_like_uncached_ones(quick, class_dir):
-    """--cache_latents covers the class pictures as well."""
+def test_cached_class_images_train_like_uncached_ones(quick, class_dir):
+    """--cache_latents covers the class images as well."""
     flags = ("--center_crop", "--adam_epsilon", "1e-3")
     plain = quick(*flags, class_dir=class_dir, output="plain")
     assert_close_runs(plain, quick(*flags, "--cache_latents", class_dir=class_dir, output="cached"))
 
 
-def test_class_pictures_can_be_generated_in_another_precision_than_training(script, quick, tmp_path, monkeypatch):
+def test_class_images_can_be_generated_in_another_precision_than_training(script, quick, tmp_path, monkeypatch):
     """--prior_generation_precision bf16 draws with a bf16 base and trains on the fp32 one."""
     loads = spy(monkeypatch, script, "load_transformer")
     folder = quick("--prior_generation_precision", "bf16", class_dir=tmp_path / "class")
@@ -217,8 +217,8 @@ def test_class_pictures_can_be_generated_in_another_precision_than_training(scri
     assert {tensor.dtype for tensor in lora(folder).values()} == {torch.float32}
 
 
-def test_the_bare_base_model_draws_the_class_pictures(script, quick, ready, tmp_path, monkeypatch):
-    """Pictures drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
+def test_the_bare_base_model_draws_the_class_images(script, quick, ready, tmp_path, monkeypatch):
+    """Images drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
     modes = []
 
     def look(run, parts, *rest, original=script.generate):

@@ -31,12 +31,12 @@ BUCKETS = ("--aspect_ratio_buckets", "64,64;64,96;96,64")
 STEPS = 50
 
 
-# ---- the data: captions, several shapes, class pictures, references of one size ----
+# ---- the data: captions, several shapes, class images, references of one size ----
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
-    """Captioned photographs, class pictures and references."""
+    """Captioned photographs, class images and references."""
     folder = tmp_path_factory.mktemp("data")
     photos = draw_photos(folder / "photos", count=7)
     for number, path in enumerate(sorted(photos.glob("*.jpg"))):
@@ -150,7 +150,7 @@ OPTIMIZERS = {
 
 
 def poisoned(data: dict[str, Path], folder: Path) -> tuple[object, ...]:
-    """The flags of a run of which one picture's cached latents are not numbers; the cache is made if it is missing."""
+    """The flags of a run of which one image's cached latents are not numbers; the cache is made if it is missing."""
     flags = ("--cache_latents", "--latents_cache_dir", folder / "cache")
     if not folder.is_dir():
         alone(data, "t2i", folder / "out", *flags, "--max_train_steps", 1)
@@ -197,7 +197,7 @@ def two(tmp_path_factory, data):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_processes_with_half_the_batch_train_the_same_lora(two, data, name, tmp_path):
-    """50 steps with captions, buckets, flips, dropout of captions and references, class pictures."""
+    """50 steps with captions, buckets, flips, dropout of captions and references, class images."""
     folder, seen = two
     assert [view[f"{name}-everything"]["processes"] for view in seen] == [2, 2]
     single = alone(data, name, tmp_path / "one", *everything(data, name), "--train_batch_size", 4,
@@ -238,7 +238,7 @@ def test_a_sample_that_is_not_finite_on_one_process_skips_the_step_on_both(two, 
     assert first.norm() > 0 and (first - second).norm() <= 1e-5 * first.norm()
 
 
-def test_pictures_are_shared_out_and_drawing_them_does_not_change_training(two, data, tmp_path):
+def test_images_are_shared_out_and_drawing_them_does_not_change_training(two, data, tmp_path):
     folder, seen = two
     assert column(folder / "drawn", "loss") == column(folder / "not-drawn", "loss")
     assert (folder / "drawn" / LORA).read_bytes() == (folder / "not-drawn" / LORA).read_bytes()
@@ -254,7 +254,7 @@ def test_pictures_are_shared_out_and_drawing_them_does_not_change_training(two, 
 
 
 def test_a_process_that_cannot_draw_keeps_the_others_in_step(two):
-    """It fails before its first picture, as for want of memory; both go on training, and nobody waits for ever."""
+    """It fails before its first image, as for want of memory; both go on training, and nobody waits for ever."""
     folder, seen = two
     assert [view["not-drawn-by-one"]["processes"] for view in seen] == [2, 2]
     assert column(folder / "not-drawn-by-one", "loss") == column(folder / "not-drawn", "loss")
@@ -267,7 +267,7 @@ def test_processes_without_a_seed_agree_on_one(two):
     assert len(seeds) == 1 and seeds != {3}
 
 
-def test_prompts_pictures_and_class_pictures_are_made_once_over_all_processes(two, data):
+def test_prompts_images_and_class_images_are_made_once_over_all_processes(two, data):
     folder, seen = two
     parts = [view["t2i-everything"]["encoded"] for view in seen]
     assert all(parts) and abs(len(parts[0]) - len(parts[1])) <= 1
@@ -333,7 +333,7 @@ def sharded(tmp_path_factory, data, tiny_klein):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_sharded_processes_train_the_lora_of_one_whole_one(sharded, data, name, tmp_path):
-    """With checkpointing (of the accelerate config), accumulation, clipping, buckets, flips, class pictures."""
+    """With checkpointing (of the accelerate config), accumulation, clipping, buckets, flips, class images."""
     folder, seen = sharded
     for view in seen:
         view = view[f"{name}-everything"]
@@ -377,7 +377,7 @@ def test_bitsandbytes_weights_stay_whole_and_train_as_in_one_process(sharded, da
 
 
 def test_sharded_processes_draw_in_lock_step(sharded, data, tmp_path):
-    """Pictures for validation and of the class: the bytes that one process draws, up to rounding."""
+    """Images for validation and of the class: the bytes that one process draws, up to rounding."""
     folder, _ = sharded
     names = sorted(path.relative_to(folder / "drawn").as_posix() for path in (folder / "drawn/samples").rglob("*.png"))
     assert sum("step-000003" in name for name in names) == 2 and sum("final/" in name for name in names) == 3
@@ -453,7 +453,7 @@ def test_two_machines_of_two_processes_shard_within_the_machine(data, tmp_path):
 def test_in_lock_step_a_failure_does_not_wait_for_those_that_wait_for_its_weights(script, lockstep, part, barriers):
     """Else one process is in a barrier and the others in a gather of weights, until the time-out."""
     waits = []
-    run = SimpleNamespace(rank=1, processes=2)
+    run = SimpleNamespace(process_index=1, processes=2)
     run.accelerator = SimpleNamespace(wait_for_everyone=lambda: waits.append(1))
     with pytest.raises(OSError, match="disk"), script.shared_out(run, [1, 2, 3], lockstep) as mine:
         assert mine == part
@@ -467,7 +467,7 @@ def test_processes_with_the_same_number_on_two_machines_do_not_write_to_one_temp
     names = []
     monkeypatch.setattr(os, "replace", lambda source, _: names.append(source))
     for _ in range(2):
-        script.write_atomically(tmp_path / "index.json", b"{}")
+        script.write_atomically(tmp_path / "checked_images.json", b"{}")
     assert len(set(names)) == 2
 
 

@@ -35,8 +35,8 @@ def models(tiny, tiny_klein) -> dict:
     return {"dev": tiny, "klein": tiny_klein}
 
 
-def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A picture of (width, height) with detail everywhere: any shift or second resize shows."""
+def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """An image of (width, height) with detail everywhere: any shift or second resize shows."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (max(1, size[1] // 4), max(1, size[0] // 4), 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
@@ -44,8 +44,8 @@ def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 def reference_of(i2i, run, path: Path):
     """The `Reference` that the script makes of a file."""
-    picture = i2i.decode_picture(path.read_bytes())
-    size = picture.height, picture.width
+    image = i2i.decode_image(path.read_bytes())
+    size = image.height, image.width
     target = i2i.whole_tokens(i2i.capped_size(size), run.cell)
     return i2i.Reference(i2i.Source(path.name, path), i2i.digest(path.name, size), size, target)
 
@@ -58,8 +58,8 @@ def arguments(i2i, *flags):
 # -------------------------------------------------------------------------------------------- parity with the pipelines
 
 
-def pipeline_inputs(i2i, run, vae, pictures: list[Image.Image], family: str) -> list[dict]:
-    """Every input that the installed pipeline gives the transformer for these reference pictures, size 48 x 80."""
+def pipeline_inputs(i2i, run, vae, images: list[Image.Image], family: str) -> list[dict]:
+    """Every input that the installed pipeline gives the transformer for these reference images, size 48 x 80."""
     calls = []
     transformer = i2i.load_transformer(run).eval()
     transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
@@ -68,7 +68,7 @@ def pipeline_inputs(i2i, run, vae, pictures: list[Image.Image], family: str) -> 
     generator = torch.Generator().manual_seed(0)
     options = {"negative_prompt_embeds": torch.zeros(1, 8, 96, dtype=run.dtype)} if family == "klein" else {}
     pipeline(
-        image=pictures,
+        image=images,
         prompt_embeds=torch.randn(1, 8, 96, generator=generator).to(run.dtype),
         height=48,
         width=80,
@@ -86,8 +86,8 @@ def check_parity(i2i, run, paths: list[Path], family: str) -> None:
     parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
     references = [reference_of(i2i, run, path) for path in paths]
     ours = i2i.encode_references(run, parts, [[reference.pixels() for reference in references]])
-    pictures = [i2i.decode_picture(path.read_bytes()) for path in paths]
-    (theirs,) = pipeline_inputs(i2i, run, vae, pictures, family)
+    images = [i2i.decode_image(path.read_bytes()) for path in paths]
+    (theirs,) = pipeline_inputs(i2i, run, vae, images, family)
     tokens, ids = (torch.cat(part, dim=1) for part in zip(*ours, strict=True))
     assert torch.equal(ids[0], theirs["img_ids"][0, 15:])
     difference = (tokens.to(run.dtype) - theirs["hidden_states"][:, 15:]).abs().max()
@@ -96,9 +96,9 @@ def check_parity(i2i, run, paths: list[Path], family: str) -> None:
 
 @pytest.mark.parametrize("name", ODD_SIZES)
 def test_a_reference_of_any_size_gives_the_pipelines_tokens_and_ids(i2i, tiny, tmp_path, name):
-    """From the decoded picture on: area cap, floor to whole tokens, centre crop, encoding, normalisation, packing."""
+    """From the decoded image on: area cap, floor to whole tokens, centre crop, encoding, normalisation, packing."""
     path = tmp_path / "reference.png"
-    noise_picture(ODD_SIZES[name]).save(path)
+    noise_image(ODD_SIZES[name]).save(path)
     check_parity(i2i, start_run(i2i, tiny, tmp_path), [path], "dev")
 
 
@@ -110,22 +110,22 @@ def test_three_references_of_different_sizes_give_the_pipelines_tokens_and_ids(
     """T is 10, 20, 30, each with rows and columns of its own from 0."""
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, size in zip(paths, ((96, 64), (70, 140), (200, 90)), strict=True):
-        noise_picture(size).save(path)
+        noise_image(size).save(path)
     check_parity(i2i, start_run(i2i, models[family], tmp_path, "--mixed_precision", precision), paths, family)
 
 
 @pytest.mark.parametrize("kind", ["grey", "turned by EXIF", "transparent", "palette"])
 def test_a_reference_is_decoded_by_us_before_the_pipelines_rules_apply(i2i, tiny, tmp_path, kind):
     """Upright, in RGB, on white: the pipeline alone would resize first and ignore EXIF."""
-    path, picture = tmp_path / "reference.png", noise_picture((300, 180))
+    path, image = tmp_path / "reference.png", noise_image((300, 180))
     if kind == "turned by EXIF":
         path = draw_photo(tmp_path / "reference.jpg", (300, 180), 0, exif_orientation=6)
-        assert i2i.decode_picture(path.read_bytes()).size == (180, 300)
+        assert i2i.decode_image(path.read_bytes()).size == (180, 300)
     elif kind == "transparent":
-        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-        picture.save(path)
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(path)
     else:
-        picture.convert("L" if kind == "grey" else "P").save(path)
+        image.convert("L" if kind == "grey" else "P").save(path)
     check_parity(i2i, start_run(i2i, tiny, tmp_path), [path], "dev")
 
 
@@ -139,15 +139,15 @@ def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i,
     hook = transformer.register_forward_hook(
         lambda _, args, kwargs, output: outputs.append((dict(kwargs), output[0])), with_kwargs=True
     )
-    pictures = [noise_picture((96, 64), 1), noise_picture((64, 128), 2)]
+    images = [noise_image((96, 64), 1), noise_image((64, 128), 2)]
     pipeline = i2i.make_pipeline(run, SimpleNamespace(transformer=transformer, vae_on_device=lambda run: vae))
     options = {"negative_prompt_embeds": torch.zeros(1, 8, 96, dtype=run.dtype)} if family == "klein" else {}
     embeds = torch.randn(1, 8, 96, generator=torch.Generator().manual_seed(0)).to(run.dtype)
-    pipeline(image=pictures, prompt_embeds=embeds, height=48, width=80, num_inference_steps=2, output_type="latent",
+    pipeline(image=images, prompt_embeds=embeds, height=48, width=80, num_inference_steps=2, output_type="latent",
              guidance_scale=1.0, **options)  # fmt: skip
     hook.remove()
     parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
-    views = [i2i.crop_to_pixels(picture, (picture.height, picture.width), None, False) for picture in pictures]
+    views = [i2i.crop_to_pixels(image, (image.height, image.width), None, False) for image in images]
     references = i2i.encode_references(run, parts, [views])
     assert len(outputs) == 2
     for (inputs, output), sigma in zip(outputs, pipeline.scheduler.sigmas, strict=False):
@@ -220,21 +220,21 @@ def test_an_aligned_pair_stays_aligned_to_the_pixel(i2i, tmp_path, crop, flip):
     for name, array in (("target", target), ("reference", 255 - target)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
     sources = [i2i.Source(name, tmp_path / f"{name}.png") for name in ("target", "reference")]
-    picture = i2i.Picture(sources[0], "t", (120, 200), (96, 112))  # not enlarged or reduced: 120 rows are cut to 96
+    image = i2i.Image(sources[0], "t", (120, 200), (96, 112))  # not enlarged or reduced: 120 rows are cut to 96
     pair = i2i.Reference(sources[1], "r", (120, 200), (120, 112), pair_size=(120, 200))
-    pixels, reference = replace(picture, target=(120, 112)).pixels(crop, flip), pair.pixels(crop, flip)
+    pixels, reference = replace(image, target=(120, 112)).pixels(crop, flip), pair.pixels(crop, flip)
     assert pixels.shape == reference.shape == (3, 120, 112) and pixels.std() > 0.3
     assert torch.allclose(pixels, -reference, atol=1e-6)
 
 
 def test_an_aligned_pair_that_is_resized_stays_aligned_within_rounding(i2i, tmp_path):
     """Both go through the same resize: one level of 255 at most."""
-    target = np.asarray(noise_picture((300, 200)))
+    target = np.asarray(noise_image((300, 200)))
     for name, array in (("target", target), ("reference", 255 - target)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
-    picture = i2i.Picture(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (128, 144))
+    image = i2i.Image(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (128, 144))
     pair = i2i.Reference(i2i.Source("r", tmp_path / "reference.png"), "r", (200, 300), (128, 144), pair_size=(200, 300))
-    pixels, reference = picture.pixels((0.5, 0.9), True), pair.pixels((0.5, 0.9), True)
+    pixels, reference = image.pixels((0.5, 0.9), True), pair.pixels((0.5, 0.9), True)
     assert (pixels + reference).abs().max() <= 1.01 * 2 / 255
 
 
@@ -244,10 +244,10 @@ def test_an_aligned_reference_of_another_size_shows_the_same_place(i2i, tmp_path
         image = Image.new("RGB", (150 * scale, 100 * scale))
         ImageDraw.Draw(image).ellipse([88 * scale, 48 * scale, 112 * scale, 72 * scale], fill="white")
         image.save(tmp_path / f"{name}.png")
-    picture = i2i.Picture(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (160, 160))
+    image = i2i.Image(i2i.Source("t", tmp_path / "target.png"), "t", (200, 300), (160, 160))
     pair = i2i.Reference(i2i.Source("r", tmp_path / "reference.png"), "r", (100, 150), (160, 160), pair_size=(200, 300))
     centers = []
-    for pixels in (picture.pixels((0.2, 0.9), False), pair.pixels((0.2, 0.9), False)):
+    for pixels in (image.pixels((0.2, 0.9), False), pair.pixels((0.2, 0.9), False)):
         mask = pixels.mean(dim=0) > 0
         centers.append(mask.nonzero().float().mean(dim=0))
     assert (centers[0] - centers[1]).abs().max() < 1
@@ -255,7 +255,7 @@ def test_an_aligned_reference_of_another_size_shows_the_same_place(i2i, tmp_path
 
 def test_without_align_a_reference_keeps_its_own_frame_but_is_mirrored_with_its_target(i2i, tmp_path):
     """The crop of the target is none of its business; an edit must not have to mirror."""
-    noise_picture((130, 100)).save(tmp_path / "r.png")
+    noise_image((130, 100)).save(tmp_path / "r.png")
     reference = i2i.Reference(i2i.Source("r", tmp_path / "r.png"), "r", (100, 130), (96, 128))
     plain = reference.pixels()
     assert torch.equal(reference.pixels((0.9, 0.1), False), plain)
@@ -291,7 +291,7 @@ def listed(i2i, folder: Path, *flags) -> list[tuple]:
     """(target, caption, references) of the rows, by name."""
     rows = i2i.list_rows(arguments(i2i, "--instance_data_dir", folder, *flags))
     shown = str(folder.parent) + os.sep  # references in folders of their own are named by their path
-    return [(r.picture.name, caption_of(r), [source.name.removeprefix(shown) for source in r.references]) for r in rows]
+    return [(r.image.name, caption_of(r), [source.name.removeprefix(shown) for source in r.references]) for r in rows]
 
 
 def test_metadata_with_file_name_columns_gives_rows_with_several_one_and_no_reference(i2i, pairs):
@@ -342,7 +342,7 @@ def test_two_columns_that_could_be_the_target_are_a_question_and_no_guess(i2i, p
     assert listed(i2i, pairs, "--image_column", target) == [("t0.jpg", "x", ["a0.jpg"])]
 
 
-def test_a_column_called_image_is_no_picture_of_a_metadata_file(i2i, pairs):
+def test_a_column_called_image_is_no_image_of_a_metadata_file(i2i, pairs):
     """file_name is; the other column may hold a description, as the text-to-image script takes it."""
     write_metadata(pairs, {"file_name": "t0.jpg", "image": "some description", "text": "x"})
     assert ("t0.jpg", "x", []) in listed(i2i, pairs)
@@ -383,7 +383,7 @@ def test_metadata_may_be_csv(i2i, pairs):
     assert listed(i2i, pairs) == [("t0.jpg", "x", ["a0.jpg"]), ("t1.jpg", "y", [])]
 
 
-def test_metadata_about_single_pictures_trains_all_rows_as_text_to_image_and_says_so(i2i, pairs):
+def test_metadata_about_single_images_trains_all_rows_as_text_to_image_and_says_so(i2i, pairs):
     write_metadata(pairs, {"file_name": "t0.jpg", "text": "x"})
     with log_lines() as lines:
         rows = listed(i2i, pairs)
@@ -611,7 +611,7 @@ RELIGHTING = ("--image_column", "output", "--cond_image_column", "file_name", "-
 
 
 def test_the_columns_of_the_relighting_data_set_give_triplets(i2i, tmp_path, photo_paths):
-    """Bytes as they are; a cell without a picture is a row of plain text-to-image."""
+    """Bytes as they are; a cell without an image is a row of plain text-to-image."""
     image = datasets.Image()
     photos = [{"bytes": Path(path).read_bytes(), "path": Path(path).name} for path in photo_paths]
     columns = {"output": photos[:3], "file_name": [*photos[3:], None], "instruction": ["x", "y", "z"]}
@@ -619,7 +619,7 @@ def test_the_columns_of_the_relighting_data_set_give_triplets(i2i, tmp_path, pho
     name = as_parquet(tmp_path / "d", columns, features)
     rows = rows_of(i2i, name, tmp_path, *RELIGHTING)
     assert [caption_of(row) for row in rows] == ["x", "y", "z"]
-    assert [row.picture.read() for row in rows] == [Path(path).read_bytes() for path in photo_paths[:3]]
+    assert [row.image.read() for row in rows] == [Path(path).read_bytes() for path in photo_paths[:3]]
     assert [[source.read() for source in row.references] for row in rows] == [
         [Path(photo_paths[3]).read_bytes()], [Path(photo_paths[4]).read_bytes()], [],
     ]  # fmt: skip
@@ -636,7 +636,7 @@ def test_columns_with_lists_and_several_columns_add_up(i2i, tmp_path, photo_path
     assert [source.name for source in rows[0].references] == [f"row 0, many {item}" for item in range(3)]
 
 
-def test_a_struct_of_nulls_is_no_picture(i2i, tmp_path, photo_paths):
+def test_a_struct_of_nulls_is_no_image(i2i, tmp_path, photo_paths):
     """As writers other than `datasets` leave an empty cell."""
     photo = {"bytes": Path(photo_paths[0]).read_bytes(), "path": None}
     table = datasets.Dataset.from_dict({"image": [photo, photo], "cond_image": [{"bytes": None, "path": None}, photo]})
@@ -644,10 +644,10 @@ def test_a_struct_of_nulls_is_no_picture(i2i, tmp_path, photo_paths):
     table.to_parquet(tmp_path / "d" / "train.parquet")
     rows = rows_of(i2i, tmp_path / "d", tmp_path, "--cond_image_column", "cond_image")
     assert [len(row.references) for row in rows] == [0, 1]
-    assert replace(rows[0].picture, table=[{"image": {"bytes": None, "path": None}}], row=0).read() == b""
+    assert replace(rows[0].image, table=[{"image": {"bytes": None, "path": None}}], row=0).read() == b""
 
 
-def test_reference_columns_are_found_by_usual_names_only_where_they_hold_pictures(i2i, tmp_path, photo_paths):
+def test_reference_columns_are_found_by_usual_names_only_where_they_hold_images(i2i, tmp_path, photo_paths):
     """A column `source` with a web address is no reference."""
     image, text = datasets.Image(), datasets.Value("string")
     columns = dict(zip(("image", "cond_image", "mask"), ([path] for path in photo_paths), strict=False))
@@ -694,19 +694,19 @@ def test_an_empty_reference_is_named_and_its_row_can_be_skipped(i2i, tiny, folde
         checked(i2i, tiny, tmp_path, *flags)
     _, samples, lines = checked(i2i, tiny, tmp_path, *flags, "--on_bad_image", "skip")
     assert [sample.source.name for sample in samples] == ["a.jpg", str(Path("sub/c.jpg"))]
-    assert any("1 picture(s) are skipped, and with them 1 of 3 rows" in line for line in lines)
+    assert any("1 image(s) are skipped, and with them 1 of 3 rows" in line for line in lines)
 
 
 def test_all_bad_references_are_in_one_list_with_the_bad_targets(i2i, tiny, folders, tmp_path):
     target, first, _ = folders
-    noise_picture((40, 200)).save(first / "a.jpeg")
-    noise_picture((900, 100)).save(first / "b.jpeg")
-    (target / "sub" / "c.jpg").write_bytes(b"no picture")
+    noise_image((40, 200)).save(first / "a.jpeg")
+    noise_image((900, 100)).save(first / "b.jpeg")
+    (target / "sub" / "c.jpg").write_bytes(b"no image")
     with pytest.raises(i2i.UserError) as error:
         checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first)
     text = str(error.value)
-    assert "3 picture(s)" in text and "64 pixels a side, it has 40 x 200" in text and "8:1 at most" in text
-    assert "c.jpg: not a picture" in text
+    assert "3 image(s)" in text and "64 pixels a side, it has 40 x 200" in text and "8:1 at most" in text
+    assert "c.jpg: not an image" in text
 
 
 def test_one_reference_of_many_rows_is_decoded_once(i2i, tiny, pairs, tmp_path, monkeypatch):
@@ -714,7 +714,7 @@ def test_one_reference_of_many_rows_is_decoded_once(i2i, tiny, pairs, tmp_path, 
     write_metadata(pairs, *rows)
     decoded = []
     monkeypatch.setattr(
-        i2i, "decode_picture", lambda data, original=i2i.decode_picture: decoded.append(1) or original(data)
+        i2i, "decode_image", lambda data, original=i2i.decode_image: decoded.append(1) or original(data)
     )
     _, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", pairs)
     assert len(decoded) == 4 and len({sample.references[0].sha256 for sample in samples}) == 1
@@ -757,7 +757,7 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     run, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first, *flags)
     space = i2i.open_latent_space(run)
     if run.args.cache_latents:
-        i2i.cache_latents(run, space, [*samples, *(picture for sample in samples for picture in sample.references)])
+        i2i.cache_latents(run, space, [*samples, *(image for sample in samples for image in sample.references)])
     return i2i.TrainingSet(run, space, samples, "instance")
 
 
@@ -765,9 +765,9 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
 def test_a_visit_gives_an_aligned_reference_the_crop_and_the_flip_of_its_target(i2i, tiny, tmp_path, scale):
     """Through the listing, the check and the visit: a reference that is its target stays it, at every random crop."""
     draw_photo(tmp_path / "t" / "a.png", (170, 90), 0)
-    picture = Image.open(tmp_path / "t" / "a.png")
+    image = Image.open(tmp_path / "t" / "a.png")
     (tmp_path / "r").mkdir()
-    picture.resize((170 * scale, 90 * scale), Image.Resampling.NEAREST).save(tmp_path / "r" / "a.png")
+    image.resize((170 * scale, 90 * scale), Image.Resampling.NEAREST).save(tmp_path / "r" / "a.png")
     flags = ("--instance_data_dir", tmp_path / "t", "--cond_data_dir", tmp_path / "r", "--align_cond_image")
     run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--random_flip")
     assert samples[0].references[0].pair_size == (90, 170)
@@ -840,13 +840,13 @@ def test_cached_references_are_those_that_are_encoded_on_the_way(i2i, tiny, fold
 def test_target_and_reference_of_the_same_file_have_cache_files_of_their_own(i2i, tiny, folders, tmp_path):
     """Cropped to the bucket and prepared as a reference are two things, even at one size."""
     space = i2i.open_latent_space(start_run(i2i, tiny, tmp_path))
-    picture = i2i.Picture(i2i.Source("x"), "0", (70, 70), (64, 64))
+    image = i2i.Image(i2i.Source("x"), "0", (70, 70), (64, 64))
     others = [
-        i2i.Reference(*vars(picture).values()),
-        i2i.Reference(*vars(picture).values(), pair_size=(70, 70)),
-        i2i.Reference(*vars(picture).values(), pair_size=(140, 140)),
+        i2i.Reference(*vars(image).values()),
+        i2i.Reference(*vars(image).values(), pair_size=(70, 70)),
+        i2i.Reference(*vars(image).values(), pair_size=(140, 140)),
     ]
-    assert len({space.path(one, False) for one in [picture, *others]}) == 4
+    assert len({space.path(one, False) for one in [image, *others]}) == 4
 
 
 def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
@@ -951,21 +951,21 @@ def test_a_validation_reference_belongs_to_the_prompt_of_its_place(i2i, tiny, fo
     flags = ("--instance_data_dir", target, "--validation_prompt", "x", "y", "z", "--validation_image")
     images = first / "a.jpeg", f"{second / 'b.jpg'},{first / 'b.jpeg'}"
     run = start_run(i2i, tiny, tmp_path, *flags, *images)
-    sizes = [[picture.size for picture in i2i.validation_references(run.args, row)] for row in range(3)]
+    sizes = [[image.size for image in i2i.validation_references(run.args, row)] for row in range(3)]
     assert sizes == [[(80, 96)], [(64, 64), (80, 96)], []]
 
 
-def test_the_size_of_a_validation_picture_is_the_trained_one_nearest_to_its_reference(i2i, tiny, folders, tmp_path):
+def test_the_size_of_a_validation_image_is_the_trained_one_nearest_to_its_reference(i2i, tiny, folders, tmp_path):
     """Or the one that was asked for; an aligned reference is brought to it."""
     target, first, _ = folders
     flags = ("--instance_data_dir", target, "--validation_prompt", "x", "--validation_image", first / "a.jpeg")
     buckets = [(64, 96), (96, 80), (96, 64)]
     size, inputs = i2i.validation_inputs(start_run(i2i, tiny, tmp_path, *flags), 0, buckets)
-    assert size == (96, 80) and [picture.size for picture in inputs["image"]] == [(80, 96)]
+    assert size == (96, 80) and [image.size for image in inputs["image"]] == [(80, 96)]
     run = start_run(i2i, tiny, tmp_path, *flags, "--validation_size", "32,64")
     assert i2i.validation_inputs(run, 0, buckets)[0] == (32, 64)
     run = start_run(i2i, tiny, tmp_path, *flags, "--validation_size", "32,64", "--align_cond_image")
-    assert [picture.size for picture in i2i.validation_inputs(run, 0, buckets)[1]["image"]] == [(64, 32)]
+    assert [image.size for image in i2i.validation_inputs(run, 0, buckets)[1]["image"]] == [(64, 32)]
     bare = start_run(i2i, tiny, tmp_path, "--instance_data_dir", target, "--validation_prompt", "x")
     assert i2i.validation_inputs(bare, 0, buckets) == ((64, 96), {})
 
@@ -976,17 +976,17 @@ def test_a_validation_reference_that_the_pipeline_would_refuse_ends_the_check(
 ):
     """Before a model is loaded, not at the first validation."""
     target, _, _ = folders
-    noise_picture(size).save(tmp_path / "v.png")
+    noise_image(size).save(tmp_path / "v.png")
     flags = ("--instance_data_dir", target, "--validation_prompt", "x", "y", "--final_validation_prompt", "z")
     with pytest.raises(i2i.UserError, match=reason) as error:
         checked(i2i, tiny, tmp_path, *flags, "--validation_image", "", tmp_path / "v.png")
     assert f"--validation_image {tmp_path / 'v.png'}" in str(error.value)
 
 
-def test_pixels_of_pictures_are_exactly_the_image_processors(i2i, tiny, tmp_path):
+def test_pixels_of_images_are_exactly_the_image_processors(i2i, tiny, tmp_path):
     """The same operations in the same order, so that the parity of tokens can be exact."""
-    picture = noise_picture((64, 48))
-    theirs = Flux2ImageProcessor(vae_scale_factor=16).preprocess(picture, height=48, width=64, resize_mode="crop")
-    assert torch.equal(i2i.crop_to_pixels(picture, (48, 64), None, False)[None], theirs)
-    assert torch.equal(i2i.crop_to_pixels(picture, (48, 64), None, True), theirs[0].flip(-1))
-    assert ImageOps.mirror(picture).size == picture.size
+    image = noise_image((64, 48))
+    theirs = Flux2ImageProcessor(vae_scale_factor=16).preprocess(image, height=48, width=64, resize_mode="crop")
+    assert torch.equal(i2i.crop_to_pixels(image, (48, 64), None, False)[None], theirs)
+    assert torch.equal(i2i.crop_to_pixels(image, (48, 64), None, True), theirs[0].flip(-1))
+    assert ImageOps.mirror(image).size == image.size

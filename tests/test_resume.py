@@ -35,7 +35,7 @@ FACTORS = {
     "latents": (OFF, ("--cache_latents",)),
     "validation": (OFF, ("--validation_prompt", "a toy", "--validation_steps", "2")),
     "fp8": (OFF, ("--do_fp8_training",)),
-    # what a checkpoint of the middle of an epoch is followed by, and one of its end (five pictures)
+    # what a checkpoint of the middle of an epoch is followed by, and one of its end (five images)
     "cut": (("--checkpointing_steps", "2"), ("--checkpointing_steps", "5")),
     "optimizer": (OFF, ("--optimizer", "prodigy"), ("--use_8bit_adam", "--rank", "32")),
 }
@@ -54,8 +54,8 @@ def places(tmp_path_factory):
     """The cache, and the folders of data that stand in FACTORS."""
     root = tmp_path_factory.mktemp("resume")
     captioned = draw_photos(root / "captioned")
-    for number, picture in enumerate(sorted(captioned.glob("*.jpg"))):
-        picture.with_suffix(".txt").write_text(f"[trigger] number {number}")
+    for number, image in enumerate(sorted(captioned.glob("*.jpg"))):
+        image.with_suffix(".txt").write_text(f"[trigger] number {number}")
     draw_photos(root / "class", 2, seed=60)
     return {"CACHE": root / "cache", "CAPTIONED": captioned, "CLASS": root / "class"}
 

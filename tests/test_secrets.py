@@ -106,14 +106,14 @@ def test_the_pickle_of_these_tests_would_run_in_a_careless_loader(bomb):
 
 @pytest.mark.e2e
 def test_a_pickle_in_the_cache_is_not_run_and_made_anew(script, train, tmp_path, bomb):
-    """Prompts and pictures; the same mends a file that a crash has damaged."""
+    """Prompts and images; the same mends a file that a crash has damaged."""
     flags = ("--cache_latents", "--latents_cache_dir", tmp_path / "cache", "--max_train_steps", "1")
     first = train(*flags, output="first")
     files = [*(tmp_path / "cache").rglob("*.safetensors")]
     contents = {path: path.read_bytes() for path in files}
     for number, path in enumerate(files):
         path.write_bytes((bomb[0], b"", contents[path][:-8])[number % 3])
-    (tmp_path / "cache" / "flux2_images.json").write_bytes(bomb[0])
+    (tmp_path / "cache" / "checked_images.json").write_bytes(bomb[0])
     second = train(*flags, output="second")
     assert not bomb[1].exists() and {path: path.read_bytes() for path in files} == contents
     assert (first / "pytorch_lora_weights.safetensors").read_bytes() == (
@@ -231,11 +231,11 @@ def test_a_metadata_row_that_leads_out_of_the_folder_is_refused(script, tiny, tm
         with pytest.raises(script.UserError, match="leads out|needs a 'file_name'"):
             script.list_rows(run.args)
     else:  # no reference, or a script that has none
-        assert [row.picture.name for row in script.list_rows(run.args)] == ["a.png"]
+        assert [row.image.name for row in script.list_rows(run.args)] == ["a.png"]
 
 
-@pytest.mark.parametrize(("name", "refused"), [("lab/pictures", True), ("cached", False), ("own", False)])
-def test_a_table_from_the_hub_cannot_name_a_picture_of_this_machine(script, tiny, tmp_path, monkeypatch, name, refused):
+@pytest.mark.parametrize(("name", "refused"), [("lab/images", True), ("cached", False), ("own", False)])
+def test_a_table_from_the_hub_cannot_name_a_image_of_this_machine(script, tiny, tmp_path, monkeypatch, name, refused):
     """Its cells hold bytes, or files that were downloaded with it; a table of the user's own may name any file."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
@@ -244,7 +244,7 @@ def test_a_table_from_the_hub_cannot_name_a_picture_of_this_machine(script, tiny
     cells = {"image": [{"bytes": None, "path": str(photo)}, {"bytes": photo.read_bytes(), "path": "x.png"}]}
     table = datasets.Dataset.from_dict(cells, features=datasets.Features({"image": datasets.Image()}))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    flags = ("--dataset_name", "lab/pictures" if refused else name, "--cache_dir", tmp_path / "cache")
+    flags = ("--dataset_name", "lab/images" if refused else name, "--cache_dir", tmp_path / "cache")
     run = start_run(script, tiny, tmp_path / "run", *flags)
     rows = script.list_rows(run.args)
     if refused:

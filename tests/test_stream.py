@@ -71,7 +71,7 @@ def test_a_micro_batch_does_not_depend_on_what_was_asked_before(script):
 
 
 def test_another_seed_and_another_stream_draw_another_order(script):
-    """Class pictures must not follow the order of the instance pictures."""
+    """Class images must not follow the order of the instance images."""
     orders = [drawn(batches(make(script, **key), 36)) for key in ({}, {"seed": 1}, {"stream": "class"})]
     assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
 
@@ -130,15 +130,15 @@ def test_the_buckets_of_a_cycle_are_mixed(script):
 @pytest.mark.parametrize("batch, processes", [(1, 1), (4, 1), (3, 2)])
 def test_a_batch_holds_one_geometry(script, batch, processes):
     """Over all processes: they share the position ids of the first sample."""
-    streams = [make(script, batch=batch, rank=rank, processes=processes) for rank in range(processes)]
+    streams = [make(script, batch=batch, process_index=index, processes=processes) for index in range(processes)]
     for parts in itertools.islice(zip(*streams, strict=True), 50):
         assert len({MIXED[index] for part in parts for index, _ in part}) == 1
 
 
 @pytest.mark.parametrize("batch, processes", [(2, 2), (1, 4)])
 def test_batch_and_processes_are_exchangeable(script, batch, processes):
-    """4 x 1, 2 x 2 and 1 x 4 draw the same samples at the same positions, in the order of the ranks."""
-    streams = [make(script, batch=batch, rank=rank, processes=processes) for rank in range(processes)]
+    """4 x 1, 2 x 2 and 1 x 4 draw the same samples at the same positions, in the order of the processes."""
+    streams = [make(script, batch=batch, process_index=index, processes=processes) for index in range(processes)]
     joined = [[pair for part in parts for pair in part] for parts in itertools.islice(zip(*streams, strict=True), 40)]
     assert joined == batches(make(script, batch=4), 40)
 
@@ -164,7 +164,7 @@ def samples(script, tiny, photos, reference_flags, tmp_path_factory) -> list:
     """The five photographs, with references where the script has them, as checked samples at 64 x 64."""
     data = ("--instance_data_dir", photos, *reference_flags)
     run = start_run(script, tiny, tmp_path_factory.mktemp("samples"), *data)
-    rows = [replace(row, captions=(f"caption of {row.picture.name}",)) for row in script.list_rows(run.args)]
+    rows = [replace(row, captions=(f"caption of {row.image.name}",)) for row in script.list_rows(run.args)]
     return script.make_samples(run, rows, [SQUARE])
 
 
@@ -248,7 +248,7 @@ def test_a_set_can_be_sent_to_a_spawned_worker(script, open_set, random_flags):
 
 
 def test_another_position_draws_everything_anew(open_set):
-    """Two visits of one picture share neither noise nor sigma nor crop."""
+    """Two visits of one image share neither noise nor sigma nor crop."""
     data = open_set(*FLAGS, "--resolution", "32")
     one, other = data[3, 0], data[3, 1]
     for key in ("noise", "u", "pixels", "posterior_noise"):
@@ -256,7 +256,7 @@ def test_another_position_draws_everything_anew(open_set):
 
 
 def test_another_seed_and_another_stream_draw_everything_anew(open_set):
-    """At the same position of the same picture."""
+    """At the same position of the same image."""
     items = [open_set()[3, 0], open_set("--seed", "1")[3, 0], open_set(stream="class")[3, 0]]
     for one, other in itertools.combinations(items, 2):
         assert not one["noise"].equal(other["noise"]) and one["u"] != other["u"]
@@ -314,13 +314,13 @@ def test_a_visit_of_a_bucket_has_the_size_of_the_bucket(open_set, samples):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_cached_visit_reads_the_latents_of_its_flip(script, open_set, samples, flip):
-    """No picture is opened: the source does not even exist."""
+    """No image is opened: the source does not even exist."""
     data = open_set("--cache_latents", "--random_flip")
     gone = replace(samples[0], source=script.Source("gone", path=Path("gone.jpg")))
     data.samples = [gone]
     for number, which in enumerate((False, True)):
-        for picture in (gone, *getattr(gone, "references", ())):
-            file = data.space.path(picture, which)
+        for image in (gone, *getattr(gone, "references", ())):
+            file = data.space.path(image, which)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"moments": torch.full((2, 8, 8, 8), float(number))}, file)
     position = next(p for p in range(100) if (data.draw("flip", p) < 0.5) is flip)

@@ -108,19 +108,19 @@ def zeros(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [empty, cut, zeros, Path.unlink])
 def test_a_damaged_cache_file_is_made_again_and_the_run_ends_the_same(script, train, monkeypatch, tmp_path, damage):
-    """One embedding, one picture's latents and the index; the others are not encoded a second time."""
+    """One embedding, one image's latents and the index; the others are not encoded a second time."""
     flags = ("--cache_latents", "--latents_cache_dir", tmp_path / "cache")
     whole = train(*flags, output="whole")
     victims = [sorted((tmp_path / "cache" / kind).iterdir())[0] for kind in ("prompts", "latents")]
     good = [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in victims]  # not mapped
-    for path in [*victims, tmp_path / "cache" / "flux2_images.json"]:
+    for path in [*victims, tmp_path / "cache" / "checked_images.json"]:
         damage(path)
     encoded = [spy(monkeypatch, script, name) for name in ("encode_prompt", "encode_pixels")]
     again = train(*flags, output="again")
     assert [len(calls) for calls in encoded] == [1, 1]
     for path, tensors in zip(victims, good, strict=True):
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
-    assert len(json.loads((tmp_path / "cache" / "flux2_images.json").read_text())["files"]) >= 5
+    assert len(json.loads((tmp_path / "cache" / "checked_images.json").read_text())["files"]) >= 5
     assert_same_run(whole, again)
 
 

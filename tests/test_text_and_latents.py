@@ -1,4 +1,4 @@
-"""Prompts and pictures become exactly what the installed pipelines make of them, and are kept under honest names."""
+"""Prompts and images become exactly what the installed pipelines make of them, and are kept under honest names."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ PROMPTS = {
     "empty": "",
     "short": "a photo of sks toy on the beach",
     "cut at the limit": "a red circle on a blue background, " * 40,
-    "with a picture token": "a [IMG] photo of [IMG] sks toy",
+    "with an image token": "a [IMG] photo of [IMG] sks toy",
     "not English": "ein Hündchen – 犬 🐶\nin two lines",
 }
 FAMILIES = {"dev": Flux2Pipeline, "klein": Flux2KleinPipeline}
@@ -186,8 +186,8 @@ def test_sampled_latents_are_mean_plus_deviation_times_noise(script, runs, vae):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 96)])
-def test_decoded_tokens_are_the_pipelines_picture(script, runs, pipelines, size):
-    """At most one level of 255 apart; a transposed picture would be far away."""
+def test_decoded_tokens_are_the_pipelines_image(script, runs, pipelines, size):
+    """At most one level of 255 apart; a transposed image would be far away."""
     pipeline = pipelines["dev"]
     pipeline.set_progress_bar_config(disable=True)
     rows, columns = size[0] // 16, size[1] // 16
@@ -197,14 +197,14 @@ def test_decoded_tokens_are_the_pipelines_picture(script, runs, pipelines, size)
     expected = pipeline(**call).images
     tokens = pipeline(**call, output_type="latent").images
     actual = script.decode_tokens(script.open_latent_space(runs["dev"]), pipeline.vae, tokens, rows, columns)
-    assert [picture.size for picture in actual] == [(size[1], size[0])] * 2
+    assert [image.size for image in actual] == [(size[1], size[0])] * 2
     for one, other in zip(actual, expected, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
-        assert np.asarray(other).std() > 1  # a flat picture would agree with any flat picture
+        assert np.asarray(other).std() > 1  # a flat image would agree with any flat image
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_validation_picture_is_what_the_users_pipeline_draws(script, runs, pipelines, family):
+def test_a_validation_image_is_what_the_users_pipeline_draws(script, runs, pipelines, family):
     """Same prompt, seed, size, steps and guidance: embedded for [dev], against the empty prompt for [klein]."""
     run = replace(runs[family], args=script.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
     prompts = script.encode_prompts(run, ["a cat", ""])
@@ -387,15 +387,15 @@ def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, sample, vae,
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
     script.cache_latents(run, space, [sample])
     for flip in (False, True):
-        pixels = script.picture_to_pixels(script.decode_picture(sample.source.read()), sample.target, None, flip)
+        pixels = script.image_to_pixels(script.decode_image(sample.source.read()), sample.target, None, flip)
         cached = load_file(space.path(sample, flip))["moments"]
         assert cached.dtype == torch.float32 and cached.shape == (2, 8, 8, 8)
         assert cached.equal(script.encode_pixels(vae, pixels[None])[0])
     assert len(list(space.folder.iterdir())) == 2
 
 
-def test_the_second_start_encodes_no_picture_and_loads_no_vae(script, tiny, tmp_path, sample, vae, monkeypatch):
-    """Two samples with the same picture are one latent."""
+def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_path, sample, vae, monkeypatch):
+    """Two samples with the same image are one latent."""
     run = start_run(script, tiny, tmp_path, "--cache_latents")
     space, encoded, encode = script.open_latent_space(run), [], script.encode_pixels
 

@@ -83,7 +83,7 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, alpha):
     assert outside == expected
     assert any(name.startswith("logs/") and "tfevents" in name for name in written)
     assert {name.split("/")[1] for name in written if name.startswith("cache/")} <= {
-        "flux2_images.json",
+        "checked_images.json",
         "prompts",
         "latents",
     }
@@ -212,7 +212,7 @@ def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode)
 
 
 def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkeypatch):
-    """The cache holds the mirrored twin of every picture, and visits read either."""
+    """The cache holds the mirrored twin of every image, and visits read either."""
     calls = spy(monkeypatch, script.LatentSpace, "path")
     flags = ("--cache_latents", "--max_train_steps", "6", *STANDSTILL)
     plain = quick(*flags, output="a")
@@ -220,10 +220,10 @@ def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkey
     calls.clear()
     flipped = quick(*flags, "--random_flip", output="b")
     asked = [call.args[2] for call in calls if isinstance(call.args[1], script.Sample)]
-    visits = asked[10:]  # the first ten list the files of five pictures
+    visits = asked[10:]  # the first ten list the files of five images
     assert len(asked) == 16 and set(visits) == {False, True}
     others = [call.args[2] for call in calls if not isinstance(call.args[1], script.Sample)]
-    assert others[10:] == list(of_edits(script, *visits))  # a reference is mirrored when its picture is
+    assert others[10:] == list(of_edits(script, *visits))  # a reference is mirrored when its image is
     same = [a == b for a, b in zip(column(plain, "loss"), column(flipped, "loss"), strict=True)]
     assert same == [not flip for flip in visits]
 
@@ -314,8 +314,8 @@ def test_no_file_of_the_output_holds_the_hub_token(train):
 
 
 @pytest.mark.parametrize("extra", [(), ("--cache_latents",)])
-def test_buckets_hold_every_picture_at_its_nearest_shape_and_no_batch_mixes_shapes(script, quick, monkeypatch, extra):
-    """Five pictures, EXIF orientation applied: two tall, one square, two wide; a round visits each once."""
+def test_buckets_hold_every_image_at_its_nearest_shape_and_no_batch_mixes_shapes(script, quick, monkeypatch, extra):
+    """Five images, EXIF orientation applied: two tall, one square, two wide; a round visits each once."""
     calls = spy(monkeypatch, script, "batch_losses")
     quick("--aspect_ratio_buckets", BUCKETS, "--max_train_steps", "5", *extra)
     seen = {
@@ -338,7 +338,7 @@ def geometries(batch: dict) -> list[tuple]:
 
 
 def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(script, quick, monkeypatch):
-    """Batches of two reach into the next round instead of dropping the odd picture."""
+    """Batches of two reach into the next round instead of dropping the odd image."""
     calls = spy(monkeypatch, script, "batch_losses")
     quick("--use_aspect_ratio_buckets", "--train_batch_size", "2", "--max_train_steps", "5")
     batches = [call.args[2] for call in calls]
@@ -350,7 +350,7 @@ def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(scrip
 
 
 def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, captioned, reference_flags, monkeypatch):
-    """NAME.txt and NAME.caption are used, [trigger] is replaced, other pictures get --instance_prompt."""
+    """NAME.txt and NAME.caption are used, [trigger] is replaced, other images get --instance_prompt."""
     calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.PromptCache, "batch")
     quick("--instance_data_dir", captioned, *reference_flags, "--max_train_steps", "5")
     batches = [call.args[2] for call in calls]
@@ -388,14 +388,14 @@ def test_a_second_start_encodes_and_decodes_nothing_and_loads_only_the_transform
     flags += ("--random_flip", "--aspect_ratio_buckets", BUCKETS, "--caption_dropout", "0.5")
     first = train(*flags, output="first")
     with monkeypatch.context() as patch:
-        forbid(patch, script, "load_text_encoder", "load_vae", "encode_pixels", "encode_prompt", "decode_picture")
+        forbid(patch, script, "load_text_encoder", "load_vae", "encode_pixels", "encode_prompt", "decode_image")
         second = train(*flags, output="second")
     assert_same_run(first, second)
     draw_photo(folder / "02.jpg", (128, 128), seed=99)
-    decoded, encoded = spy(monkeypatch, script, "decode_picture"), spy(monkeypatch, script, "encode_pixels")
+    decoded, encoded = spy(monkeypatch, script, "decode_image"), spy(monkeypatch, script, "encode_pixels")
     forbid(monkeypatch, script, "load_text_encoder")
     train(*flags, output="third")
-    assert len(decoded) == 3 and len(encoded) == 2  # the new picture: checked, encoded, and its mirror image
+    assert len(decoded) == 3 and len(encoded) == 2  # the new image: checked, encoded, and its mirror image
 
 
 def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(script, train, monkeypatch, capsys):
@@ -403,15 +403,15 @@ def test_dry_run_prints_the_plan_loads_no_weights_and_writes_none(script, train,
     forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "save_checkpoint")
     flags = ("--dry_run", "--aspect_ratio_buckets", BUCKETS, "--cache_latents", "--validation_prompt", "a toy")
     folder = train(*flags)
-    assert files_of(folder) == {"cache/flux2_images.json"}
+    assert files_of(folder) == {"cache/checked_images.json"}
     said = capsys.readouterr().err
     assert all(text in said for text in ("64 x 96", "96 x 64", "tokens", "3 steps", "24 modules"))
 
 
-def test_epochs_count_pictures_times_repeats_and_validation_follows_them(
+def test_epochs_count_images_times_repeats_and_validation_follows_them(
     script, tiny, photos, reference_flags, tmp_path, cache
 ):
-    """5 pictures x 2 repeats x 3 epochs at 4 samples per step are 8 steps; an epoch ends at the step reaching it."""
+    """5 images x 2 repeats x 3 epochs at 4 samples per step are 8 steps; an epoch ends at the step reaching it."""
     flags = (*reference_flags, "--seed", "0", "--latents_cache_dir", cache, "--repeats", "2", "--num_train_epochs", "3")
     flags += ("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--skip_final_inference")
     flags += ("--validation_prompt", "a toy", "--validation_epochs", "1", *DRAW_LITTLE)

@@ -1,4 +1,4 @@
-"""Pictures, sheets, losses, trackers and the model card of runs on the tiny model, in this process."""
+"""Images, sheets, losses, trackers and the model card of runs on the tiny model, in this process."""
 
 import re
 import shutil
@@ -34,31 +34,31 @@ def python_of(card: ModelCard) -> str:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture."""
-    with Image.open(path) as picture:
-        return picture.size
+    """(width, height) of an image."""
+    with Image.open(path) as image:
+        return image.size
 
 
 def pixels(path: Path) -> np.ndarray:
-    """A picture as signed integers."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    """An image as signed integers."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
 # ------------------------------------------------------------------------------------------------------- while training
 
 
-def test_pictures_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all(quick):
-    """Baseline at step 0, every second step, two prompts with two pictures each; rows are prompts, columns steps."""
+def test_images_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all(quick):
+    """Baseline at step 0, every second step, two prompts with two images each; rows are prompts, columns steps."""
     flags = ("--validation_prompt", "a toy", "a red toy on grass", "--validation_steps", "2", "--max_train_steps", "4")
     flags += ("--num_validation_images", "2", "--num_inference_steps", "1", "--validation_size", "64,96")
     folder = quick(*flags, "--skip_final_inference")
-    pictures = {f"prompt-{row}_image-{number}.png" for row in (0, 1) for number in (0, 1)}
-    expected = {f"step-{step:06d}/{name}" for step in (0, 2, 4) for name in pictures}
+    images = {f"prompt-{row}_image-{number}.png" for row in (0, 1) for number in (0, 1)}
+    expected = {f"step-{step:06d}/{name}" for step in (0, 2, 4) for name in images}
     assert files_of(folder / "samples") == expected | {"contact_sheet.png"}
     sizes = {size_of(folder / "samples" / name) for name in expected}
     assert sizes == {(96, 64)}
-    hashes = {(folder / "samples" / "step-000000" / name).read_bytes() for name in pictures}
+    hashes = {(folder / "samples" / "step-000000" / name).read_bytes() for name in images}
     assert len(hashes) == 4
     sheet = pixels(folder / "samples" / "contact_sheet.png")
     wide, high = 256, round(64 * 256 / 96)  # every cell is scaled to 256 pixels on its longer side
@@ -67,12 +67,12 @@ def test_pictures_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all
         for row in (0, 1):
             top, left = 24 + row * (high + 28), 8 + x * (wide + 8)
             shown = sheet[top : top + high, left : left + wide].mean(axis=(0, 1))
-            picture = pixels(folder / "samples" / f"step-{step:06d}" / f"prompt-{row}_image-0.png").mean(axis=(0, 1))
-            assert np.abs(shown - picture).max() < 2
+            image = pixels(folder / "samples" / f"step-{step:06d}" / f"prompt-{row}_image-0.png").mean(axis=(0, 1))
+            assert np.abs(shown - image).max() < 2
     assert [line["step"] for line in metrics(folder) if "validation_loss" in line] == [2, 4]
 
 
-def test_pictures_change_with_training_and_start_from_the_base_model(quick, tiny, script, monkeypatch):
+def test_images_change_with_training_and_start_from_the_base_model(quick, tiny, script, monkeypatch):
     """Step 0 is what the untouched pipeline draws from the same noise; later steps differ from it."""
     calls = spy(monkeypatch, script, "train")
     folder = quick(*EVERY_STEP, "--learning_rate", "3e-2", "--skip_final_inference")
@@ -85,7 +85,7 @@ def test_pictures_change_with_training_and_start_from_the_base_model(quick, tiny
 
 
 def draw(script, run, parts, pipeline, prompt: str) -> np.ndarray:
-    """What the installed pipeline draws with its own encoder and decoder from the noise of the first picture."""
+    """What the installed pipeline draws with its own encoder and decoder from the noise of the first image."""
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 64}
     options["generator"] = [script.make_generator(run.seed, "validation", 0, 0)]
@@ -96,10 +96,10 @@ def draw(script, run, parts, pipeline, prompt: str) -> np.ndarray:
 def test_training_with_validation_is_bit_identical_to_training_without(
     train, cache, flags, reference_dropout, validation_reference
 ):
-    """Drawing pictures shifts no random number, neither in the data nor in the dropout."""
+    """Drawing images shifts no random number, neither in the data nor in the dropout."""
     flags = ("--latents_cache_dir", cache, "--lora_dropout", "0.3", *reference_dropout, *flags)
-    pictures = (*EVERY_STEP, *validation_reference)
-    assert_same_run(train(*flags, output="without"), train(*flags, *pictures, output="with"))
+    images = (*EVERY_STEP, *validation_reference)
+    assert_same_run(train(*flags, output="without"), train(*flags, *images, output="with"))
 
 
 def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(
@@ -149,7 +149,7 @@ def test_the_scheduler_on_disk_is_used_and_not_the_training_schedule(script, qui
 
 
 def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learning(script, quick, monkeypatch):
-    """The same number twice at step 0, logged afterwards, and lower after steps on the same pictures."""
+    """The same number twice at step 0, logged afterwards, and lower after steps on the same images."""
     starts = []
 
     def train(run, parts, state, stop, original=script.train):
@@ -167,10 +167,10 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
     assert len(logged) == 2 and starts[0] > logged[0] > logged[1]
 
 
-# ------------------------------------------------------------------------------------------------------- final pictures
+# ------------------------------------------------------------------------------------------------------- final images
 
 
-def test_final_pictures_come_from_the_saved_file(script, quick, tiny, monkeypatch):
+def test_final_images_come_from_the_saved_file(script, quick, tiny, monkeypatch):
     """They equal what a fresh pipeline draws with the LoRA file."""
     calls, reads = spy(monkeypatch, script, "train"), spy(monkeypatch, script, "load_lora")
     flags = (
@@ -205,7 +205,7 @@ def test_a_final_prompt_alone_draws_at_the_end_only(quick):
     assert [widget["text"] for widget in card_of(folder).data.widget] == ["a blue toy"]
 
 
-def test_skipping_the_final_pictures_keeps_those_of_training(quick):
+def test_skipping_the_final_images_keeps_those_of_training(quick):
     """--skip_final_inference draws nothing at the end, and the card has no gallery."""
     folder = quick(*EVERY_STEP, "--skip_final_inference", "--max_train_steps", "1")
     assert not (folder / "samples" / "final").exists() and (folder / "samples" / "step-000001").is_dir()
@@ -213,7 +213,7 @@ def test_skipping_the_final_pictures_keeps_those_of_training(quick):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), TypeError("a new diffusers"), KeyError("part")])
-def test_final_pictures_that_fail_are_a_warning_and_the_lora_stays(script, quick, monkeypatch, capsys, error):
+def test_final_images_that_fail_are_a_warning_and_the_lora_stays(script, quick, monkeypatch, capsys, error):
     """Whatever goes wrong after the save: exit without an error, LoRA and card are there."""
 
     def fail(*_):
@@ -222,14 +222,14 @@ def test_final_pictures_that_fail_are_a_warning_and_the_lora_stays(script, quick
     monkeypatch.setattr(script, "generate", fail)
     folder = quick("--final_validation_prompt", "a toy", *DRAW)
     said = capsys.readouterr().err
-    assert "final pictures: failed" in said and type(error).__name__ in said
+    assert "final images: failed" in said and type(error).__name__ in said
     assert lora(folder) and card_of(folder).data.library_name == "diffusers"
 
 
 # ------------------------------------------------------------------------------------------------------------- trackers
 
 
-def test_tensorboard_holds_the_numbers_of_the_metrics_file_and_the_pictures(quick):
+def test_tensorboard_holds_the_numbers_of_the_metrics_file_and_the_images(quick):
     """Every step's loss and learning rate, the fixed-noise loss also of step 0, one image entry per validation."""
     folder = quick("--report_to", "tensorboard", *EVERY_STEP, "--skip_final_inference")
     (events,) = {
@@ -271,8 +271,8 @@ def test_a_tracker_that_fails_is_a_warning_and_training_goes_on(quick, monkeypat
 # ----------------------------------------------------------------------------------------------------------------- card
 
 
-def test_the_card_parses_and_its_gallery_shows_pictures_that_exist(script, quick):
-    """Tags, trigger, one widget per final picture with a path in the folder."""
+def test_the_card_parses_and_its_gallery_shows_images_that_exist(script, quick):
+    """Tags, trigger, one widget per final image with a path in the folder."""
     flags = ("--validation_prompt", "a toy", "a red toy", "--num_validation_images", "2", "--num_inference_steps", "1")
     folder = quick(*flags, "--max_train_steps", "1")
     data = card_of(folder).data.to_dict()
@@ -311,7 +311,7 @@ def test_the_cards_snippet_runs_as_it_stands(quick, tiny, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "desk")
     names = {}
     exec(compile(code, "snippet", "exec"), names)
-    assert size_of(Path("picture.png")) == (96, 64)
+    assert size_of(Path("image.png")) == (96, 64)
     assert names["pipeline"].get_active_adapters()
 
 

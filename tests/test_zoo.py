@@ -1,4 +1,4 @@
-"""A folder of odd pictures: what each becomes, to the pixel, or the reason for which it is refused by name."""
+"""A folder of odd images: what each becomes, to the pixel, or the reason for which it is refused by name."""
 
 import io
 import os
@@ -23,7 +23,7 @@ ALPHA = (255 * ramp_x // (WIDTH - 1)).astype(np.uint8)
 
 
 def repeated(grey: Array) -> Array:
-    """(H, W, 3) of a grey picture."""
+    """(H, W, 3) of a grey image."""
     return np.repeat(grey[..., None], 3, 2)
 
 
@@ -44,9 +44,9 @@ def png(depth: int, colour: int, rows: Array, *chunks: tuple[bytes, bytes]) -> b
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def deep(picture: Array) -> Array:
+def deep(image: Array) -> Array:
     """Sixteen bits, big-endian as PNG has them."""
-    return (picture.astype(np.uint16) * 257).astype(">u2")
+    return (image.astype(np.uint16) * 257).astype(">u2")
 
 
 def grey_profile(gamma: float) -> bytes:
@@ -73,10 +73,10 @@ def srgb_of(grey: Array, gamma: float) -> Array:
 
 
 def palette(**options) -> bytes:
-    """A picture of four colours."""
-    picture = Image.fromarray((ramp_x // 14).astype(np.uint8), "P")
-    picture.putpalette(FOUR.tobytes())
-    return encoded(picture, "PNG", **options)
+    """An image of four colours."""
+    image = Image.fromarray((ramp_x // 14).astype(np.uint8), "P")
+    image.putpalette(FOUR.tobytes())
+    return encoded(image, "PNG", **options)
 
 
 FOUR = np.array([[255, 0, 0], [0, 200, 0], [0, 0, 255], [90, 90, 90]], np.uint8)
@@ -159,17 +159,17 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "truncated.png": (encoded(image, "PNG")[:-40], "truncated"),
         "zero.png": (b"", "0 bytes"),
         "bomb.png": (png_header_only(20_000, 20_000), "over 100 MP"),
-        "postscript.jpg": (eps.getvalue(), "not a picture"),
+        "postscript.jpg": (eps.getvalue(), "not an image"),
         "float.tif": (encoded(Image.fromarray(GREY / np.float32(255)), "TIFF"), "no fixed range"),
         "int32.tif": (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "no fixed range"),
-        "text.png": (b"hello", "not a picture"),
-        "script.jpg": (b"#!/bin/sh\ntouch /tmp/x\n", "not a picture"),
+        "text.png": (b"hello", "not an image"),
+        "script.jpg": (b"#!/bin/sh\ntouch /tmp/x\n", "not an image"),
         "broken-profile.png": (encoded(image, "PNG", icc_profile=b"none"), "colour profile"),
     }
 
 
 def fill(folder: Path) -> Path:
-    """The zoo, with a link to nothing and files that are no pictures."""
+    """The zoo, with a link to nothing and files that are no images."""
     folder.mkdir()
     for name, (data, _) in {**good(), **bad()}.items():
         (folder / name).write_bytes(data)
@@ -196,37 +196,37 @@ def verdict(script, tiny, zoo, tmp_path_factory):
     return rows, lines
 
 
-def test_the_zoo_has_pictures_of_both_kinds():
+def test_the_zoo_has_images_of_both_kinds():
     assert len(good()) >= 30 and len(bad()) >= 13 and not good().keys() & bad().keys()
 
 
-def test_exactly_the_good_pictures_pass(zoo, verdict):
+def test_exactly_the_good_images_pass(zoo, verdict):
     rows, _ = verdict
-    assert {row.picture.path.name for row, _ in rows} == set(good())
+    assert {row.image.path.name for row, _ in rows} == set(good())
     assert len(rows) == len(good())
 
 
 @pytest.mark.parametrize("name", sorted(good()), ids=ascii)
-def test_a_good_picture_is_what_a_person_sees(zoo, verdict, script, name):
+def test_a_good_image_is_what_a_person_sees(zoo, verdict, script, name):
     """At most one level of 255 off in the mean, after everything that is done to it before the crop."""
-    row, [(source, _, size)] = next(entry for entry in verdict[0] if entry[0].picture.path.name == name)
-    seen = np.asarray(script.decode_picture(source.read())).astype(float)
+    row, [(source, _, size)] = next(entry for entry in verdict[0] if entry[0].image.path.name == name)
+    seen = np.asarray(script.decode_image(source.read())).astype(float)
     expected = good()[name][1]
     assert seen.shape == expected.shape and size == expected.shape[:2]
     assert np.abs(seen - expected).mean() <= 1.0
-    # the whole way to the tensor, at the picture's own size
-    pixels = script.picture_to_pixels(script.decode_picture(source.read()), size, None, False)
+    # the whole way to the tensor, at the image's own size
+    pixels = script.image_to_pixels(script.decode_image(source.read()), size, None, False)
     assert np.abs((pixels.permute(1, 2, 0).numpy() + 1) * 127.5 - expected).mean() <= 1.0
 
 
-def test_every_bad_picture_is_listed_once_with_its_reason_and_nothing_else_is(verdict):
+def test_every_bad_image_is_listed_once_with_its_reason_and_nothing_else_is(verdict):
     lines = verdict[1]
     report = next(line for line in lines if "are skipped" in line).splitlines()
     listed = dict(line.strip().split(": ", 1) for line in report[1:])
     assert set(listed) == {*bad(), "link-to-nothing.png", "link-in-a-circle.jpg"}
     assert [name for name, (_, reason) in bad().items() if reason not in listed[name]] == []
     assert all("cannot be read" in listed[name] for name in ("link-to-nothing.png", "link-in-a-circle.jpg"))
-    assert report[0].startswith(f"data: {len(listed)} picture(s)")
+    assert report[0].startswith(f"data: {len(listed)} image(s)")
 
 
 def test_files_that_are_not_used_are_told_and_the_systems_own_are_not(verdict):
@@ -244,7 +244,7 @@ def test_without_skip_one_error_lists_them_all(script, tiny, zoo, tmp_path):
 
 def test_odd_names_are_escaped_where_they_are_told_and_trained_on_as_they_are(script, tiny, zoo, verdict):
     """A name must neither forge a line of the log nor colour the terminal."""
-    names = {row.picture.path.name: row.picture.name for row, _ in verdict[0]}
+    names = {row.image.path.name: row.image.name for row, _ in verdict[0]}
     assert names["with a line\nbreak.png"] == "with a line\\nbreak.png"
     assert names["ansi \x1b[31mred\x1b[0m.png"] == "ansi \\x1b[31mred\\x1b[0m.png"
     assert all(name.isprintable() for name in names.values())
@@ -266,7 +266,7 @@ def test_a_name_that_is_no_utf8_is_trained_on(script, tiny, tmp_path):
 
 @pytest.mark.e2e
 def test_a_run_on_odd_names_trains_and_prints_no_control_character(train, zoo, tmp_path, capsys):
-    """To the end, with a batch that is not finite named as well as a skipped picture."""
+    """To the end, with a batch that is not finite named as well as a skipped image."""
     folder = tmp_path / "odd"
     folder.mkdir()
     for name in ODD_NAMES:

@@ -1,7 +1,7 @@
-"""The training step of either script on an architecture alone: no weights, no pictures, no text encoder.
+"""The training step of either script on an architecture alone: no weights, no images, no text encoder.
 
 The configs go into a folder that looks like a checkpoint. From `start_accelerator` to `train_step` all is the script's
-own code, except what reads weights, prompts and pictures from disk: these become tensors of the right shape.
+own code, except what reads weights, prompts and images from disk: these become tensors of the right shape.
 """
 
 import functools
@@ -64,11 +64,11 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
 def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     """TrainingParts with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
     size = (run.args.resolution, run.args.resolution)
-    source = script.Source("picture.png")
+    source = script.Source("image.png")
     extra = {}
     if references:
-        extra = {"references": (script.Picture(source, "reference", (1024, 1024), (1024, 1024)),) * references}
-    sample = script.Sample(source, "picture", size, size, ("a photo",), **extra)
+        extra = {"references": (script.Image(source, "reference", (1024, 1024), (1024, 1024)),) * references}
+    sample = script.Sample(source, "image", size, size, ("a photo",), **extra)
     space, prompts = script.open_latent_space(run), script.PromptCache(run)
     width = run.model.config("transformer")["joint_attention_dim"]
     shape = (run.args.max_sequence_length, width)
@@ -76,9 +76,9 @@ def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
 
 
-def random_moments(data: Any, picture: Any, *_: Any) -> torch.Tensor:
+def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
     """Mean and log-variance (2, C, H, W) as the latent cache would hand them out."""
-    rows, columns = (side // data.run.cell for side in picture.target)
+    rows, columns = (side // data.run.cell for side in image.target)
     return torch.randn(2, data.space.channels // 4, 2 * rows, 2 * columns)
 
 

@@ -1,9 +1,9 @@
-"""Show what the demo has learned: one picture with photos, base and LoRA, and one line that says how much nearer it is.
+"""Show what the demo has learned: one image with photos, base and LoRA, and one line that says how much nearer it is.
 
     python tools/demo_result.py outputs/demo/lora outputs/demo/photos
 
-Base and LoRA drew the same prompts from the same noise: the pictures of step 0 and those of the final LoRA. Distance is
-the mean difference in colour between the toy and a picture, at the place and size where the toy fits best.
+Base and LoRA drew the same prompts from the same noise: the images of step 0 and those of the final LoRA. Distance is
+the mean difference in colour between the toy and an image, at the place and size where the toy fits best.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tiny_world import draw_toy_figure
 
-SIDE = 128  # pixels of a picture while it is compared, and in the sheet
+SIDE = 128  # pixels of an image while it is compared, and in the sheet
 RADII = (18, 21, 25, 29, 34, 40, 46)  # of the toy in it
 STRIDE = 4  # pixels between the places that are tried
 SHEET = Path("samples") / "before_after.png"
@@ -23,18 +23,18 @@ SHEET = Path("samples") / "before_after.png"
 def toy_template(radius: int) -> tuple[np.ndarray, np.ndarray]:
     """(pixels (H, W, 3), mask (H, W)) of the toy drawn with this radius."""
     side = 6 * radius
-    picture = Image.new("RGB", (side, side), "magenta")
-    draw_toy_figure(ImageDraw.Draw(picture), side / 2, side / 2, 2 * radius)  # twice as large: reducing smooths it
-    mask = np.asarray(picture) != np.array([255, 0, 255])
+    image = Image.new("RGB", (side, side), "magenta")
+    draw_toy_figure(ImageDraw.Draw(image), side / 2, side / 2, 2 * radius)  # twice as large: reducing smooths it
+    mask = np.asarray(image) != np.array([255, 0, 255])
     mask = Image.fromarray(mask.any(axis=2)).convert("L")
     box = mask.getbbox()
-    small = [part.crop(box).reduce(2) for part in (picture, mask)]
+    small = [part.crop(box).reduce(2) for part in (image, mask)]
     return np.asarray(small[0], dtype=np.float32), np.asarray(small[1]) > 200
 
 
-def distance_to_toy(picture: Image.Image) -> float:
+def distance_to_toy(image: Image.Image) -> float:
     """Mean absolute difference in colour from the toy where it fits best, from 0 (the toy itself) to 1."""
-    pixels, best = np.asarray(ImageOps.fit(picture.convert("RGB"), (SIDE, SIDE)), dtype=np.float32), 255.0
+    pixels, best = np.asarray(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE)), dtype=np.float32), 255.0
     for radius in RADII:
         template, mask = toy_template(radius)
         views = np.lib.stride_tricks.sliding_window_view(pixels, (*mask.shape, 3))[::STRIDE, ::STRIDE, 0]
@@ -44,23 +44,23 @@ def distance_to_toy(picture: Image.Image) -> float:
 
 
 def read_folder(folder: Path) -> list[Image.Image]:
-    """The pictures of a folder, upright, in the order of their names."""
+    """The images of a folder, upright, in the order of their names."""
     paths = sorted([*folder.glob("prompt-*.png"), *folder.glob("*.jpg")])
     if not paths:
-        raise SystemExit(f"{folder}: no pictures; run `make demo` first")
+        raise SystemExit(f"{folder}: no images; run `make demo` first")
     return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
 
 
 def draw_sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """Rows of pictures with their titles."""
+    """Rows of images with their titles."""
     columns = max(map(len, rows.values()))
     sheet = Image.new("RGB", (columns * (SIDE + 6) + 6, len(rows) * (SIDE + 24) + 6), "white")
     draw = ImageDraw.Draw(sheet)
-    for y, (title, pictures) in enumerate(rows.items()):
+    for y, (title, images) in enumerate(rows.items()):
         top = 6 + y * (SIDE + 24)
         draw.text((6, top), title, fill="black")
-        for x, picture in enumerate(pictures):
-            sheet.paste(ImageOps.fit(picture, (SIDE, SIDE)), (6 + x * (SIDE + 6), top + 14))
+        for x, image in enumerate(images):
+            sheet.paste(ImageOps.fit(image, (SIDE, SIDE)), (6 + x * (SIDE + 6), top + 14))
     return sheet
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     learned = read_folder(args.output_dir / "samples" / "final")
     rows = {"training photos": photos, "base model": base, "with the LoRA, same prompts and noise": learned}
     draw_sheet(rows).save(args.output_dir / SHEET)
-    before, after, goal = (statistics.mean(map(distance_to_toy, pictures)) for pictures in (base, learned, photos))
+    before, after, goal = (statistics.mean(map(distance_to_toy, images)) for images in (base, learned, photos))
     print(f"distance to the toy: base model {before:.2f}, with the LoRA {after:.2f}, the photos themselves {goal:.2f}")
     print(f"see {args.output_dir / SHEET}")
 

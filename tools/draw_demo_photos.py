@@ -1,4 +1,4 @@
-"""Draw the five training photos of the demo, so that it needs neither a download nor anybody's pictures.
+"""Draw the five training photos of the demo, so that it needs neither a download nor anybody's images.
 
     python tools/draw_demo_photos.py outputs/demo/photos
 
@@ -42,9 +42,9 @@ PHOTOS = (
 
 def draw_photo(photo: Photo) -> Image.Image:
     """Return the photo as a person would look at it: the middle of a square drawing."""
-    picture = draw_toy(photo.scene, max(photo.width, photo.height))
-    left, top = (picture.width - photo.width) // 2, (picture.height - photo.height) // 2
-    return picture.crop((left, top, left + photo.width, top + photo.height))
+    image = draw_toy(photo.scene, max(photo.width, photo.height))
+    left, top = (image.width - photo.width) // 2, (image.height - photo.height) // 2
+    return image.crop((left, top, left + photo.width, top + photo.height))
 
 
 def caption_photo(photo: Photo) -> str:

@@ -6,7 +6,7 @@
 
 The two folders, `reference` and `target`, hold files of the same names; `unseen` and `unseen_target` are for looking at
 the result. The data set has edits of several kinds and
-pictures of several shapes, as kontext-community/relighting has, whose column names these are. The same seed draws the
+images of several shapes, as kontext-community/relighting has, whose column names these are. The same seed draws the
 same pairs.
 """
 
@@ -21,7 +21,7 @@ from tiny_world import Scene, draw_night, draw_scene, random_edit, random_scene
 
 NIGHT = "make it night"
 UNSEEN_PAIRS = 4  # not to be trained on: to look at the LoRA with
-SHAPES = ((1, 1), (3, 4), (4, 3), (9, 16))  # height : width of the data set's pictures
+SHAPES = ((1, 1), (3, 4), (4, 3), (9, 16))  # height : width of the data set's images
 
 
 def draw_pair(scene: Scene, after: Scene | None, size: int) -> tuple[Image.Image, Image.Image]:
@@ -29,11 +29,11 @@ def draw_pair(scene: Scene, after: Scene | None, size: int) -> tuple[Image.Image
     return draw_scene(scene, size), draw_night(scene, size) if after is None else draw_scene(after, size)
 
 
-def crop_to_shape(picture: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """The middle of a square picture in a shape of (height, width)."""
-    height, width = (round(picture.width * side / max(shape)) for side in shape)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+def crop_to_shape(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """The middle of a square image in a shape of (height, width)."""
+    height, width = (round(image.width * side / max(shape)) for side in shape)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def draw_folders(folder: Path, count: int, size: int, seed: int) -> None:
@@ -42,24 +42,24 @@ def draw_folders(folder: Path, count: int, size: int, seed: int) -> None:
     for number in range(count + UNSEEN_PAIRS):
         scene, unseen = replace(random_scene(rng), light="daylight"), number >= count
         names = ("unseen", "unseen_target") if unseen else ("reference", "target")
-        for name, picture in zip(names, draw_pair(scene, None, size), strict=True):
+        for name, image in zip(names, draw_pair(scene, None, size), strict=True):
             path = folder / name / f"{number - count * unseen:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            image.save(path)
 
 
 def draw_dataset(folder: Path, count: int, size: int, seed: int) -> None:
-    """A parquet file of `count` rows; the longer side of every picture has `size` pixels."""
+    """A parquet file of `count` rows; the longer side of every image has `size` pixels."""
     import datasets
 
     rng, columns = random.Random(seed), {"output": [], "file_name": [], "instruction": []}
     for number in range(count):
         scene, shape = random_scene(rng), SHAPES[number % len(SHAPES)]
         instruction, after = random_edit(scene, rng) if number % 2 else (NIGHT, None)
-        pair = [crop_to_shape(picture, shape) for picture in draw_pair(scene, after, size)]
-        for name, picture in zip(("file_name", "output"), pair, strict=True):
+        pair = [crop_to_shape(image, shape) for image in draw_pair(scene, after, size)]
+        for name, image in zip(("file_name", "output"), pair, strict=True):
             buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=92)
+            image.save(buffer, "JPEG", quality=92)
             columns[name].append({"bytes": buffer.getvalue(), "path": f"{number:04d}_{name}.jpg"})
         columns["instruction"].append(instruction)
     image, text = datasets.Image(), datasets.Value("string")
@@ -72,7 +72,7 @@ def draw_dataset(folder: Path, count: int, size: int, seed: int) -> None:
 
 def main() -> None:
     """Draws what the command line asks for."""
-    parser = argparse.ArgumentParser(description="Draw pairs of pictures before and after an edit.")
+    parser = argparse.ArgumentParser(description="Draw pairs of images before and after an edit.")
     parser.add_argument("folder", type=Path, help="where to draw; made if missing")
     parser.add_argument("--count", type=int, default=20, help="pairs (default: 20)")
     parser.add_argument("--size", type=int, default=128, help="pixels of the longer side (default: 128)")

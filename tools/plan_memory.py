@@ -3,7 +3,7 @@
     python tools/plan_memory.py --model dev --gpu_gb 24          what fits 24 GB, with command lines
     python tools/plan_memory.py --model klein-4B                 every rung, resolution and number of references
     python tools/plan_memory.py --model dev --processes 8        per GPU, sharded over 8 (FSDP2); --nodes 2: twice that
-    python tools/plan_memory.py --all                            benchmarks/plan_memory.json, README's tables
+    python tools/plan_memory.py --all                            benchmarks/plan_memory.json, tables of docs/memory.md
 
 `--model` is dev, klein-9B, klein-4B, a diffusers folder, or a hub id, of which only JSON files are downloaded. The
 script's own training step runs on tensors that have a shape and no memory, and all live storages are counted
@@ -236,7 +236,7 @@ def sequence(job: Job) -> list[int]:
 
 
 def target_tokens(side: int) -> int:
-    """Tokens of a square picture."""
+    """Tokens of a square image."""
     return (side // 16) ** 2
 
 
@@ -271,7 +271,7 @@ def encoder_config(run: Any) -> Any:
 
 @cache
 def count_vae(job: Job) -> int:
-    """Peak bytes of encoding one picture of the largest size with the script's fp32 autoencoder."""
+    """Peak bytes of encoding one image of the largest size with the script's fp32 VAE."""
     counter, side = LiveStorages(), max(sequence(job))
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder)
@@ -430,7 +430,7 @@ def tell_what_fits(job: Job, gpu_gb: float, bases: Iterable[str] = BASES) -> lis
         row = {**plan(job, base, share), "gpu_gb": gpu_gb, "command": command_line(job, base, share, gpu_gb)}
         found.append(row)
         print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
-              f"{row['encoder_gb']:.1f} GB, autoencoder {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
+              f"{row['encoder_gb']:.1f} GB, VAE {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
               f"{time_words(row)}\n\n{row['command']}\n")  # fmt: skip
     print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
     return found
@@ -502,7 +502,7 @@ def speed_lines() -> Iterator[str]:
 
 def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown lines: what comes before training, for each model."""
-    yield "| predicted GB before training | text encoder | autoencoder, 1 MP | host | a prompt / 1 MP picture on disk |"
+    yield "| predicted GB before training | text encoder | VAE, 1 MP | host | a prompt / 1 MP image on disk |"
     yield "|---|---|---|---|---|"
     for model in dict.fromkeys(row["model"] for row in rows):
         row = max(
@@ -575,7 +575,7 @@ def everything() -> None:
 
 
 def readme_tables() -> str:
-    """What the README shows of benchmarks/plan_memory.json."""
+    """What docs/memory.md shows of benchmarks/plan_memory.json."""
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
     return "\n".join([*table(rows), "", *speed_lines(), "", *stream_lines(), "", *phase_lines(rows)])
 
@@ -590,7 +590,7 @@ def parse_words(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=0, help="shard the blocks over so many GPUs of a node")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of so many GPUs each")
     parser.add_argument(
-        "--all", action="store_true", help="write benchmarks/plan_memory.json, print the README's tables"
+        "--all", action="store_true", help="write benchmarks/plan_memory.json, print the tables of docs/memory.md"
     )
     parser.add_argument("flags", nargs="*", help="flags of the training script, behind --")
     return parser.parse_args(words)

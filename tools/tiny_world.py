@@ -2,7 +2,7 @@
 
     python tools/tiny_world.py sheet.png                                a sheet of scenes, of the toy and of nights
 
-A `Scene` says everything that a picture shows, so the same scene always gives the same pixels, and two scenes that
+A `Scene` says everything that an image shows, so the same scene always gives the same pixels, and two scenes that
 differ in one field differ only there: that is what edits are learned from. Three things are never in the training
 scenes, so that a LoRA has something left to teach: night, the toy, and the pairs in `UNSEEN`.
 """
@@ -35,9 +35,9 @@ SCENERY = {"meadow": "on a meadow", "beach": "on the beach", "wall": "on a wall"
 BACKGROUNDS = (*COLOURS, *SCENERY)
 LIGHTS = {"daylight": "in daylight", "sunset": "at sunset", "fog": "in fog"}
 PLACES = {"middle": 0.5, "left": 0.32, "right": 0.68}
-SIZES = {"small": 0.15, "medium": 0.22, "large": 0.29}  # radius as a share of the picture's side
+SIZES = {"small": 0.15, "medium": 0.22, "large": 0.29}  # radius as a share of the image's side
 
-# Pairs that no training scene shows: what the model makes of them tells whether it has learned words or pictures.
+# Pairs that no training scene shows: what the model makes of them tells whether it has learned words or images.
 UNSEEN = frozenset(
     {
         ("purple", "circle"),
@@ -62,7 +62,7 @@ OVERSAMPLING = 2  # drawn larger and reduced, which smooths the edges
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows; `shift` moves the shape a little, as shares of the side, without a word for it."""
+    """All that an image shows; `shift` moves the shape a little, as shares of the side, without a word for it."""
 
     shape: str
     colour: str
@@ -187,7 +187,7 @@ def light_pixels(pixels: np.ndarray, light: str) -> np.ndarray:
 
 
 def light_image(image: Image.Image, light: str) -> Image.Image:
-    """Return the picture in that light."""
+    """Return the image in that light."""
     lit = light_pixels(np.asarray(image, dtype=float), light)
     return Image.fromarray(lit.round().clip(0, 255).astype(np.uint8))
 
@@ -232,7 +232,7 @@ def draw_toy_figure(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float
         draw.rectangle((left, y, right, y + 0.3 * radius), fill=white if stripe % 2 else red)
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def draw_subject(scene: Scene, size: int, toy: bool = False) -> Image.Image:
@@ -249,7 +249,7 @@ def draw_subject(scene: Scene, size: int, toy: bool = False) -> Image.Image:
 
 
 def draw_scene(scene: Scene, size: int) -> Image.Image:
-    """Return the picture of the scene, a square of `size` pixels."""
+    """Return the image of the scene, a square of `size` pixels."""
     return light_image(draw_subject(scene, size), scene.light)
 
 
@@ -275,21 +275,21 @@ def draw_night(scene: Scene, size: int) -> Image.Image:
 
 
 def make_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
-    """Return the pictures, all of one size, side by side in rows."""
+    """Return the images, all of one size, side by side in rows."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), (255, 255, 255))
     for number, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (column * (width + gap), number * (height + gap)))
+        for column, image in enumerate(row):
+            sheet.paste(image, (column * (width + gap), number * (height + gap)))
     return sheet
 
 
-# ---- reading pictures ----
+# ---- reading images ----
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What can be seen in a picture; colour and shape are None when nothing stands before the background."""
+    """What can be seen in an image; colour and shape are None when nothing stands before the background."""
 
     background: str
     light: str
@@ -319,10 +319,10 @@ def shape_template(shape: str) -> np.ndarray:
     return fit_to_box(np.asarray(image) > 0)
 
 
-def read_picture(image: Image.Image) -> Reading:
-    """Return what a square picture shows, from its pixels alone.
+def read_image(image: Image.Image) -> Reading:
+    """Return what a square image shows, from its pixels alone.
 
-    The background and the light are those whose drawing is closest to the picture's frame; the shape is what differs
+    The background and the light are those whose drawing is closest to the image's frame; the shape is what differs
     from that drawing, its colour the nearest one of the palette in that light.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=float)

@@ -5,9 +5,9 @@
     python tools/train_tiny_flux2.py --stage write               tiny_flux2/ from the newest checkpoint, trained or not
 
 The VAE learns to draw; the text encoder learns what a text says of a scene; then the transformer learns flow matching
-exactly as FLUX.2 is called: two of three steps from a caption alone, one from an instruction and one reference picture
+exactly as FLUX.2 is called: two of three steps from a caption alone, one from an instruction and one reference image
 in the layout [text | target | reference]. Steps and threads are fixed, so a seed gives the same bytes on the same kind
-of machine with the same versions, interrupted or not. Checkpoints and sheets of pictures go to --work_dir. The VAE and
+of machine with the same versions, interrupted or not. Checkpoints and sheets of images go to --work_dir. The VAE and
 the text encoder do not need each other: `--stage vae` and `--stage text` may run side by side.
 
 Sections: settings, training, VAE, text encoder, data, transformer, score, files, command line.
@@ -68,7 +68,7 @@ from tiny_world import (  # noqa: E402
     make_sheet,
     random_edit,
     random_scene,
-    read_picture,
+    read_image,
 )
 
 import train_dreambooth_lora_flux2 as script  # noqa: E402
@@ -211,7 +211,7 @@ def averaged(args: argparse.Namespace, name: str) -> dict[str, torch.Tensor]:
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """Return the picture as uint8 values (3, H, W)."""
+    """Return the image as uint8 values (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -229,7 +229,7 @@ def vae_batch(drawings: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Return crops in [-1, 1], some recoloured or mirrored, now and then of whole drawings at half size.
 
     Crops make four times as many steps in the same time. Colours and sizes other than the world's keep the VAE usable
-    for pictures of one's own.
+    for images of one's own.
     """
     chosen = drawings[rng.sample(range(len(drawings)), VAE_BATCH)].float() / 127.5 - 1
     if rng.random() < 0.25:
@@ -291,7 +291,7 @@ def load_vae(folder: Path) -> AutoencoderKLFlux2:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLFlux2, images: list[Image.Image]) -> list[Image.Image]:
-    """Return the pictures as they come out of the VAE."""
+    """Return the images as they come out of the VAE."""
     pixels = torch.stack([to_pixels(image) for image in images]).float() / 127.5 - 1
     return [to_image(one) for one in vae.decode(vae.encode(pixels).latent_dist.mode()).sample]
 
@@ -309,14 +309,14 @@ def score_vae(args: argparse.Namespace, vae: AutoencoderKLFlux2) -> dict[str, fl
 
 
 def mean_distance(firsts: list[Image.Image], seconds: list[Image.Image]) -> float:
-    """Return the mean absolute difference between pairs of pictures, as a share of the range of values."""
+    """Return the mean absolute difference between pairs of images, as a share of the range of values."""
     pairs = zip(firsts, seconds, strict=True)
     differences = [np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() for a, b in pairs]
     return round(float(np.mean(differences)) / 255, 4)
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """Return the picture of values (3, H, W) in [-1, 1]."""
+    """Return the image of values (3, H, W) in [-1, 1]."""
     return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
 
@@ -402,8 +402,8 @@ def write_text_encoder(args: argparse.Namespace, folder: Path) -> None:
 
 
 def start_run(folder: Path) -> script.Run:
-    """Return the training script's `Run` on the model folder: its functions encode prompts and pictures."""
-    empty = folder.parent / "no_pictures"
+    """Return the training script's `Run` on the model folder: its functions encode prompts and images."""
+    empty = folder.parent / "no_images"
     empty.mkdir(exist_ok=True)
     words = ["--pretrained_model_name_or_path", str(folder), "--instance_data_dir", str(empty)]
     words += ["--output_dir", str(folder.parent / "run"), "--instance_prompt", "none", "--resolution", str(SIZE)]
@@ -415,10 +415,10 @@ def start_run(folder: Path) -> script.Run:
 class Lessons:
     """Everything the transformer learns from, encoded once; numbers in `captions` and `edits` are rows."""
 
-    tokens_NLC: torch.Tensor  # clean normalised tokens of all pictures
+    tokens_NLC: torch.Tensor  # clean normalised tokens of all images
     prompts_NLD: torch.Tensor  # bf16: an embedding of each wording
-    captions: torch.Tensor  # (N, 2): picture, wording
-    edits: torch.Tensor  # (N, 3): picture before, wording, picture after
+    captions: torch.Tensor  # (N, 2): image, wording
+    edits: torch.Tensor  # (N, 3): image before, wording, image after
     keeps: torch.Tensor  # wordings that ask for the reference itself
     empty: int  # the empty prompt
 
@@ -438,7 +438,7 @@ def make_lessons(args: argparse.Namespace, run: script.Run) -> Lessons:
         for number, shown in ((first, scene), (last, after)):
             captions.append((number, wordings.setdefault(caption(shown, rng), len(wordings))))
         edits.append((first, wordings.setdefault(words, len(wordings)), last))
-    print(f"lessons: {len(scenes)} pictures, {len(wordings)} wordings", flush=True)
+    print(f"lessons: {len(scenes)} images, {len(wordings)} wordings", flush=True)
     lessons = {
         "tokens_NLC": encode_scenes(run, scenes),
         "prompts_NLD": encode_wordings(run, list(wordings)),
@@ -487,16 +487,16 @@ class Batch:
 
 
 def caption_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
-    """Return pictures with their captions, a few with the empty prompt."""
-    pictures, words = lessons.captions[rng.choices(range(len(lessons.captions)), k=size)].unbind(1)
+    """Return images with their captions, a few with the empty prompt."""
+    images, words = lessons.captions[rng.choices(range(len(lessons.captions)), k=size)].unbind(1)
     words = torch.tensor([lessons.empty if rng.random() < EMPTY_SHARE else number for number in words.tolist()])
-    return Batch(lessons.tokens_NLC[pictures], lessons.prompts_NLD[words].float(), None)
+    return Batch(lessons.tokens_NLC[images], lessons.prompts_NLD[words].float(), None)
 
 
 def reference_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
-    """Return pictures after an edit, with the instruction and the picture before; the last ones are to be kept.
+    """Return images after an edit, with the instruction and the image before; the last ones are to be kept.
 
-    Half of what is to be kept is a patchwork of tokens of many pictures, so that keeping is learned for any content.
+    Half of what is to be kept is a patchwork of tokens of many images, so that keeping is learned for any content.
     """
     before, words, after = lessons.edits[rng.choices(range(len(lessons.edits)), k=size)].unbind(1)
     reference, target = lessons.tokens_NLC[before], lessons.tokens_NLC[after]
@@ -591,8 +591,8 @@ def prompt_scenes(rng: random.Random, count: int, unseen: bool) -> list[Scene]:
 
 
 def read_shares(scenes: list[Scene], images: list[Image.Image]) -> dict[str, float]:
-    """Return for each property the share of pictures in which it is read as asked for, and for all four at once."""
-    readings = [read_picture(image) for image in images]
+    """Return for each property the share of images in which it is read as asked for, and for all four at once."""
+    readings = [read_image(image) for image in images]
     hits = {
         name: [getattr(scene, name) == getattr(seen, name) for scene, seen in zip(scenes, readings, strict=True)]
         for name in CHANCE
@@ -602,7 +602,7 @@ def read_shares(scenes: list[Scene], images: list[Image.Image]) -> dict[str, flo
 
 
 def draw_captions(pipeline: Flux2Pipeline, scenes: list[Scene], guidance: float, seed: int) -> list[Image.Image]:
-    """Return the pipeline's pictures of the scenes' captions."""
+    """Return the pipeline's images of the scenes' captions."""
     images = []
     for first in range(0, len(scenes), 16):
         prompts = [caption(scene) for scene in scenes[first : first + 16]]
@@ -611,21 +611,21 @@ def draw_captions(pipeline: Flux2Pipeline, scenes: list[Scene], guidance: float,
 
 
 def draw(pipeline: Flux2Pipeline, prompts: list[str], guidance: float, seed: int, **options) -> list[Image.Image]:
-    """Return the pipeline's pictures of the prompts, as a user would ask for them."""
+    """Return the pipeline's images of the prompts, as a user would ask for them."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"height": SIZE, "width": SIZE, "num_inference_steps": 28, "max_sequence_length": TEXT_TOKENS}
     return pipeline(prompt=prompts, guidance_scale=guidance, generator=generator, **sizes, **options).images
 
 
 def score_captions(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
-    """Return how well pictures follow their captions, on unseen and on seen pairs of colour and shape; draw a sheet."""
+    """Return how well images follow their captions, on unseen and on seen pairs of colour and shape; draw a sheet."""
     scores, rows = {"chance": {name: round(value, 3) for name, value in CHANCE.items()}}, []
     for kind in ("unseen", "seen"):
-        scenes = prompt_scenes(random.Random(f"{args.seed} {kind} score"), args.score_pictures, kind == "unseen")
+        scenes = prompt_scenes(random.Random(f"{args.seed} {kind} score"), args.score_images, kind == "unseen")
         drawings = [draw_scene(scene, SIZE) for scene in scenes]
         rows.append(drawings[:12])
         scores[f"{kind}_drawn"] = read_shares(scenes, drawings)
-        # No picture can be read better than what the VAE leaves of the drawing.
+        # No image can be read better than what the VAE leaves of the drawing.
         scores[f"{kind}_through_vae"] = read_shares(scenes, reconstruct(pipeline.vae, drawings))
         for guidance in (1.0, 4.0):
             images = draw_captions(pipeline, scenes, guidance, seed=args.seed + 1000)
@@ -636,7 +636,7 @@ def score_captions(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
 
 
 def score_keeping(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
-    """Return how close "keep the image" comes to its reference, and to the reference of another picture."""
+    """Return how close "keep the image" comes to its reference, and to the reference of another image."""
     rng, scores, rows = random.Random(f"{args.seed} keep score"), {}, []
     for kind, draw_one in (("scenes", draw_scene), ("toys_never_seen", draw_toy), ("nights_never_seen", draw_night)):
         references = [draw_one(random_scene(rng), SIZE) for _ in range(args.score_references // 2)]
@@ -653,7 +653,7 @@ def score_keeping(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
 
 
 def score_edits(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
-    """Return how close edited pictures come to the drawing of the edit, and how well they can be read."""
+    """Return how close edited images come to the drawing of the edit, and how well they can be read."""
     rng, triples = random.Random(f"{args.seed} edit score"), []
     for number in range(args.score_references):
         before = random_scene(rng)
@@ -730,10 +730,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=7000)
     parser.add_argument("--text_steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=7000, help="steps of the transformer")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures per step of the transformer")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per step of the transformer")
     parser.add_argument("--scenes", type=int, default=6000, help="edits to learn from, and half of the captions")
-    parser.add_argument("--score_pictures", type=int, default=64, help="pictures per caption score")
-    parser.add_argument("--score_references", type=int, default=32, help="edits scored, and twice the pictures kept")
+    parser.add_argument("--score_images", type=int, default=64, help="images per caption score")
+    parser.add_argument("--score_references", type=int, default=32, help="edits scored, and twice the images kept")
     return parser.parse_args(words)
 
 
