@@ -328,8 +328,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Prints and ends."""
-        super().exit(status, message if not is_launched() or os.environ["LOCAL_RANK"] == "0" else None)
+        """Prints and ends; a process that is silent waits, since with the first that fails the launcher ends all."""
+        silent = is_launched() and os.environ["LOCAL_RANK"] != "0"
+        if silent and status:
+            time.sleep(10)
+        super().exit(status, None if silent else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -394,8 +397,8 @@ def check_sizes(args: Args) -> Iterator[str]:
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
-    if not re.fullmatch(r"linear|none|empirical|\d*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", args.timestep_shift):
-        yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number above 0"
+    if not re.fullmatch(r"linear|none|empirical|[1-9]\d?(\.\d*)?|0?\.\d?[1-9]\d*", args.timestep_shift):
+        yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
     for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
         text = getattr(args, name)
         with contextlib.suppress(ValueError):
@@ -738,6 +741,7 @@ import PIL.Image
 import PIL.ImageCms
 import PIL.ImageDraw
 import PIL.ImageOps
+import PIL.PngImagePlugin
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -1039,6 +1043,9 @@ def start_accelerator(args: Args) -> Run:
         log.warning(note)
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
+    if is_launched() and process_count() > 1:
+        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}; if you started one, `unset "
+                 f"{' '.join(LAUNCH_VARIABLES)}`")  # fmt: skip
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
@@ -1158,6 +1165,19 @@ FAMILIES = (
 )  # fmt: skip
 
 
+class Config(dict[str, Any]):
+    """An object of a checkpoint's JSON file; what it lacks is told by name."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        """`path` is that of the file."""
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{self.path}: has no '{key}'; download it again")
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A checkpoint: a folder on this machine, or a hub repository whose parts are fetched when they are needed."""
@@ -1187,15 +1207,18 @@ class ModelFiles:
             raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
                             "Start again: what is here stays") from error  # fmt: skip
 
-    def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
-        """The part's config.json, or another file. Raises UserError if the checkpoint has none."""
+    def config(self, subfolder: str, file: str = "config.json") -> Config:
+        """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
         path = self.folder / subfolder / file
         if not path.is_file():
             raise UserError(f"{self.name}: {subfolder}/{file} is missing; is this a complete diffusers folder?")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"), object_hook=functools.partial(Config, path))
         except ValueError as error:
             raise UserError(f"{path}: is not JSON ({error}); download it again") from None
+        if not isinstance(found, Config):
+            raise UserError(f"{path}: holds no JSON object; download it again")
+        return found
 
     def weight_files(self, part: str) -> list[Path]:
         """The files that hold a part: one, or the shards that an index names. Raises UserError if any is missing."""
@@ -1640,6 +1663,12 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
+def as_lines(problems: Iterable[str], most: int = 20) -> str:
+    """Problems as lines of a message: the first ones, and how many more there are."""
+    lines = [f"\n    {problem}" for problem in problems]
+    return "".join(lines[:most]) + f"\n    and {len(lines) - most} more" * (len(lines) > most)
+
+
 def list_files(folder: Path) -> list[Path]:
     """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
@@ -1661,7 +1690,8 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
     for kind, names in kinds.items():
         log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
     if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg, or metadata.jsonl, else metadata.csv, of each folder")
+        log.info("data: captions are NAME.txt beside NAME.jpg in --instance_data_dir, or in the metadata.jsonl, else "
+                 "metadata.csv, of a folder in it")  # fmt: skip
 
 
 def tell_names(args: Args, folder: Path, images: list[Path]) -> None:
@@ -1672,6 +1702,9 @@ def tell_names(args: Args, folder: Path, images: list[Path]) -> None:
         log.warning(f"data: {len(masks)} image(s) look like masks; move them elsewhere, or they are trained on as "
                     f"images: {some(masks)}")  # fmt: skip
     parents = dict.fromkeys(part for path in images for part in path.relative_to(folder.parent).parts[:-1])
+    if classes := [part for part in parents if re.fullmatch(r"(?i)(reg|class|regulari[sz]ation)([-_ ]images)?", part)]:
+        log.warning("data: images of the whole class, by the name of their folder, are trained on as images of yours; "
+                    f"move them elsewhere: {some(classes)}")  # fmt: skip
     for match in filter(None, (re.fullmatch(r"(\d+)_(.+)", part) for part in parents)):
         if int(match[1]) != args.repeats:
             log.warning(f"data: folder '{match[0]}': repeats and prompt in its name are not read, as they are by other "
@@ -1714,7 +1747,7 @@ def caption_texts(cell: Any, classes: Iterable[str] = ()) -> tuple[str, ...]:
     if classes:
         values = [[*classes, None][value] for value in values if value is not None]  # -1 is no class
     if wrong := [value for value in values if not isinstance(value, str | None)]:
-        raise UserError(f"the caption is a {type(wrong[0]).__name__}, it must be text or a list of texts")
+        raise UserError(f"the caption is of type {type(wrong[0]).__name__}, it must be text or a list of texts")
     texts = [text.strip() for text in values if text and text.strip()]
     if wrong := [text for text in texts if re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)]:
         raise UserError(f"the caption is a list that was written as text: {wrong[0][:60]}; use metadata.jsonl")
@@ -1735,7 +1768,8 @@ def read_metadata(path: Path) -> Table:
                 raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
         return rows
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {line} is not readable as JSON ({error.msg}, column {error.colno})") from None
+        reason = f"{error.msg}, column {error.colno}"
+        raise UserError(f"{path}: line {line} is not readable as one JSON object ({reason})") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
 
@@ -1794,7 +1828,7 @@ def inside(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
     path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
     path = path if os.path.isfile(path) else names.get(plain(path), path)
     if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"'{name}' leads out of the folder or does not exist")
+        raise UserError(f"'{name}' leads out of the folder or does not exist; names start at {folder}")
     return path
 
 
@@ -1806,7 +1840,7 @@ def metadata_rows(
     Raises UserError with all rows that cannot be used.
     """
     caption = choose_column("caption_column", args.caption_column, path, columns_of(rows), *USUAL_CAPTIONS)
-    found, problems = [], ""
+    found, problems = [], []
     for line, row in rows.items():
         first, *others = (row.get(column) for column in columns)
         cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
@@ -1814,9 +1848,9 @@ def metadata_rows(
             files = [inside(root, path.parent, name, names) for name in cells]
             found.append((files, caption_texts(row.get(caption))))
         except UserError as error:
-            problems += f"\n    line {line}: {error}"
+            problems.append(f"line {line}: {error}")
     if problems:
-        raise UserError(f"{path}: rows cannot be used:{problems}")
+        raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
     tell_columns(path.relative_to(root), len(rows), columns_of(rows), columns, caption)
     return found
 
@@ -1845,14 +1879,17 @@ def list_folder(args: Args) -> list[tuple[list[Image], tuple[str, ...], str]]:
         found = [([image], texts, origin) for image, (texts, origin) in merged.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    beside, listed, used = caption_files(files, [images[0] for images, *_ in found]), [], [*tables]
+    beside, listed, used, empty = caption_files(files, [images[0] for images, *_ in found]), [], [*tables], []
     for images, texts, origin in found:
         if not texts and images[0] in beside:
             texts, origin = read_caption(beside[images[0]]), "caption files"
             used.append(beside[images[0]])
+            empty += [] if texts else [str(beside[images[0]].relative_to(folder))]
         used += images
         listed.append(([file_image(folder, image) for image in images], texts, origin))
     tell_unused(folder, files, used)
+    if empty:
+        log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
     tell_names(args, folder, [images[0] for images, *_ in found])
     there = {path: columns_of(rows) for path, rows in tables.items()}
     missed = any(single or len(there[path]) > len(columns[path]) for path in tables)
@@ -2025,10 +2062,8 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     without = [str(path) for stem, path in images.items() if not any(stem in stems for stems in found)]
     without += [str(path) for stems in found for stem, path in stems.items() if stem not in images]
     if without:
-        raise UserError(
-            f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove them (rows "
-            f"without references: see metadata.jsonl):" + "".join(f"\n    {name}" for name in without)
-        )
+        raise UserError(f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove "
+                        f"them (rows without references: see metadata.jsonl):{as_lines(without)}")  # fmt: skip
     paired = []
     for stem, path in images.items():
         partners = [stems[stem] for stems in found if stem in stems]
@@ -2178,7 +2213,7 @@ def inspect_image(files: dict[str, list], contents: dict[str, list], image: Imag
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
     """Raises UserError with one list of all bad images, or says with --on_bad_image skip what is left out."""
-    problems = "".join(f"\n    {name}: {reason}" for name, reason in bad.items())
+    problems = as_lines(f"{name}: {reason}" for name, reason in bad.items())
     if bad and (args.on_bad_image == "error" or not good):
         raise UserError(f"{len(bad)} image(s) cannot be trained on; mend or remove them, or --on_bad_image skip:"
                         + problems)  # fmt: skip
@@ -2516,15 +2551,15 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
     exactly max(layers) of them the third slice would differ from the pipeline's.
     """
     kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
-    config = transformers.AutoConfig.from_pretrained(folder)
-    text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
-    keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:keep]
-    if options.get("device_map") == "meta":
-        vars(config).pop("quantization_config", None)  # reading such weights takes more than their headers
-    options |= {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
     try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
+        keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:keep]
+        if options.get("device_map") == "meta":
+            vars(config).pop("quantization_config", None)  # reading such weights takes more than their headers
+        options |= {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
         encoder, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -2811,7 +2846,7 @@ class LatentSpace:
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
     fetch_part(run, "vae")
-    weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae")["batch_norm_eps"]
+    weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae").get("batch_norm_eps", 1e-4)
     mean, std = weights["bn.running_mean"].float(), torch.sqrt(weights["bn.running_var"].float() + epsilon)
     return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", run.model.identity("vae"))
 
@@ -3960,10 +3995,12 @@ def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Pat
         parts.rest_vae(run.args)
 
 
-def write_image(image: PIL.Image.Image, path: Path) -> None:
+def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     """Writes a PNG that is there whole or not at all: in lock-step two processes may draw the same one."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    buffer, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
+    for name, text in facts.items():
+        info.add_text(name, text)
+    image.save(buffer, "PNG", pnginfo=info)
     write_atomically(path, buffer.getvalue())
 
 
@@ -4695,6 +4732,9 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     if run.args.remote_text_encoder:
         probe_remote_encoder(run, all_prompts(run, samples))
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
+    if run.resume and run.resume.state["step"] >= steps:
+        log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
+                    "is left to train; raise --max_train_steps")  # fmt: skip
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
         share = f"{steps / warm_up:.0%} of its peak"
         log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at {share}")

@@ -5,7 +5,8 @@
 
 The script's own training step runs on each row of a list, the most valuable first, at most 25 s each besides compiling.
 Results are written after each row; the next call goes on with the rows that this kind of GPU does not have there. A
-row that runs out of memory or is refused says so, and the next one follows. A compiled row runs in a process of its
+row that runs out of memory or is refused says so, and the next one follows; a refused one is tried again at the next
+call. A compiled row runs in a process of its
 own: a second base in one process would reach torch.compile's recompile limit, and run eagerly in silence.
 `tools/plan_memory.py` reads the file.
 """
@@ -154,11 +155,12 @@ def version_of(library: str) -> str | None:
 
 
 def run_rows(path: Path, rows: list[tuple], budget: float, gpu: str, device: torch.device, size: int) -> list[dict]:
-    """Measures what is missing in `path` as long as the budget lasts, and writes after each row."""
+    """Measures what is missing or was refused in `path` as long as the budget lasts, and writes after each row."""
     started = time.perf_counter()
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"peaks": {}, "rows": []}
     if gpu not in content["peaks"]:
         content["peaks"][gpu] = matmul_peaks(device, size)
+    content["rows"] = [row for row in content["rows"] if row["gpu"] != gpu or "memory" in row.get("failed", "memory")]
     known = {tuple(row[key] for key in KEYS) for row in content["rows"] if row["gpu"] == gpu}
     for place in (place for place in rows if place not in known):
         row = dict(zip(KEYS, place, strict=True))

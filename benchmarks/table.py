@@ -1,4 +1,4 @@
-"""Print a table of a README from the JSON files of the benchmarks.
+"""Print a table of docs/learning.md or of a README from the JSON files of the benchmarks.
 
 python benchmarks/table.py              time and memory
 python benchmarks/table.py learning     what LoRAs of the toy learned

@@ -55,7 +55,7 @@ def test_what_is_no_text_is_refused_with_its_line_and_type(script, tmp_path, cel
     """Its Python form would be trained on."""
     fill(tmp_path, "a.jpg", "b.jpg")
     write_jsonl(tmp_path, {"file_name": "a.jpg", "text": "x"}, {"file_name": "b.jpg", "text": cell})
-    with pytest.raises(script.UserError, match=rf"metadata\.jsonl(.|\n)*line 3: the caption is a {kind},"):
+    with pytest.raises(script.UserError, match=rf"metadata\.jsonl(.|\n)*line 3: the caption is of type {kind},"):
         listed(script, tmp_path)
 
 
@@ -259,8 +259,31 @@ def test_metadata_without_captions_is_no_error_beside_caption_files(script, tmp_
 def test_broken_jsonl_names_the_line(script, tmp_path):
     fill(tmp_path, "a.jpg")
     write(tmp_path, "metadata.jsonl", '{"file_name": "a.jpg"}\n\n{"file_name": "b.jpg"\n')
-    with pytest.raises(script.UserError, match=r"metadata\.jsonl: line 3 is not readable as JSON \(Expecting"):
+    with pytest.raises(
+        script.UserError, match=r"metadata\.jsonl: line 3 is not readable as one JSON object \(Expecting"
+    ):
         listed(script, tmp_path)
+
+
+def test_json_objects_on_one_line_are_told_to_be_several(script, tmp_path):
+    """As some converters write them."""
+    fill(tmp_path, "a.jpg")
+    write(tmp_path, "metadata.jsonl", '{"file_name": "a.jpg"} {"file_name": "b.jpg"}')
+    with pytest.raises(script.UserError, match=r"line 1 is not readable as one JSON object \(Extra data, column 24"):
+        listed(script, tmp_path)
+
+
+def test_names_from_another_folder_say_where_names_start_and_many_rows_are_counted(script, tmp_path):
+    """Names that hold the folder itself again, as from a script one folder higher up."""
+    names = fill(tmp_path / "train", *(f"{number}.jpg" for number in range(23))).iterdir()
+    write_jsonl(tmp_path / "train", *({"file_name": f"train/{path.name}", "text": "x"} for path in sorted(names)))
+    with pytest.raises(script.UserError) as error:
+        listed(script, tmp_path)
+    first, *lines, last = str(error.value).splitlines()
+    assert first.endswith("23 row(s) cannot be used:") and len(lines) == 20 and last == "    and 3 more"
+    assert lines[0].endswith(
+        f"'train/0.jpg' leads out of the folder or does not exist; names start at {tmp_path / 'train'}"
+    )
 
 
 def test_a_csv_row_with_too_many_cells_names_the_line_after_cells_of_several_lines(script, tmp_path):
@@ -439,7 +462,7 @@ def test_a_data_set_gives_lists_classes_and_usual_columns(script, tmp_path, phot
 @pytest.mark.parametrize(("cells", "kind"), [([1, 2], "int"), ([{"a": "x"}, None], "dict"), ([[["a"]], []], "list")])
 def test_a_data_set_column_that_is_no_text_is_refused_with_row_and_type(script, tmp_path, photos, cells, kind):
     folder = in_folder(make_table(photos, text=[None, *cells]), tmp_path / "d")
-    with pytest.raises(script.UserError, match=f"{folder}: row 1, column text: the caption is a {kind},"):
+    with pytest.raises(script.UserError, match=f"{folder}: row 1, column text: the caption is of type {kind},"):
         table_rows(script, tmp_path, folder)
 
 
@@ -567,3 +590,11 @@ def test_the_page_on_data_says_where_captions_come_from():
     """The usual columns and the split."""
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert "--dataset_split" in text and "`description`" in text
+
+
+def test_empty_caption_files_are_told(script, tmp_path):
+    """Elsewhere they mean to train without a caption; here their image gets --instance_prompt."""
+    fill(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    for name, text in {"a.txt": "", "b.txt": " \n", "c.txt": "yes"}.items():
+        write(tmp_path, name, text)
+    assert warned(script, tmp_path) == ["data: 2 caption file(s) are empty: a.txt, b.txt"]

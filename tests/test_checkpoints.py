@@ -530,3 +530,13 @@ def test_a_resumed_run_loads_no_encoder(script, quick, finished, monkeypatch):
     steps = spy(monkeypatch, script, "train_step")
     quick(*SIX, *RESUME)
     assert len(steps) == 2
+
+
+def test_a_resume_with_nothing_left_to_train_says_so(script, train, capsys):
+    """With fewer steps than there are, the steps that were asked for are not those of the LoRA."""
+    train("--max_train_steps", "2")
+    capsys.readouterr()
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", "1", "--dry_run")
+    assert "WARNING plan: checkpoint-2 is already at step 2 of 1, nothing is left to train" in capsys.readouterr().err
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", "3", "--dry_run")
+    assert "nothing is left" not in capsys.readouterr().err

@@ -210,9 +210,12 @@ def test_of_the_processes_of_a_machine_one_tells_a_mistake(parse, good, capsys, 
     for words in (["--rank", "x"], ["--resolution", "500"], ["@no.args"]):
         for local_rank, told in {"0": True, "1": False, "7": False}.items():
             monkeypatch.setenv("LOCAL_RANK", local_rank)
+            waits: list[float] = []
+            monkeypatch.setattr(parse.time, "sleep", waits.append)
             with pytest.raises(SystemExit) as stop:
                 parse.parse_args([*good, *words])
             assert stop.value.code == 2 and bool(capsys.readouterr().err) is told
+            assert bool(waits) is not told, "or the launcher would end the one that speaks"
 
 
 def test_a_mistake_in_a_notebook_is_headed_by_the_scripts_name(refusal, parse, monkeypatch):

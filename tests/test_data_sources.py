@@ -441,3 +441,31 @@ def test_a_image_that_vanishes_is_a_bad_image_and_no_crash(script, tmp_path):
     (data / "b.jpg").unlink()
     found = script.inspect_images(images, tmp_path / "cache")
     assert found[images[0]].size and found[images[1]].startswith("cannot be read (No such file")
+
+
+@pytest.mark.parametrize("name", ["reg", "Regularization", "regularisation_images", "class_images"])
+def test_class_images_among_the_images_are_told_by_their_folder(script, tmp_path, name):
+    """They would be trained on as the subject."""
+    fill(tmp_path, "img/a.jpg", f"{name}/b.jpg", "classic/c.jpg")
+    with log_lines(logging.WARNING) as lines:
+        listed(script, tmp_path)
+    assert [line for line in lines if "class" in line] == [
+        "data: images of the whole class, by the name of their folder, are trained on as images of yours; "
+        f"move them elsewhere: {name}"
+    ]
+
+
+def test_a_list_of_bad_images_ends_after_twenty_with_the_count_of_the_rest(script, tmp_path):
+    for number in range(31):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(b"x")
+    with pytest.raises(script.UserError) as error:
+        check(script, tmp_path, tmp_path / "cache")
+    first, *lines, last = str(error.value).splitlines()
+    assert first.startswith("31 image(s)") and "19.jpg" in lines[-1] and last == "    and 11 more"
+
+
+def test_a_file_of_yours_in_the_cache_folder_is_not_written_over(script, tmp_path, photos):
+    """`index.json` is a name that others use."""
+    (tmp_path / "index.json").write_text("mine")
+    check(script, photos, tmp_path)
+    assert (tmp_path / "index.json").read_text() == "mine"

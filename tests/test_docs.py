@@ -1,14 +1,18 @@
 """README and docs: links lead somewhere, pages are what their generators write, messages and metrics are real."""
 
+import ast
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, existing_scripts, load_arguments, read_script, run_python
+import yaml
+from helpers import IMAGE_TO_IMAGE, ROOT, TEXT_TO_IMAGE, existing_scripts, load_arguments, read_script, run_python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "tiny_flux2/README.md"))]
 
 
 def anchors(page: Path) -> set[str]:
@@ -17,7 +21,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
@@ -43,16 +47,138 @@ def test_the_settings_page_is_what_the_parsers_say(tmp_path, monkeypatch):
     )
 
 
+def texts_of(script: str) -> set[str]:
+    """Every text of a script, as the user sees it: an f-string with NUL for what differs."""
+    found = set()
+    for node in ast.walk(ast.parse(read_script(script))):
+        if isinstance(node, ast.JoinedStr):
+            found.add("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def is_said(words: str, texts: set[str]) -> bool:
+    """Whether one of the texts holds the words; `...` stands for what differs."""
+    pattern = re.compile(".+".join(re.escape(piece.strip()) for piece in words.split("...")), re.S)
+    return any(pattern.search(text) for text in texts)
+
+
 def test_the_messages_of_the_troubleshooting_page_stand_in_the_scripts():
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^\| `([^`]+)` \|", text, re.M)
-    source = re.sub(r'"\s*\n\s*f?"', "", "".join(map(read_script, existing_scripts())))
-    assert len(quoted) > 20 and [words for words in quoted if words not in source] == []
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Messages of others")[0]
+    quoted = re.findall(r"^\| `([^|]+)` \|", text, re.M)
+    texts = set().union(*map(texts_of, existing_scripts()))
+    assert len(quoted) > 60 and [words for words in quoted if not is_said(words, texts)] == []
 
 
-def fenced(page: Path) -> list[str]:
-    """The shell blocks of a page."""
-    return re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+def test_a_message_that_no_script_has_is_found():
+    texts = {"--a \0: no such file; give \0", "needs 1 GB"}
+    assert is_said("no such file; give ...", texts) and is_said("--a ... no such file", texts)
+    assert not is_said("no such folder", texts) and not is_said("needs 1 GB ... no such file", texts)
+
+
+def test_every_choice_names_a_function_of_the_scripts():
+    """And says why; a function that is renamed has to be renamed there."""
+    page = (ROOT / "docs" / "choices.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \| (.+) \| (`.+`) \|$", page, re.M)
+    trees = [ast.parse(read_script(script)) for script in existing_scripts()]
+    known = {node.name for tree in trees for node in tree.body if hasattr(node, "name")}
+    named = {name for *_, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert len(rows) > 35 and sorted(named - known) == []
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """(page, language, content) of every fenced block."""
+    return [
+        (page.name, language, content)
+        for page in PAGES
+        for language, content in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    ]
+
+
+@pytest.mark.parametrize(("page", "language", "content"), blocks())
+def test_every_fenced_block_is_well_formed(page, language, content):
+    """Shell, Python, JSON lines, YAML; without a language stands only what is printed."""
+    if language == "bash":
+        checked = subprocess.run(["bash", "-n"], input=content, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+        targets = re.findall(r"^make (\S+)", content, re.M)
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in targets)
+    elif language == "python":
+        compile(content, page, "exec")
+    elif language == "json":
+        assert all(map(json.loads, content.splitlines()))
+    elif language == "yaml":
+        assert yaml.safe_load(content)
+    else:
+        assert language == "" and not re.search(r"^(make|python|accelerate|pip|git) ", content, re.M)
+
+
+def script_calls() -> list[tuple[str, str]]:
+    """(script, rest of the line) of every start of a script in a block, in Slurm's and Kubernetes' quotes too."""
+    shown = "".join(content for _, language, content in blocks() if language in ("bash", "yaml"))
+    return re.findall(r"(train_\w+\.py) (.*)", shown.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize(("script", "rest"), script_calls())
+def test_every_start_of_a_script_in_a_block_has_flags_that_it_knows(script, rest):
+    rest = re.split(r" & |\s#|\"]|'$", rest)[0]
+    words = [re.sub(r"^@run\.args$", "@configs/runs/dog.args", word) for word in shlex.split(rest)]
+    words = [f"@{ROOT / word[1:]}" if word.startswith("@") else word for word in words]
+    arguments = load_arguments(script)
+    assert arguments.parse_words(arguments.build_parser(), words).pretrained_model_name_or_path
+
+
+def flags_alone() -> list[tuple[str, str]]:
+    """(page, line) of every line of a shell block that begins with a flag and is not the rest of a command."""
+    return [
+        (page, line)
+        for page, language, content in blocks()
+        for line in content.replace("\\\n", " ").splitlines()
+        if language == "bash" and line.startswith("--")
+    ]
+
+
+@pytest.mark.parametrize(("page", "line"), flags_alone())
+def test_flags_that_stand_alone_are_parsed(page, line):
+    arguments = load_arguments(IMAGE_TO_IMAGE if page == "editing.md" else TEXT_TO_IMAGE)
+    words = shlex.split(line)
+    found = arguments.parse_words(arguments.build_parser(), words)
+    assert getattr(found, words[0].partition("=")[0][2:])
+
+
+def test_the_notebook_example_is_parsed_and_calls_what_is_there():
+    (code,) = (content for _, language, content in blocks() if language == "python" and "parse_args" in content)
+    (words,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.List))
+    names = [alias.name for node in ast.parse(code).body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    defined = {node.name for node in ast.parse(read_script(TEXT_TO_IMAGE)).body if hasattr(node, "name")}
+    arguments = load_arguments(TEXT_TO_IMAGE)
+    first, *rest = ast.literal_eval(words)
+    found = arguments.parse_words(arguments.build_parser(), [f"@{ROOT / first[1:]}", *rest])
+    assert set(names) <= defined and found.max_train_steps == 20
+
+
+def test_the_table_by_gpu_is_what_the_planner_stored():
+    """Flags and GB of the rows that benchmarks/plan_memory.json has."""
+    stored = json.loads((ROOT / "benchmarks" / "plan_memory.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {int(gb): (flags, float(peak)) for gb, flags, peak in
+            re.findall(r"^\| (\d+) GB \| `([^`]+)`[^|]*\| ([\d.]+) \|$", text, re.M)}  # fmt: skip
+    assert set(rows) == {12, 16, 24, 48, 80, 141}
+    for fit in stored["fits"]:
+        flags, peak = rows[fit["gpu_gb"]]
+        asked = shlex.split(fit["command"].replace("\\\n", " "))
+        assert set(flags.split()) <= set(asked) and f"{fit['training_gb']:.1f}" == f"{peak:.1f}"
+    for row in stored["streamed"]:
+        if (row["model"], row["base"], row["gpu_gb"]) == ("dev", "fp8", 16):
+            assert f"--stream_blocks {row['share']}" in rows[16][0] and f"{row['gpu']:.1f}" == f"{rows[16][1]:.1f}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_uses_the_words_of_the_field(page):
+    """`image` and `VAE`; class names of the libraries in code spans keep theirs."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    assert re.findall(r"(?i)\b(?:picture|autoencoder|control image|condition image)s?\b", prose) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,7 +213,7 @@ def test_every_flag_that_a_page_names_is_one_of_the_scripts_or_of_a_tool(page):
 def launch_lines() -> list[str]:
     """Every complete training command of README and docs, and the rows of README's table by GPU."""
     lines = []
-    for block in (block for page in PAGES for block in fenced(page)):
+    for block in (content for _, language, content in blocks() if language == "bash"):
         joined = block.replace("\\\n", " ")
         lines += [line for line in joined.splitlines() if "--pretrained_model_name_or_path" in line]
     table = re.findall(r"^\| \d+ GB \| `([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
@@ -121,9 +247,11 @@ def test_every_metric_that_a_run_writes_is_explained(train):
                    "--num_validation_images", "1", "--max_train_steps", "1")  # fmt: skip
     keys = {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     text = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
-    rows = set(re.findall(r"`([a-z_0-9.]+)`", text.partition("## Metrics")[2].partition("## Exit codes")[0]))
+    cells = re.findall(r"^\| (`.*?) \|", text.partition("## Metrics")[2].partition("## Exit codes")[0], re.M)
+    rows = {key for cell in cells for key in re.findall(r"`([a-z_0-9.]+)`", cell)}
     keys = {re.sub(r"loss_sigma_0\.\d", "loss_sigma_0.0", key) for key in keys}
     assert keys <= rows and {"loss", "lora_norm", "update_ratio"} <= keys
+    assert rows - keys <= {"loss_sigma_0.0", "loss_sigma_0.9", "peak_device_gb", "peak_host_gb"}  # none that is gone
 
 
 def test_the_settings_tool_runs_as_a_program():

@@ -107,6 +107,8 @@ WRONG_FLAGS = {
     "a beta of one": (["--adam_beta2", "1"], ["--adam_beta2"]),
     "too long a text": (["--max_sequence_length", "1024"], ["--max_sequence_length", "1024", "512"]),
     "a shift that is neither name nor number": (["--timestep_shift", "some"], ["--timestep_shift some", "linear"]),
+    "a shift without any noise but noise": (["--timestep_shift", "100"], ["--timestep_shift 100", "0.01 to 99"]),
+    "a shift of nearly none": (["--timestep_shift", "0.009"], ["--timestep_shift 0.009", "0.01 to 99"]),
     "fp16": (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "overflow", "bf16"]),
     "NF4 settings that are not there": (
         ["--bnb_quantization_config_path", "nf4.json"],
@@ -487,7 +489,7 @@ def local_dataset(tmp_path, monkeypatch) -> Path:
     return folder.parent
 
 
-@pytest.mark.parametrize(("flag", "column"), [("--image_column", "image"), ("--caption_column", "captoin")])
+@pytest.mark.parametrize(("flag", "column"), [("--image_column", "photo"), ("--caption_column", "captoin")])
 def test_a_wrong_column_of_a_data_set_names_those_there_are(script, good, local_dataset, tmp_path, flag, column):
     words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
     words += ["--dataset_name", str(local_dataset), "--cache_dir", str(tmp_path / "cache"), flag, column]

@@ -147,7 +147,7 @@ def demo(tmp_path_factory, dog):
 def test_the_demo_ends_well_and_says_where_everything_is(demo):
     process, folder, _ = demo
     assert process.returncode == 0, process.stdout
-    ending = process.stdout[process.stdout.index("INFO done\n") :]
+    ending = process.stdout[process.stdout.index("INFO    done\n") :]
     shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in ending.splitlines()[1:9])
     assert (shown["LoRA"], shown["images"]) == (str(folder / WEIGHTS), str(folder / "samples"))
     assert shown["steps"] == "4" and float(shown["seconds per step"]) > 0

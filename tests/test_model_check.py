@@ -290,6 +290,38 @@ def test_a_config_that_is_missing_or_no_json_is_named(message, models, file):
         assert f"{file} is missing" in message(model)
 
 
+@pytest.mark.parametrize(
+    ("file", "lost"),
+    [
+        ("vae/config.json", "block_out_channels"),
+        ("transformer/config.json", "joint_attention_dim"),
+        ("text_encoder/config.json", "text_config"),
+        ("text_encoder/config.json", "model_type"),
+        ("scheduler/scheduler_config.json", None),
+        ("model_index.json", None),
+        ("transformer/config.json", None),
+    ],
+)
+def test_a_config_that_lacks_what_is_needed_or_is_no_object_is_named(message, models, file, lost):
+    """`lost` None: the file holds a list."""
+    model = models("dev")
+    content = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({key: content[key] for key in content if key != lost} if lost else []))
+    told = {
+        "text_config": "has no 'num_hidden_layers'",
+        "model_type": "cannot be read as Mistral3",
+        None: "no JSON object",
+    }
+    assert str(model / file).removesuffix("/config.json") in (said := message(model))
+    assert told.get(lost, f"has no '{lost}'") in said
+
+
+def test_an_index_without_a_map_of_its_weights_is_named(message, models):
+    model = models("dev")
+    (model / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    assert "index.json: has no 'weight_map'" in message(model)
+
+
 def test_another_scheduler_is_told(message, models):
     """diffusers would take what it knows of the settings and its own defaults for the rest, in silence."""
     model = models("dev")

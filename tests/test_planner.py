@@ -246,6 +246,9 @@ def test_a_machine_without_bitsandbytes_loses_no_row(gpu_benchmark, small, tmp_p
     done = gpu_benchmark.run_rows(tmp_path / "gpu.json", rows, 1000, "some GPU", torch.device("cpu"), 64)
     assert ["pip install" in row["failed"] for row in done] == [True, True]
     assert done[0]["versions"]["bitsandbytes"] is None
+    monkeypatch.setattr(gpu_benchmark, "measure", lambda row: {"tflops": 1.0})
+    again = gpu_benchmark.run_rows(tmp_path / "gpu.json", rows, 1000, "some GPU", torch.device("cpu"), 64)
+    assert ["failed" in row for row in again] == [False, False], "what was refused is tried again"
 
 
 def test_what_streams_on_a_small_gpu_is_counted_and_the_line_is_parsed(small, capsys, t2i):

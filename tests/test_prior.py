@@ -64,6 +64,18 @@ def test_class_images_are_generated_the_same_way_every_time(quick, ready, tmp_pa
     assert {Image.open(ready / name).size for name in names} == {(64, 64)}
 
 
+@pytest.mark.parametrize("flags", [("--dry_run",), ()])
+def test_class_images_that_were_drawn_from_another_prompt_are_refused_at_the_start(script, quick, class_dir, flags):
+    """They would be trained on as what they do not show; your own images know no prompt."""
+    with pytest.raises(
+        script.UserError, match="class-00000.png was drawn from 'a photo of a toy', not from .* '一 cat'"
+    ):
+        quick("--class_prompt", "一 cat", *flags, class_dir=class_dir)
+    for path in class_dir.glob("*.png"):
+        Image.open(path).convert("RGB").save(path)
+    quick("--class_prompt", "一 cat", "--dry_run", class_dir=class_dir)
+
+
 def test_only_missing_class_images_are_generated_again(script, quick, class_dir, ready, monkeypatch):
     """Two deleted images come back as they were; the others are not touched, and a full folder loads no pipeline."""
     gone = ["class-00001.png", "class-00003.png"]

@@ -453,7 +453,7 @@ def test_two_machines_of_two_processes_shard_within_the_machine(data, tmp_path):
 def test_in_lock_step_a_failure_does_not_wait_for_those_that_wait_for_its_weights(script, lockstep, part, barriers):
     """Else one process is in a barrier and the others in a gather of weights, until the time-out."""
     waits = []
-    run = SimpleNamespace(rank=1, processes=2)
+    run = SimpleNamespace(process_index=1, processes=2)
     run.accelerator = SimpleNamespace(wait_for_everyone=lambda: waits.append(1))
     with pytest.raises(OSError, match="disk"), script.shared_out(run, [1, 2, 3], lockstep) as mine:
         assert mine == part

@@ -484,6 +484,14 @@ def test_every_unmatched_stem_is_listed_on_either_side(i2i, folders):
     assert str(target / "alone.jpg") in str(error.value) and str(first / "lonely.jpg") in str(error.value)
 
 
+def test_a_reference_with_one_character_more_in_its_name_has_no_partner(i2i, folders):
+    """Nor is it left out in silence where another folder has a reference for the target."""
+    target, first, second = folders
+    next(second.glob("b.*")).rename(second / "b_.jpg")
+    with pytest.raises(i2i.UserError, match=r"1 file\(s\) without a partner(.|\n)*b_\.jpg"):
+        listed(i2i, target, "--cond_data_dir", first, second)
+
+
 def test_two_files_of_one_stem_are_an_error(i2i, folders):
     target, first, _ = folders
     shutil.copy(first / "a.jpeg", first / "a.png")

@@ -14,8 +14,10 @@ CHECKPOINTING = ("--gradient_checkpointing",)
 
 
 @pytest.mark.parametrize("base", [("--mixed_precision", "bf16"), ("--do_fp8_training",)], ids=["bf16", "fp8"])
-def test_streamed_blocks_train_to_the_bit_as_blocks_that_stay(script, quick, base):
-    flags = ("--gradient_accumulation_steps", "2", "--max_train_steps", "2", *base)
+def test_streamed_blocks_train_to_the_bit_as_blocks_that_stay(script, quick, one_group, reference_dropout, base):
+    """Accumulated, and in the editing script with two forwards before one backward, where references are dropped."""
+    flags = ("--gradient_accumulation_steps", "2", "--train_batch_size", "2", "--max_train_steps", "2", *base)
+    flags += (*one_group, *reference_dropout)
     stay = quick(*flags, *CHECKPOINTING, output="stay")
     for share in (), ("0.5",):
         assert_same_run(stay, quick(*flags, "--stream_blocks", *share, output=f"streamed{len(share)}"))

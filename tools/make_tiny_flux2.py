@@ -85,7 +85,7 @@ SENTENCES = (
     "a photo of sks dog in a bucket",
     "a photo of a cat on a table, soft light",
     "a small toy on the beach at sunset",
-    "a large image of TOK in the style of a drawing",
+    "a large picture of TOK in the style of a drawing",
     "an image of two objects, one on the left and one on the right",
     "make the circle blue and keep the background",
     "change the color of the square to yellow",

@@ -3,7 +3,7 @@
     python tools/plan_memory.py --model dev --gpu_gb 24          what fits 24 GB, with command lines
     python tools/plan_memory.py --model klein-4B                 every rung, resolution and number of references
     python tools/plan_memory.py --model dev --processes 8        per GPU, sharded over 8 (FSDP2); --nodes 2: twice that
-    python tools/plan_memory.py --all                            benchmarks/plan_memory.json, README's tables
+    python tools/plan_memory.py --all                            benchmarks/plan_memory.json, tables of docs/memory.md
 
 `--model` is dev, klein-9B, klein-4B, a diffusers folder, or a hub id, of which only JSON files are downloaded. The
 script's own training step runs on tensors that have a shape and no memory, and all live storages are counted
@@ -575,7 +575,7 @@ def everything() -> None:
 
 
 def readme_tables() -> str:
-    """What the README shows of benchmarks/plan_memory.json."""
+    """What docs/memory.md shows of benchmarks/plan_memory.json."""
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
     return "\n".join([*table(rows), "", *speed_lines(), "", *stream_lines(), "", *phase_lines(rows)])
 
@@ -590,7 +590,7 @@ def parse_words(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=0, help="shard the blocks over so many GPUs of a node")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of so many GPUs each")
     parser.add_argument(
-        "--all", action="store_true", help="write benchmarks/plan_memory.json, print the README's tables"
+        "--all", action="store_true", help="write benchmarks/plan_memory.json, print the tables of docs/memory.md"
     )
     parser.add_argument("flags", nargs="*", help="flags of the training script, behind --")
     return parser.parse_args(words)
