@@ -599,9 +599,6 @@ def parse_words(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Prints what was asked for."""
     args = parse_words(words)
-    logging.getLogger("flux2_lora").setLevel(logging.ERROR)
-    text_to_image.set_up_logging = image_to_image.set_up_logging = lambda: None  # a plan is no run
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     if args.all:
         everything()
         print(readme_tables())
@@ -618,5 +615,8 @@ def main(words: list[str] | None = None) -> None:
         print("\n".join([*table(rows), "", *phase_lines(rows)]))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # whoever imports this keeps the log of the scripts
+    logging.getLogger("flux2_lora").setLevel(logging.ERROR)
+    text_to_image.set_up_logging = image_to_image.set_up_logging = lambda: None  # a plan is no run
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     main()
