@@ -3370,6 +3370,12 @@ def total_steps(run: Run, samples: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
+# A checkpoint is a folder of safetensors and JSON that has its name only when it is whole: written as .tmp-*, flushed,
+# renamed, read back against its manifest; only then older ones go. It holds what the optimizer's state_dict holds, for
+# any number of processes. Rejected: torch.distributed.checkpoint and accelerate's save_state, which pickle.
+CHECKPOINT_FORMAT = 2
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint folder and its state.json."""
@@ -3396,15 +3402,14 @@ def verify_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, folders), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of a folder checkpoint-N."""
-    return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(args: Args) -> Checkpoint | None:
@@ -3414,9 +3419,12 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
         return None
     named = output_dir / target if (output_dir / target).is_dir() else Path(target)
     for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
-        problem = verify_checkpoint(folder)
-        if problem is None:
-            return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if (problem := verify_checkpoint(folder)) is None:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.get("format") == CHECKPOINT_FORMAT:
+                return Checkpoint(folder, state)
+            raise UserError(f"{folder}: is of format {state.get('format', 1)}, not {CHECKPOINT_FORMAT}: go on with the "
+                            "script that wrote it, or start anew from its LoRA with --init_lora_from")  # fmt: skip
         if target != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
@@ -3448,7 +3456,7 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
         "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
         "transformer": run.model.identity("transformer"), "text encoder and tokenizer": PromptCache(run).key,
     }  # fmt: skip
-    if run.args.timestep_shift == "empirical":
+    if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
     for stream in streams:
         result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
@@ -3493,67 +3501,37 @@ class TrainState:
     seconds: float = 0.0
 
 
-def optimizer_tensors(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors by 'name/key' and as JSON scalars; bitsandbytes' shared maps are left out."""
-    tensors, scalars = {}, {}
-    for name, parameter in state.parameters.items():
-        for key, value in state.optimizer.state[parameter].items():
-            if not torch.is_tensor(value):
-                scalars[f"{name}/{key}"] = value
-            elif not key.startswith("qmap"):
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
-    return tensors, {"state": scalars, "groups": groups}
-
-
-def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` saved."""
-    for path, value in {**tensors, **scalars["state"]}.items():
-        name, _, key = path.rpartition("/")
-        parameter = state.parameters[name]
-        # AdamW keeps its step count on the CPU; everything else lives with the parameter
-        moved = value.to(parameter.device) if torch.is_tensor(value) and key != "step" else value
-        state.optimizer.state[parameter][key] = moved
-    for parameter, slot in state.optimizer.state.items():
-        if "state1" in slot and slot["state1"].dtype == torch.uint8:
-            slot.update(eight_bit_maps(state.optimizer, parameter.device))
-    for group, stored in zip(state.optimizer.param_groups, scalars["groups"], strict=True):
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-
-
-def eight_bit_maps(optimizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    """bitsandbytes' quantisation maps, which all parameters share."""
-    if "dynamic" not in optimizer.name2qmap:
-        optimizer.fill_qmap()
-    for name in ("dynamic", "udynamic"):
-        optimizer.name2qmap[name] = optimizer.name2qmap[name].to(device)
-    return {"qmap1": optimizer.name2qmap["dynamic"], "qmap2": optimizer.name2qmap["udynamic"]}
-
-
 def save_checkpoint(run: Run, state: TrainState) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
     if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
         raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
     final, temporary = run.output_dir / f"checkpoint-{state.step}", run.output_dir / f".tmp-checkpoint-{os.getpid()}"
-    if run.resume and run.resume.folder.absolute() == final.absolute():
+    if verify_checkpoint(final) is None:
         return final  # a finished run was resumed: this is what it goes on from
+    tensors, scalars = {f"lora/{name}": parameter for name, parameter in state.parameters.items()}, {}
+    for name, parameter in state.parameters.items():
+        for key, value in state.optimizer.state[parameter].items():
+            (tensors if torch.is_tensor(value) else scalars)[f"{name}/{key}"] = value
+    # cloned, since bitsandbytes' quantisation maps are shared by all parameters, which safetensors refuses
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    content = {
+        "format": CHECKPOINT_FORMAT, "step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss,
+        "seed": run.seed, "fingerprint": state.fingerprint, "optimizer": {"state": scalars, "groups": groups},
+        "schedule": {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"},
+        "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
+    }  # fmt: skip
     try:
         temporary.mkdir()
-        tensors, scalars = optimizer_tensors(state)
-        tensors |= {f"lora/{name}": p.detach().cpu().contiguous() for name, p in state.parameters.items()}
         (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
         save_lora(run, state.parameters, temporary)
-        numbers = {"step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss, "seed": run.seed}
-        schedule = {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"}
-        content = {**numbers, "fingerprint": state.fingerprint, "optimizer": scalars, "schedule": schedule}
-        content["versions"] = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
-        if final.exists():
-            remove_checkpoint(final)
+        if final.exists():  # a damaged one, which was skipped
+            shutil.rmtree(final)
         temporary.rename(final)
         flush_to_disk(run.output_dir)
     except BaseException:
@@ -3566,36 +3544,27 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder; Windows has none for folders, and its file systems order the rename themselves.
-
-    Some network drives have none either; what is saved to them is as safe as they make it.
-    """
-    if os.name != "nt":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        finally:
-            os.close(descriptor)
+    """fsync of a file or folder, as far as there is one: not of folders on Windows, not on some network drives."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def rotate_checkpoints(run: Run, newest: Path) -> None:
     """Removes the oldest checkpoints above --checkpoints_total_limit, never `newest`; a failure is a warning."""
     others = [folder for folder in list_checkpoints(run.output_dir) if folder != newest]
-    for folder in others[: len(others) + 1 - (run.args.checkpoints_total_limit or len(others) + 1)]:
+    for folder in others[: max(0, len(others) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
         try:
-            remove_checkpoint(folder)
+            shutil.rmtree(folder)
         except OSError as error:
             log.warning(f"checkpoint: {folder} could not be removed ({error})")
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; one that is half removed must not look like a checkpoint."""
-    doomed = folder.with_name(f".tmp-old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def set_aside_newer(run: Run) -> None:
@@ -3613,7 +3582,12 @@ def restore(run: Run, state: TrainState) -> None:
     tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
     for name, parameter in state.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
-    restore_optimizer(state, tensors, stored["optimizer"])
+    slots: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    for path, value in {**tensors, **stored["optimizer"]["state"]}.items():
+        name, _, key = path.rpartition("/")
+        slots[name][key] = value
+    groups = [{**group, "params": [*range(len(slots))]} for group in stored["optimizer"]["groups"]]  # there is one
+    state.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
     state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")
