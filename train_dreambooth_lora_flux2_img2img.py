@@ -1140,9 +1140,12 @@ class LogHandler(logging.Handler):
 
 # ------------------------------------------------------------------------------------------------------- Model families
 # region shared: families
+# Which checkpoint it is, and that it is whole. What differs between the FLUX.2 models stands in FAMILIES, sizes come
+# from their configs. Names and shapes of all weights are checked before anything is loaded, since transformers would
+# draw missing ones at random. Of a Hub model each part is fetched when it is needed, and checked then.
 @dataclass(frozen=True)
 class ModelFamily:
-    """What differs between the FLUX.2 checkpoints; sizes come from their configs."""
+    """What differs between the FLUX.2 checkpoints."""
 
     name: str
     pipeline: str  # class name in diffusers, as in model_index.json
@@ -1166,46 +1169,25 @@ FAMILIES = (
 
 
 class Config(dict[str, Any]):
-    """An object of a checkpoint's JSON file; what it lacks is told by name."""
+    """An object of a checkpoint's JSON file at `path`; what it lacks is told by name."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        """`path` is that of the file."""
         super().__init__(values)
         self.path = path
 
     def __missing__(self, key: str) -> NoReturn:
-        """Raises UserError."""
         raise UserError(f"{self.path}: has no '{key}'; download it again")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint: a folder on this machine, or a hub repository whose parts are fetched when they are needed."""
+    """A checkpoint: a folder on this machine, or a Hub repository whose parts are fetched when they are needed."""
 
     name: str
     folder: Path
     remote: bool
-    options: dict[str, Any]  # revision, cache_dir and token of hub calls
+    options: dict[str, Any]  # revision, cache_dir and token of Hub calls
     variant: str | None
-
-    def part(self, subfolder: str) -> Path:
-        """The folder of one part with all its files here; says size and free space before a download."""
-        if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            plan = self.fetch(subfolder, dry_run=True)
-            if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
-                check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
-        if self.remote:
-            self.fetch(subfolder)
-        return self.folder / subfolder
-
-    def fetch(self, subfolder: str, **options: Any) -> Any:
-        """Downloads one part. Raises UserError when that breaks off."""
-        wanted = {"allow_patterns": [f"{subfolder}/*"], **self.options, **options}
-        try:
-            return huggingface_hub.snapshot_download(self.name, **wanted)
-        except Exception as error:  # the network has no common base of errors
-            raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
-                            "Start again: what is here stays") from error  # fmt: skip
 
     def config(self, subfolder: str, file: str = "config.json") -> Config:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
@@ -1229,18 +1211,10 @@ class ModelFiles:
             names = sorted(set(self.config(part, index)["weight_map"].values()))
         files = [self.folder / part / name for name in names]
         if missing := [path.name for path in files if not path.is_file()]:
-            found = sorted(path.name for path in (self.folder / part).glob("*.safetensors"))
+            found = ", ".join(sorted(path.name for path in (self.folder / part).glob("*.safetensors"))[:3]) or "none"
             raise UserError(f"{self.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
-                            f"{missing[0]} (found: {', '.join(found[:3]) or 'none'}); download this part again, or "
-                            "choose by --variant what is there")  # fmt: skip
+                            f"{missing[0]} (found: {found}); download it again, or take another --variant")  # fmt: skip
         return files
-
-    def is_here(self, part: str) -> bool:
-        """Whether all weight files of the part are on this machine."""
-        try:
-            return bool(self.weight_files(part))
-        except UserError:
-            return False
 
     @property
     def is_distilled(self) -> bool:
@@ -1251,11 +1225,10 @@ class ModelFiles:
         """Names the weights of a part in cache keys: the commit, or config and size and time of the weight files."""
         if self.remote:
             return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
-        config = self.folder / subfolder / "config.json"
-        parts = [config.read_text(encoding="utf-8") if config.is_file() else ""]
-        for path in sorted((self.folder / subfolder).glob("*")):  # a tokenizer is all small files
-            parts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
-        return digest(self.variant, *parts)
+        config, files = self.folder / subfolder / "config.json", sorted((self.folder / subfolder).glob("*"))
+        content = config.read_text(encoding="utf-8") if config.is_file() else ""
+        # a tokenizer is all small files
+        return digest(self.variant, content, *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files))
 
 
 def find_model(args: Args) -> ModelFiles:
@@ -1268,9 +1241,8 @@ def find_model(args: Args) -> ModelFiles:
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=configs, **options)
     except huggingface_hub.errors.GatedRepoError:
-        raise UserError(
-            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
-        ) from None
+        page = f"https://huggingface.co/{name}"
+        raise UserError(f"{name} is gated: accept its licence at {page}, then `hf auth login`") from None
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
@@ -1280,14 +1252,15 @@ def find_model(args: Args) -> ModelFiles:
 
 def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
-    index, config = model.config(".", "model_index.json"), model.config("transformer")
-    matches = [family for family in FAMILIES if family.pipeline == index.get("_class_name")]
+    found = model.config(".", "model_index.json").get("_class_name")
+    widths = model.config("transformer").get("joint_attention_dim"), None
+    matches = [family for family in FAMILIES if family.pipeline == found and family.text_width in widths]
     if not matches:
         known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
-        raise UserError(f"{model.name}: is a {index.get('_class_name')}; this script trains {known}")
+        raise UserError(f"{model.name}: is a {found}; this script trains {known}")
     if model.is_distilled:
         log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
-    return next((family for family in matches if family.text_width == config.get("joint_attention_dim")), matches[-1])
+    return matches[0]
 
 
 # What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
@@ -1307,24 +1280,19 @@ def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
     if not stored and not path:
         return None
     where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
-    if stored and stored.get("quant_method") != "bitsandbytes":
-        raise UserError(
-            f"{model.name}: the transformer is stored quantised by {stored.get('quant_method')}; this script trains on "
-            "bitsandbytes' formats and on unquantised checkpoints, which --bnb_quantization_config_path quantises"
-        )
+    if stored and (method := stored.get("quant_method")) != "bitsandbytes":
+        raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
     for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
         if getattr(args, name):
-            raise UserError(f"--{name}: leave it out, {model.name} is stored quantised already")
+            raise UserError(f"--{name}: leave it out, {where} already")
     settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
     for name, value in settings.items() if not stored else ():
         if name not in known:  # diffusers would ignore it
-            near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; nearest: {near[0]}")
+            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; it knows {', '.join(known)}")
         if value not in (allowed := BNB_VALUES.get(name, (value,))):
             raise UserError(f"{where}: {name} is {json.dumps(value)}; use {' or '.join(map(json.dumps, allowed))}")
-    try:
-        quantizer = DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings))
-        quantizer.validate_environment()  # bitsandbytes itself, and a GPU
+    try:  # bitsandbytes itself, and a GPU
+        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
@@ -1335,20 +1303,6 @@ BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|
 BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
 
 
-def read_headers(model: ModelFiles, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(type, shape) of every weight of a part, which stay unread. Raises UserError for a file that is not whole."""
-    headers = {}
-    for path in model.weight_files(part):
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                headers |= {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
-        except SafetensorError as error:
-            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
-                            "clone run `git lfs pull`") from None  # fmt: skip
-    return headers
-
-
 def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
     """All weights of a part as they are stored, by memory map."""
     return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
@@ -1356,39 +1310,48 @@ def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
 
 def check_part(run: Run, part: str) -> None:
     """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
-    headers, config = read_headers(run.model, part), run.model.config(part)
-    stored = config.get("quantization_config") or {}
-    if part == "text_encoder" and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        return  # a format of transformers, which reports on it when it loads it
+    types, shapes, config = {}, {}, run.model.config(part)
+    for path in run.model.weight_files(part):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    stored = file.get_slice(name)
+                    types[name], shapes[name] = stored.get_dtype(), tuple(stored.get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
+                            "clone run `git lfs pull`") from None  # fmt: skip
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if part == "text_encoder":
+        if method not in (None, "bitsandbytes"):
+            return  # a format of transformers, which reports on it when it loads it
         report = read_text_encoder(run, device_map="meta")[1]
     else:
         with torch.device("meta"):
             model = (AutoencoderKLFlux2 if part == "vae" else Flux2Transformer2DModel).from_config(config)
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        shapes = [(name, headers[name][1], shape) for name, shape in needed.items() if name in headers]
-        report = {"missing": [*needed.keys() - headers.keys()], "unexpected": [*headers.keys() - needed.keys()],
-                  "misshapen": [entry for entry in shapes if entry[1] != entry[2]]}  # fmt: skip
-    if stored:
+        misshapen = [(name, shapes[name], shape) for name, shape in needed.items() if shapes.get(name, shape) != shape]
+        report = {"missing": [*needed.keys() - shapes.keys()], "unexpected": [*shapes.keys() - needed.keys()],
+                  "misshapen": misshapen}  # fmt: skip
+    if method:
         report["unexpected"] = [name for name in report["unexpected"] if not BNB_TENSORS.search(name)]
         report["misshapen"] = [entry for entry in report["misshapen"] if entry[1][1:] != (1,)]  # 4 bits as (bytes, 1)
-    for name, (kind, _) in headers.items():
-        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(kind, ())]
-        report["missing"] += [other for other in beside if name.endswith(".weight") and other not in headers]
+    for name in (name for name in types if name.endswith(".weight")):
+        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(types[name], ())]
+        report["missing"] += [other for other in beside if other not in types]
     refuse_misfits(run, part, report)
 
 
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
-    counts = [(kind, sorted(names)) for kind, names in report.items() if names]
-    if not counts:
-        return
+    counts = [
+        f"{len(names)} {kind}, such as {' and '.join(sorted(names)[:2])}" for kind, names in report.items() if names
+    ]
     advice = "it is incomplete or another model's: download it again, or choose another checkpoint"
     if any("scale" in name for name in report["unexpected"]):
         advice = "scales beside weights are a quantised format that is not read here: choose an unquantised checkpoint"
-    told = "; ".join(f"{len(names)} {kind}, such as {' and '.join(names[:2])}" for kind, names in counts)
-    raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({told}); {advice}")
+    if counts:
+        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(counts)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
@@ -1397,20 +1360,38 @@ def check_parts(run: Run) -> None:
     if found.get("_class_name") != needed:
         raise UserError(f"{run.model.name}/scheduler: its class is {found.get('_class_name')}, FLUX.2's is {needed}")
     for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
-        if not run.model.remote or run.model.is_here(part):
-            check_part(run, part)
+        try:
+            run.model.weight_files(part)
+        except UserError:
+            if run.model.remote:
+                continue
+            raise
+        check_part(run, part)
 
 
 def fetch_part(run: Run, part: str) -> Path:
-    """The folder of a part; after a download it is checked before the next one."""
-    folder = run.model.part(part)
-    if run.model.remote:
+    """The folder of a part. Of a Hub model it is fetched, when there is space for it, and checked."""
+    model = run.model
+    wanted = {"repo_id": model.name, "allow_patterns": [f"{part}/*"], **model.options}
+    try:
+        if model.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
+            plan = huggingface_hub.snapshot_download(dry_run=True, **wanted)
+            if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
+                check_space(model.folder, missing, f"the download of {model.name}/{part}", "--cache_dir")
+        if model.remote:
+            huggingface_hub.snapshot_download(**wanted)
+    except UserError:
+        raise
+    except Exception as error:  # the network has no common base of errors
+        raise UserError(f"{model.name}/{part}: the download broke off ({type(error).__name__}: {error}). "
+                        "Start again: what is here stays") from error  # fmt: skip
+    if model.remote:
         check_part(run, part)
-    return folder
+    return model.folder / part
 
 
 def public_name(model: ModelFiles) -> str:
-    """The hub id, or the last part of a folder: no path of this machine leaves it."""
+    """The Hub id, or the last part of a folder: no path of this machine leaves it."""
     return model.name if model.remote else Path(model.name).absolute().name
 
 
@@ -2990,10 +2971,8 @@ FLUX1_NAMES = (
 
 def translate_flux1_name(name: str) -> str:
     """The FLUX.2 name of a module that FLUX.1 calls `name`; other names come back as they are."""
-    for pattern, replacement in FLUX1_NAMES:
-        if re.search(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
+    found = (re.sub(pattern, new, name) for pattern, new in FLUX1_NAMES if re.search(pattern, name))
+    return next(found, name)
 
 
 def listed_layers(asked: str | None) -> list[str]:
@@ -3031,18 +3010,13 @@ def linear_modules(config: dict[str, Any]) -> dict[str, nn.Linear]:
 
 
 class LoraLinear(nn.Linear):
-    """lora_A or lora_B: an fp32 weight, cast to the dtype of its input.
-
-    PEFT would cast the input to fp32 instead, and so make fp32 temporaries as large as the base layer's output.
-    """
+    """lora_A or lora_B: an fp32 weight, cast to the dtype of its input; the gradient arrives in fp32."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out) in the dtype of `hidden`; the gradient arrives in fp32."""
         return F.linear(hidden, self.weight.to(hidden.dtype))
 
 
 def lora_alpha(args: Args) -> float:
-    """--lora_alpha, or the rank."""
     return args.rank if args.lora_alpha is None else args.lora_alpha
 
 
@@ -3052,7 +3026,7 @@ FP8 = torch.float8_e4m3fn
 def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(FP8 values, fp32 scales (rows, 1)) of a matrix; a scale per row, so that an outlier spoils its row only.
 
-    Written so that no temporary is as large as the matrix: `abs().amax()` and a division in fp32 would make two.
+    On a GPU no temporary is as large as the matrix: `abs().amax()` and a division in fp32 would make two.
     """
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
     scales = largest.float().clamp(min=1e-12) / torch.finfo(FP8).max
@@ -3070,7 +3044,6 @@ class FP8Gradient(torch.autograd.Function):
     def forward(
         context: Any, hidden: torch.Tensor, product: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
-        """The product as it is; weight (out, in) in FP8 with scales (out, 1)."""
         context.save_for_backward(weight, scales)
         return product
 
@@ -3086,19 +3059,21 @@ class FP8Gradient(torch.autograd.Function):
 
 
 class FP8Linear(nn.Linear):
-    """A frozen Linear without bias whose weight is kept in FP8 only: half the memory of bf16.
+    """A frozen Linear without bias: its weight (out, in) in FP8 only, with fp32 scales (out, 1); half of bf16's memory.
 
     One scaled matmul forward and one backward, no gradient of the weight. `torch._scaled_mm` instead of `F.scaled_mm`,
     which Dynamo cannot trace on PyTorch 2.11.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        """Quantises the weight of `linear` on `device`, so that the whole model never has to lie there in bf16."""
+        """Quantises `linear` on `device`, 1024 rows at a time: neither the model nor a layer lies there in bf16."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         assert linear.bias is None, "FLUX.2 has none"
-        weight, scales = to_fp8(linear.weight.detach().to(device))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("scales", scales)
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8, device=device), requires_grad=False)
+        self.register_buffer("scales", torch.empty(self.out_features, 1, device=device))
+        chunks = (tensor.split(1024) for tensor in (linear.weight.detach(), self.weight, self.scales))
+        for source, weight, scales in zip(*chunks, strict=True):
+            weight[:], scales[:] = to_fp8(source.to(device))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out) in the dtype of `hidden`."""
@@ -3110,10 +3085,7 @@ class FP8Linear(nn.Linear):
 
 
 def quantize_block(run: Run, block: nn.Module) -> None:
-    """Replaces the Linear layers of a block by FP8 ones, which are quantised on the device one by one.
-
-    What FSDP will split goes back to the CPU. Embedders, modulation and last layer are never quantised.
-    """
+    """Replaces a block's Linear layers by FP8 ones, made on the device; what FSDP will split goes back to the CPU."""
     home = torch.device("cpu") if run.sharding else run.device
     for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
         block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
@@ -3133,10 +3105,8 @@ def bnb_settings(run: Run) -> dict[str, Any]:
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
-    if device.type == "cpu":
-        return
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < (8, 9) or dtype != torch.bfloat16:
+    if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         raise UserError(
             "--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (Ada, Hopper and later); "
             f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a smaller "
@@ -3195,14 +3165,12 @@ class BeforeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, fetch: Callable[[], None], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The outputs as they are."""
         context.fetch = fetch
         return outputs
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients as they are: all of the later block's backward has been launched when they have come."""
-        context.fetch()
+        context.fetch()  # all of the later block's backward has been launched when its gradients have come
         return None, *gradients
 
 
@@ -3277,8 +3245,7 @@ class BlockStream:
 
     def copy(self, number: int, buffer: int) -> None:
         """Copies a block into a buffer, as soon as all that was launched before, which may read there, is done."""
-        self.held[buffer] = number
-        home = self.homes[number]
+        self.held[buffer], home = number, self.homes[number]
         if self.side:
             self.side.wait_stream(torch.accelerator.current_stream(self.device))
         with self.side or contextlib.nullcontext():
@@ -3292,24 +3259,10 @@ def view_bytes(memory: torch.Tensor, offset: int, like: torch.Tensor) -> torch.T
     return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
-    """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
-    if run.sharding:
-        shard(run, transformer, blocks_of(transformer))
-    elif not transformer.stream.blocks:
-        transformer.to(run.device)
-    else:
-        kept = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            tensor.data = tensor.data if id(tensor) in kept else tensor.data.to(run.device)
-        transformer.stream.start()
-    return transformer
-
-
 def is_streamed(run: Run, number: int) -> bool:
     """Whether --stream_blocks counts this block in: its share, spread evenly, so that the others give time to copy."""
-    before, after = (round(run.args.stream_blocks * n, 6) for n in (number, number + 1))
-    return math.floor(after) > math.floor(before)
+    before, after = (math.floor(round(run.args.stream_blocks * n, 6)) for n in (number, number + 1))
+    return after > before
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
@@ -3339,6 +3292,20 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
     return transformer
 
 
+def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
+    """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
+    if run.sharding:
+        shard(run, transformer, blocks_of(transformer))
+    elif not transformer.stream.blocks:
+        transformer.to(run.device)
+    else:
+        streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            tensor.data = tensor.data if id(tensor) in streamed else tensor.data.to(run.device)
+        transformer.stream.start()
+    return transformer
+
+
 def checkpointed_share(run: Run) -> float:
     """--gradient_checkpointing, or all blocks where the accelerate config's FSDP settings or streaming ask for it."""
     asked = run.sharding is not None and run.sharding.checkpointing
@@ -3365,9 +3332,8 @@ def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) ->
     With samples of several sizes for any size at once, else for the one that there is.
     """
     backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
-    if backend.lower() in ("", "no"):
-        return
-    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+    # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+    for block in blocks_of(transformer) if backend.lower() not in ("", "no") else ():
         block.compile(backend=backend.lower(), dynamic=several_sizes or None, mode=mode or None)
 
 
@@ -3390,12 +3356,12 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable.items()}
     for name, parameter in parameters.items():
-        assert re.search(r"\.lora_[AB]\.weight$", name) and parameter.dtype == torch.float32, name
         start = torch.zeros(parameter.shape)
         if name.endswith("lora_A.weight"):
             start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
         parameter.data.copy_(start)
-    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
+    expected = {f"{name}.lora_{part}.weight" for name in targets for part in "AB"}
+    assert parameters.keys() == expected, "the trainable set must be exactly the adapter"
     count = sum(parameter.numel() for parameter in parameters.values())
     log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {count / 1e6:.2f} M parameters in fp32")
     if unmapped := [name for name in targets if "modulation" in name or name.startswith("time_guidance_embed")]:
@@ -3438,60 +3404,52 @@ def check_start(run: Run, linears: dict[str, nn.Linear], targets: list[str]) -> 
         if not fits or (pair[0].shape[1], pair[1].shape[0]) != (linear.in_features, linear.out_features):
             raise UserError(f"{path}: is for another model, its {module} does not fit {run.model.name}")
     (found_rank, _), rank, alpha = pair[0].shape, run.args.rank, lora_alpha(run.args)
-    if (found_rank, found_alpha, modules) != (rank, alpha, {*targets}):
-        layers = fitting_layers([*linears], modules)
-        raise UserError(f"{path}: has rank {found_rank} and alpha {found_alpha:g} on {len(modules)} modules, this run "
-                        f"rank {rank} and alpha {alpha:g} on {len(targets)}. The flags that fit it:\n"
-                        f"    --rank {found_rank} --lora_alpha {found_alpha:g} --lora_layers {layers}")  # fmt: skip
-
-
-def fitting_layers(linear_names: list[str], modules: set[str]) -> str:
-    """A value of --lora_layers that means these modules: the endings of their names, if these mean no others."""
+    if (found_rank, found_alpha, modules) == (rank, alpha, {*targets}):
+        return
     endings = {re.sub(r"^.*transformer_blocks\.\d+\.", "", name) for name in modules}
-    for names in (endings, modules):
-        text = ",".join(sorted("final:proj_out" if name == "proj_out" else name for name in names))
-        if {*resolve_lora_layers(linear_names, text)} == modules:
+    for names in (endings, modules):  # the endings of the names, if they mean no other modules
+        layers = ",".join(sorted("final:proj_out" if name == "proj_out" else name for name in names))
+        if {*resolve_lora_layers([*linears], layers)} == modules:
             break
-    return text
+    raise UserError(f"{path}: has rank {found_rank} and alpha {found_alpha:g} on {len(modules)} modules, this run "
+                    f"rank {rank} and alpha {alpha:g} on {len(targets)}. The flags that fit it:\n"
+                    f"    --rank {found_rank} --lora_alpha {found_alpha:g} --lora_layers {layers}")  # fmt: skip
 
 
 def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies a LoRA file that fits into the adapter."""
+    """Copies a LoRA file that fits, as `check_start` has found, into the adapter."""
     matrices, _ = read_lora(path)
-    assert matrices.keys() == parameters.keys(), "checked before"
     for name, parameter in parameters.items():
         parameter.data.copy_(matrices[name])
-
-
-def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -> dict[str, str]:
-    """Header of a LoRA file: what diffusers needs to rebuild the adapter, and what people want to know of it.
-
-    Only the keys that differ from PEFT's defaults: a key that an older PEFT does not know makes it refuse the file.
-    """
-    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
-    adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
-    adapter["rank_pattern"] = {}  # diffusers 0.36 to 0.39 read it without asking whether it is there
-    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
-    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
-    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
-    return {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
     """Writes pytorch_lora_weights.safetensors, and a twin for ComfyUI when alpha is not the rank.
 
-    ComfyUI ignores the alpha in the header, so the twin has alpha / rank multiplied into lora_B.
+    The header holds what diffusers needs to rebuild the adapter, only the keys that differ from PEFT's defaults: an
+    older PEFT refuses a file with a key that it does not know. ComfyUI ignores the alpha there, so the twin has
+    alpha / rank multiplied into lora_B.
     """
-    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
-    alpha, rank = lora_alpha(run.args), run.args.rank
+    dtype, alpha, rank = (
+        torch.float32 if run.args.upcast_before_saving else run.dtype,
+        lora_alpha(run.args),
+        run.args.rank,
+    )
+    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
+    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
+    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
     for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), (COMFYUI_FILE, alpha / rank, rank)):
-        if file == LORA_FILE or alpha != rank:
-            tensors = {}
-            for name, parameter in parameters.items():
-                factor = scale if name.endswith("lora_B.weight") else 1.0
-                tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
-            header = lora_metadata(run, parameters, header_alpha)
-            write_atomically(folder / file, safetensors_bytes(tensors, header))
+        if file == COMFYUI_FILE and alpha == rank:
+            continue
+        tensors = {}
+        for name, parameter in parameters.items():
+            factor = scale if name.endswith("lora_B.weight") else 1.0
+            tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
+        # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
+        adapter = {"r": rank, "lora_alpha": header_alpha, "target_modules": targets, "rank_pattern": {}}
+        header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
+        header = {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
+        write_atomically(folder / file, safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
