@@ -1189,6 +1189,23 @@ class ModelFiles:
     options: dict[str, Any]  # revision, cache_dir and token of Hub calls
     variant: str | None
 
+    def part(self, subfolder: str) -> Path:
+        """The folder of one part with all its files here; says size and free space before a download."""
+        wanted = {"repo_id": self.name, "allow_patterns": [f"{subfolder}/*"], **self.options}
+        try:
+            if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
+                plan = huggingface_hub.snapshot_download(dry_run=True, **wanted)
+                if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
+                    check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
+            if self.remote:
+                huggingface_hub.snapshot_download(**wanted)
+        except UserError:
+            raise
+        except Exception as error:  # the network has no common base of errors
+            raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
+                            "Start again: what is here stays") from error  # fmt: skip
+        return self.folder / subfolder
+
     def config(self, subfolder: str, file: str = "config.json") -> Config:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
         path = self.folder / subfolder / file
@@ -1370,24 +1387,11 @@ def check_parts(run: Run) -> None:
 
 
 def fetch_part(run: Run, part: str) -> Path:
-    """The folder of a part. Of a Hub model it is fetched, when there is space for it, and checked."""
-    model = run.model
-    wanted = {"repo_id": model.name, "allow_patterns": [f"{part}/*"], **model.options}
-    try:
-        if model.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            plan = huggingface_hub.snapshot_download(dry_run=True, **wanted)
-            if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
-                check_space(model.folder, missing, f"the download of {model.name}/{part}", "--cache_dir")
-        if model.remote:
-            huggingface_hub.snapshot_download(**wanted)
-    except UserError:
-        raise
-    except Exception as error:  # the network has no common base of errors
-        raise UserError(f"{model.name}/{part}: the download broke off ({type(error).__name__}: {error}). "
-                        "Start again: what is here stays") from error  # fmt: skip
-    if model.remote:
+    """The folder of a part; after a download it is checked before the next one."""
+    folder = run.model.part(part)
+    if run.model.remote:
         check_part(run, part)
-    return model.folder / part
+    return folder
 
 
 def public_name(model: ModelFiles) -> str:
