@@ -3461,33 +3461,26 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
 
 # -------------------------------------------------------------------------------------------------------- Flow matching
 # region shared: flow-matching
+# Flow matching: x_t lies on the line from the image (sigma 0) to noise (sigma 1), and the model learns its direction.
 def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
     """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
     density = args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale
     return compute_density_for_timestep_sampling(*density, generator=generator)[0].clamp(0.0, 1.0)
 
 
-def shift_factor(args: Args, tokens: int) -> float:
-    """The s of `shift_sigmas` for a target of so many tokens.
+def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Moves sigmas towards noise, as large images need: s*t / (1 + (s-1)*t) for a target of so many tokens.
 
     linear is FLUX.1's mu (0.5 at 256 tokens, 1.15 at 4096), with which FLUX.2 is reported to have been trained;
     empirical is the mu of the pipelines at --num_inference_steps.
     """
     if args.timestep_shift == "linear":
-        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
-    if args.timestep_shift == "empirical":
-        return math.exp(compute_empirical_mu(tokens, args.num_inference_steps))
-    return 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
-
-
-def shift_sigmas(sigmas: torch.Tensor, factor: float) -> torch.Tensor:
-    """s*t / (1 + (s-1)*t): moves sigmas towards noise for s > 1, as large images need."""
-    return factor * sigmas / (1 + (factor - 1) * sigmas)
-
-
-def loss_weights(args: Args, sigmas_B: torch.Tensor) -> torch.Tensor:
-    """Weight of each sample's loss; sigma_sqrt is capped at 100, it would be 10^6 at sigma 0.001."""
-    return compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas_B).clamp(max=100.0)
+        shift = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    elif args.timestep_shift == "empirical":
+        shift = math.exp(compute_empirical_mu(tokens, args.num_inference_steps))
+    else:
+        shift = 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 # endregion shared: flow-matching
@@ -3551,7 +3544,7 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
     height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
-    sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, height * width))
+    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width)
     tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
     tensors = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
     sigmas_B, noise_BLC = tensors["sigmas"], tensors["noise"]
@@ -3575,20 +3568,27 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
             inputs = (x[chosen] for x in (noisy_BLC, sigmas_B, prompt_embeds_BLD))
             velocity_BLC[chosen] = predict_velocity(run.args, parts.transformer, *inputs, height, width, references)
     errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
-    return loss_weights(run.args, sigmas_B) * errors_B, sigmas_B
+    weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
+    return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
 
 # ----------------------------------------------------------------------------------------------- Optimizer and schedule
 # region shared: optimizer
+def samples_per_step(run: Run) -> int:
+    """Samples that one optimizer step averages over."""
+    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
+
+
+def total_steps(run: Run, samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    visits = run.args.num_train_epochs * samples * run.args.repeats
+    return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
+
+
 def peak_learning_rate(run: Run) -> float:
     """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
     rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
     return rate * (samples_per_step(run) if run.args.scale_lr else 1)
-
-
-def samples_per_step(run: Run) -> int:
-    """Samples that one optimizer step averages over."""
-    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -3607,12 +3607,6 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Opti
 
         return AdamW8bit(parameters, **shared)
     return torch.optim.AdamW(parameters, **shared)
-
-
-def total_steps(run: Run, samples: int) -> int:
-    """Optimizer steps of the whole run."""
-    visits = run.args.num_train_epochs * samples * run.args.repeats
-    return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
 
 
 # endregion shared: optimizer
