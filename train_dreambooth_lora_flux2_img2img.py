@@ -1158,14 +1158,13 @@ class ModelFamily:
 
 FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link":
                 "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"}  # fmt: skip
+DEV = "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor", (10, 20, 30)
+KLEIN = "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast", (9, 18, 27)
 FAMILIES = (
-    ModelFamily("FLUX.2 [dev]", "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor",
-                (10, 20, 30), None, FLUX_LICENSE),
-    ModelFamily("FLUX.2 [klein] 9B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
-                (9, 18, 27), 12288, FLUX_LICENSE),
-    ModelFamily("FLUX.2 [klein] 4B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
-                (9, 18, 27), None, {"license": "apache-2.0"}),
-)  # fmt: skip
+    ModelFamily("FLUX.2 [dev]", *DEV, None, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 9B", *KLEIN, 12288, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 4B", *KLEIN, None, {"license": "apache-2.0"}),
+)
 
 
 class Config(dict[str, Any]):
@@ -1220,18 +1219,13 @@ class ModelFiles:
         return found
 
     def weight_files(self, part: str) -> list[Path]:
-        """The files that hold a part: one, or the shards that an index names. Raises UserError if any is missing."""
+        """The files that hold a part, here or not: one, or the shards that an index names."""
         stem, variant = "model" if part == "text_encoder" else "diffusion_pytorch_model", self.variant or ""
         index = f"{stem}.safetensors.index.{variant}.json".replace("..", ".")
         names = [f"{stem}.{variant}.safetensors".replace("..", ".")]
         if (self.folder / part / index).is_file():
             names = sorted(set(self.config(part, index)["weight_map"].values()))
-        files = [self.folder / part / name for name in names]
-        if missing := [path.name for path in files if not path.is_file()]:
-            found = ", ".join(sorted(path.name for path in (self.folder / part).glob("*.safetensors"))[:3]) or "none"
-            raise UserError(f"{self.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
-                            f"{missing[0]} (found: {found}); download it again, or take another --variant")  # fmt: skip
-        return files
+        return [self.folder / part / name for name in names]
 
     @property
     def is_distilled(self) -> bool:
@@ -1239,12 +1233,11 @@ class ModelFiles:
         return bool(self.config(".", "model_index.json").get("is_distilled"))
 
     def identity(self, subfolder: str) -> str:
-        """Names the weights of a part in cache keys: the commit, or config and size and time of the weight files."""
+        """Names the weights of a part in cache keys: the commit, or config and size and time of the files."""
         if self.remote:
             return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
         config, files = self.folder / subfolder / "config.json", sorted((self.folder / subfolder).glob("*"))
-        content = config.read_text(encoding="utf-8") if config.is_file() else ""
-        # a tokenizer is all small files
+        content = config.read_text(encoding="utf-8") if config.is_file() else ""  # a tokenizer has none
         return digest(self.variant, content, *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files))
 
 
@@ -1294,7 +1287,7 @@ def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
     Raises UserError for settings or a machine that will not do, another format, and what would be quantised twice.
     """
     stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
-    if not stored and not path:
+    if not (stored or path):
         return None
     where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
@@ -1321,14 +1314,17 @@ BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
 
 
 def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
-    """All weights of a part as they are stored, by memory map."""
     return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
 
 
 def check_part(run: Run, part: str) -> None:
     """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
-    types, shapes, config = {}, {}, run.model.config(part)
-    for path in run.model.weight_files(part):
+    files, types, shapes, config = run.model.weight_files(part), {}, {}, run.model.config(part)
+    if missing := [path.name for path in files if not path.is_file()]:
+        found = ", ".join(sorted(path.name for path in (run.model.folder / part).glob("*.safetensors"))[:3]) or "none"
+        raise UserError(f"{run.model.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
+                        f"{missing[0]} (found: {found}); download it again, or take another --variant")  # fmt: skip
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():
@@ -1346,9 +1342,9 @@ def check_part(run: Run, part: str) -> None:
         with torch.device("meta"):
             model = (AutoencoderKLFlux2 if part == "vae" else Flux2Transformer2DModel).from_config(config)
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        misshapen = [(name, shapes[name], shape) for name, shape in needed.items() if shapes.get(name, shape) != shape]
-        report = {"missing": [*needed.keys() - shapes.keys()], "unexpected": [*shapes.keys() - needed.keys()],
-                  "misshapen": misshapen}  # fmt: skip
+        report = {"missing": [*needed.keys() - shapes.keys()], "unexpected": [*shapes.keys() - needed.keys()]}
+        shared = [(name, shapes[name], shape) for name, shape in needed.items() if name in shapes]
+        report["misshapen"] = [entry for entry in shared if entry[1] != entry[2]]
     if method:
         report["unexpected"] = [name for name in report["unexpected"] if not BNB_TENSORS.search(name)]
         report["misshapen"] = [entry for entry in report["misshapen"] if entry[1][1:] != (1,)]  # 4 bits as (bytes, 1)
@@ -1361,14 +1357,12 @@ def check_part(run: Run, part: str) -> None:
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
-    counts = [
-        f"{len(names)} {kind}, such as {' and '.join(sorted(names)[:2])}" for kind, names in report.items() if names
-    ]
+    told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
     advice = "it is incomplete or another model's: download it again, or choose another checkpoint"
     if any("scale" in name for name in report["unexpected"]):
         advice = "scales beside weights are a quantised format that is not read here: choose an unquantised checkpoint"
-    if counts:
-        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(counts)}); {advice}")
+    if told:
+        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
@@ -1377,13 +1371,8 @@ def check_parts(run: Run) -> None:
     if found.get("_class_name") != needed:
         raise UserError(f"{run.model.name}/scheduler: its class is {found.get('_class_name')}, FLUX.2's is {needed}")
     for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
-        try:
-            run.model.weight_files(part)
-        except UserError:
-            if run.model.remote:
-                continue
-            raise
-        check_part(run, part)
+        if not run.model.remote or all(path.is_file() for path in run.model.weight_files(part)):
+            check_part(run, part)
 
 
 def fetch_part(run: Run, part: str) -> Path:
@@ -3045,10 +3034,8 @@ class FP8Gradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        context: Any, hidden: torch.Tensor, product: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
-    ) -> torch.Tensor:
-        context.save_for_backward(weight, scales)
+    def forward(context: Any, _hidden: torch.Tensor, product: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(*weight)  # (out, in) in FP8, and its scales (out, 1)
         return product
 
     @staticmethod
@@ -3111,11 +3098,9 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
-        raise UserError(
-            "--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (Ada, Hopper and later); "
-            f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a smaller "
-            "--resolution, [klein] instead of [dev]; --bnb_quantization_config_path works on older cards"
-        )
+        raise UserError("--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada); "
+                        f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a "
+                        "smaller --resolution, [klein], or --bnb_quantization_config_path")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3181,22 +3166,19 @@ class BeforeBackward(torch.autograd.Function):
 class BlockStream:
     """Frozen blocks that live in pinned host memory and visit the device one by one (--stream_blocks).
 
-    Two buffers as large as the largest block take turns: while one block computes, the next one is copied into the
-    other buffer on a stream of its own; in the backward pass the one before it. Nothing is copied back, since nothing
-    there is trained. Blocks are recomputed in their backward, between their fetch and the next, so that autograd keeps
-    no view of a buffer for longer. PyTorch's `fully_shard` with offload needs as little memory, but for one process it
-    copies on the compute stream (2.11 to 2.15), where nothing overlaps; diffusers' group offloading sends a block away
-    before its backward.
+    Two buffers take turns: while one block computes, the next one, in the backward pass the one before it, is copied
+    into the other buffer on a stream of its own; nothing is copied back. Blocks are recomputed in their backward,
+    between their fetch and the next, so that autograd keeps no view of a buffer for longer. Rejected: `fully_shard`
+    with offload, which for one process copies on the compute stream (PyTorch 2.11 to 2.15), and diffusers' group
+    offloading, which sends a block away before its backward.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """An empty one: `keep` adds blocks, `start` makes them stream."""
         self.device, self.blocks = device, []
         self.homes: list[torch.Tensor] = []  # the bytes of each block
         self.tensors: list[list[tuple[torch.Tensor, int]]] = []  # of each block, with the offsets of their bytes
 
     def __del__(self) -> None:
-        """Gives the pinned memory back."""
         for home in self.homes if self.device.type == "cuda" else ():
             torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
 
@@ -3331,10 +3313,7 @@ def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:
 
 
 def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) -> None:
-    """torch.compile, where the accelerate config asks for it: block by block, in place, so that names stay.
-
-    With samples of several sizes for any size at once, else for the one that there is.
-    """
+    """torch.compile of each block in place, if the accelerate config asks for it; of several sizes for any at once."""
     backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
     # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
     for block in blocks_of(transformer) if backend.lower() not in ("", "no") else ():
@@ -3357,8 +3336,8 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
         for part in (layer.lora_A, layer.lora_B):
             old = part["default"]
             part["default"] = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
-    trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable.items()}
+    trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable}
     for name, parameter in parameters.items():
         start = torch.zeros(parameter.shape)
         if name.endswith("lora_A.weight"):
@@ -3366,8 +3345,8 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
         parameter.data.copy_(start)
     expected = {f"{name}.lora_{part}.weight" for name in targets for part in "AB"}
     assert parameters.keys() == expected, "the trainable set must be exactly the adapter"
-    count = sum(parameter.numel() for parameter in parameters.values())
-    log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {count / 1e6:.2f} M parameters in fp32")
+    millions = sum(parameter.numel() for parameter in parameters.values()) / 1e6
+    log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {millions:.2f} M parameters in fp32")
     if unmapped := [name for name in targets if "modulation" in name or name.startswith("time_guidance_embed")]:
         log.info(f"lora: ComfyUI ignores the LoRA of {', '.join(unmapped)} under diffusers' names")
     return parameters
@@ -3442,9 +3421,8 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
     architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
     facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
     targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
-    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), (COMFYUI_FILE, alpha / rank, rank)):
-        if file == COMFYUI_FILE and alpha == rank:
-            continue
+    twin = [(COMFYUI_FILE, alpha / rank, rank)] if alpha != rank else []
+    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), *twin):
         tensors = {}
         for name, parameter in parameters.items():
             factor = scale if name.endswith("lora_B.weight") else 1.0
@@ -3622,10 +3600,8 @@ CHECKPOINT_FORMAT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder and its state.json."""
-
-    folder: Path
-    state: dict[str, Any]
+    folder: Path  # verified
+    state: dict[str, Any]  # its state.json
 
 
 def file_stamp(path: Path) -> list[int | str]:
@@ -3673,9 +3649,7 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
     if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
-        raise UserError(
-            f"--resume_from_checkpoint latest: no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew"
-        )
+        raise UserError(f"there is no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew")
     log.info(f"checkpoint: none in {output_dir}, the run starts from step 0")
     return None
 
@@ -3783,7 +3757,12 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         raise
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
-    rotate_checkpoints(run, final)
+    older = [folder for folder in list_checkpoints(run.output_dir) if folder != final]
+    for folder in older[: max(0, len(older) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.warning(f"checkpoint: {folder} could not be removed ({error})")
     return final
 
 
@@ -3799,16 +3778,6 @@ def flush_to_disk(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def rotate_checkpoints(run: Run, newest: Path) -> None:
-    """Removes the oldest checkpoints above --checkpoints_total_limit, never `newest`; a failure is a warning."""
-    others = [folder for folder in list_checkpoints(run.output_dir) if folder != newest]
-    for folder in others[: max(0, len(others) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            log.warning(f"checkpoint: {folder} could not be removed ({error})")
 
 
 def set_aside_newer(run: Run) -> None:
@@ -3828,7 +3797,7 @@ def restore(run: Run, state: TrainState) -> None:
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
     slots: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
     for path, value in {**tensors, **stored["optimizer"]["state"]}.items():
-        name, _, key = path.rpartition("/")
+        name, key = path.split("/")
         slots[name][key] = value
     groups = [{**group, "params": [*range(len(slots))]} for group in stored["optimizer"]["groups"]]  # there is one
     state.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
