@@ -1190,14 +1190,15 @@ class ModelFiles:
 
     def part(self, subfolder: str) -> Path:
         """The folder of one part with all its files here; says size and free space before a download."""
+        if not self.remote:
+            return self.folder / subfolder
         wanted = {"repo_id": self.name, "allow_patterns": [f"{subfolder}/*"], **self.options}
         try:
-            if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
-                plan = huggingface_hub.snapshot_download(dry_run=True, **wanted)
-                if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
-                    check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
-            if self.remote:
-                huggingface_hub.snapshot_download(**wanted)
+            offline = huggingface_hub.constants.HF_HUB_OFFLINE
+            plan = [] if offline else huggingface_hub.snapshot_download(dry_run=True, **wanted)
+            if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
+                check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
+            huggingface_hub.snapshot_download(**wanted)
         except UserError:
             raise
         except Exception as error:  # the network has no common base of errors
@@ -1229,7 +1230,6 @@ class ModelFiles:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether model_index.json calls the checkpoint distilled: no guidance at inference, weak to train on."""
         return bool(self.config(".", "model_index.json").get("is_distilled"))
 
     def identity(self, subfolder: str) -> str:
@@ -1274,11 +1274,9 @@ def find_family(model: ModelFiles) -> ModelFamily:
 
 
 # What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
-BNB_VALUES = {
-    "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
-    "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,), "llm_int8_skip_modules": (None,),
-    "llm_int8_enable_fp32_cpu_offload": (False,),
-}  # fmt: skip
+BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
+              "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,),
+              "llm_int8_skip_modules": (None,), "llm_int8_enable_fp32_cpu_offload": (False,)}  # fmt: skip
 
 
 def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
@@ -3145,7 +3143,6 @@ def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
 
 def blocks_of(transformer: Flux2Transformer2DModel) -> list[nn.Module]:
-    """The transformer's double and single blocks, in order."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
@@ -3241,7 +3238,6 @@ class BlockStream:
 
 
 def view_bytes(memory: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the dtype and shape of `like` in the bytes of `memory` from `offset` on."""
     return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -3306,7 +3302,6 @@ def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks:
 
 
 def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:
-    """A block's forward that runs again in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*inputs, **named_inputs)
     return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
@@ -3413,11 +3408,8 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
     older PEFT refuses a file with a key that it does not know. ComfyUI ignores the alpha there, so the twin has
     alpha / rank multiplied into lora_B.
     """
-    dtype, alpha, rank = (
-        torch.float32 if run.args.upcast_before_saving else run.dtype,
-        lora_alpha(run.args),
-        run.args.rank,
-    )
+    alpha, rank = lora_alpha(run.args), run.args.rank
+    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
     architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
     facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
     targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
@@ -3553,12 +3545,10 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
 # ----------------------------------------------------------------------------------------------- Optimizer and schedule
 # region shared: optimizer
 def samples_per_step(run: Run) -> int:
-    """Samples that one optimizer step averages over."""
     return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
 
 
 def total_steps(run: Run, samples: int) -> int:
-    """Optimizer steps of the whole run."""
     visits = run.args.num_train_epochs * samples * run.args.repeats
     return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
 
@@ -3605,7 +3595,6 @@ class Checkpoint:
 
 
 def file_stamp(path: Path) -> list[int | str]:
-    """[size, SHA-256] of a file."""
     with path.open("rb") as stream:
         return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
