@@ -1122,9 +1122,12 @@ class LogHandler(logging.Handler):
 
 # ------------------------------------------------------------------------------------------------------- Model families
 # region shared: families
+# Which checkpoint it is, and that it is whole. What differs between the FLUX.2 models stands in FAMILIES, sizes come
+# from their configs. Names and shapes of all weights are checked before anything is loaded, since transformers would
+# draw missing ones at random. Of a Hub model each part is fetched when it is needed, and checked then.
 @dataclass(frozen=True)
 class ModelFamily:
-    """What differs between the FLUX.2 checkpoints; sizes come from their configs."""
+    """What differs between the FLUX.2 checkpoints."""
 
     name: str
     pipeline: str  # class name in diffusers, as in model_index.json
@@ -1137,57 +1140,53 @@ class ModelFamily:
 
 FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link":
                 "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"}  # fmt: skip
+DEV = "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor", (10, 20, 30)
+KLEIN = "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast", (9, 18, 27)
 FAMILIES = (
-    ModelFamily("FLUX.2 [dev]", "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor",
-                (10, 20, 30), None, FLUX_LICENSE),
-    ModelFamily("FLUX.2 [klein] 9B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
-                (9, 18, 27), 12288, FLUX_LICENSE),
-    ModelFamily("FLUX.2 [klein] 4B", "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast",
-                (9, 18, 27), None, {"license": "apache-2.0"}),
-)  # fmt: skip
+    ModelFamily("FLUX.2 [dev]", *DEV, None, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 9B", *KLEIN, 12288, FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 4B", *KLEIN, None, {"license": "apache-2.0"}),
+)
 
 
 class Config(dict[str, Any]):
-    """An object of a checkpoint's JSON file; what it lacks is told by name."""
+    """An object of a checkpoint's JSON file at `path`; what it lacks is told by name."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        """`path` is that of the file."""
         super().__init__(values)
         self.path = path
 
     def __missing__(self, key: str) -> NoReturn:
-        """Raises UserError."""
         raise UserError(f"{self.path}: has no '{key}'; download it again")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint: a folder on this machine, or a hub repository whose parts are fetched when they are needed."""
+    """A checkpoint: a folder on this machine, or a Hub repository whose parts are fetched when they are needed."""
 
     name: str
     folder: Path
     remote: bool
-    options: dict[str, Any]  # revision, cache_dir and token of hub calls
+    options: dict[str, Any]  # revision, cache_dir and token of Hub calls
     variant: str | None
 
     def part(self, subfolder: str) -> Path:
         """The folder of one part with all its files here; says size and free space before a download."""
-        if self.remote and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            plan = self.fetch(subfolder, dry_run=True)
+        if not self.remote:
+            return self.folder / subfolder
+        wanted = {"repo_id": self.name, "allow_patterns": [f"{subfolder}/*"], **self.options}
+        try:
+            offline = huggingface_hub.constants.HF_HUB_OFFLINE
+            plan = [] if offline else huggingface_hub.snapshot_download(dry_run=True, **wanted)
             if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
                 check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
-        if self.remote:
-            self.fetch(subfolder)
-        return self.folder / subfolder
-
-    def fetch(self, subfolder: str, **options: Any) -> Any:
-        """Downloads one part. Raises UserError when that breaks off."""
-        wanted = {"allow_patterns": [f"{subfolder}/*"], **self.options, **options}
-        try:
-            return huggingface_hub.snapshot_download(self.name, **wanted)
+            huggingface_hub.snapshot_download(**wanted)
+        except UserError:
+            raise
         except Exception as error:  # the network has no common base of errors
             raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
                             "Start again: what is here stays") from error  # fmt: skip
+        return self.folder / subfolder
 
     def config(self, subfolder: str, file: str = "config.json") -> Config:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
@@ -1203,41 +1202,25 @@ class ModelFiles:
         return found
 
     def weight_files(self, part: str) -> list[Path]:
-        """The files that hold a part: one, or the shards that an index names. Raises UserError if any is missing."""
+        """The files that hold a part, here or not: one, or the shards that an index names."""
         stem, variant = "model" if part == "text_encoder" else "diffusion_pytorch_model", self.variant or ""
         index = f"{stem}.safetensors.index.{variant}.json".replace("..", ".")
         names = [f"{stem}.{variant}.safetensors".replace("..", ".")]
         if (self.folder / part / index).is_file():
             names = sorted(set(self.config(part, index)["weight_map"].values()))
-        files = [self.folder / part / name for name in names]
-        if missing := [path.name for path in files if not path.is_file()]:
-            found = sorted(path.name for path in (self.folder / part).glob("*.safetensors"))
-            raise UserError(f"{self.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
-                            f"{missing[0]} (found: {', '.join(found[:3]) or 'none'}); download this part again, or "
-                            "choose by --variant what is there")  # fmt: skip
-        return files
-
-    def is_here(self, part: str) -> bool:
-        """Whether all weight files of the part are on this machine."""
-        try:
-            return bool(self.weight_files(part))
-        except UserError:
-            return False
+        return [self.folder / part / name for name in names]
 
     @property
     def is_distilled(self) -> bool:
-        """Whether model_index.json calls the checkpoint distilled: no guidance at inference, weak to train on."""
         return bool(self.config(".", "model_index.json").get("is_distilled"))
 
     def identity(self, subfolder: str) -> str:
-        """Names the weights of a part in cache keys: the commit, or config and size and time of the weight files."""
+        """Names the weights of a part in cache keys: the commit, or config and size and time of the files."""
         if self.remote:
             return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
-        config = self.folder / subfolder / "config.json"
-        parts = [config.read_text(encoding="utf-8") if config.is_file() else ""]
-        for path in sorted((self.folder / subfolder).glob("*")):  # a tokenizer is all small files
-            parts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
-        return digest(self.variant, *parts)
+        config, files = self.folder / subfolder / "config.json", sorted((self.folder / subfolder).glob("*"))
+        content = config.read_text(encoding="utf-8") if config.is_file() else ""  # a tokenizer has none
+        return digest(self.variant, content, *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files))
 
 
 def find_model(args: Args) -> ModelFiles:
@@ -1250,9 +1233,8 @@ def find_model(args: Args) -> ModelFiles:
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=configs, **options)
     except huggingface_hub.errors.GatedRepoError:
-        raise UserError(
-            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
-        ) from None
+        page = f"https://huggingface.co/{name}"
+        raise UserError(f"{name} is gated: accept its licence at {page}, then `hf auth login`") from None
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
@@ -1262,22 +1244,21 @@ def find_model(args: Args) -> ModelFiles:
 
 def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
-    index, config = model.config(".", "model_index.json"), model.config("transformer")
-    matches = [family for family in FAMILIES if family.pipeline == index.get("_class_name")]
+    found = model.config(".", "model_index.json").get("_class_name")
+    widths = model.config("transformer").get("joint_attention_dim"), None
+    matches = [family for family in FAMILIES if family.pipeline == found and family.text_width in widths]
     if not matches:
         known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
-        raise UserError(f"{model.name}: is a {index.get('_class_name')}; this script trains {known}")
+        raise UserError(f"{model.name}: is a {found}; this script trains {known}")
     if model.is_distilled:
         log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
-    return next((family for family in matches if family.text_width == config.get("joint_attention_dim")), matches[-1])
+    return matches[0]
 
 
 # What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
-BNB_VALUES = {
-    "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
-    "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,), "llm_int8_skip_modules": (None,),
-    "llm_int8_enable_fp32_cpu_offload": (False,),
-}  # fmt: skip
+BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
+              "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,),
+              "llm_int8_skip_modules": (None,), "llm_int8_enable_fp32_cpu_offload": (False,)}  # fmt: skip
 
 
 def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
@@ -1286,27 +1267,22 @@ def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
     Raises UserError for settings or a machine that will not do, another format, and what would be quantised twice.
     """
     stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
-    if not stored and not path:
+    if not (stored or path):
         return None
     where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
-    if stored and stored.get("quant_method") != "bitsandbytes":
-        raise UserError(
-            f"{model.name}: the transformer is stored quantised by {stored.get('quant_method')}; this script trains on "
-            "bitsandbytes' formats and on unquantised checkpoints, which --bnb_quantization_config_path quantises"
-        )
+    if stored and (method := stored.get("quant_method")) != "bitsandbytes":
+        raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
     for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
         if getattr(args, name):
-            raise UserError(f"--{name}: leave it out, {model.name} is stored quantised already")
+            raise UserError(f"--{name}: leave it out, {where} already")
     settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
     for name, value in settings.items() if not stored else ():
         if name not in known:  # diffusers would ignore it
-            near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; nearest: {near[0]}")
+            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; it knows {', '.join(known)}")
         if value not in (allowed := BNB_VALUES.get(name, (value,))):
             raise UserError(f"{where}: {name} is {json.dumps(value)}; use {' or '.join(map(json.dumps, allowed))}")
-    try:
-        quantizer = DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings))
-        quantizer.validate_environment()  # bitsandbytes itself, and a GPU
+    try:  # bitsandbytes itself, and a GPU
+        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
@@ -1317,60 +1293,56 @@ BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|
 BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
 
 
-def read_headers(model: ModelFiles, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(type, shape) of every weight of a part, which stay unread. Raises UserError for a file that is not whole."""
-    headers = {}
-    for path in model.weight_files(part):
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                headers |= {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
-        except SafetensorError as error:
-            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
-                            "clone run `git lfs pull`") from None  # fmt: skip
-    return headers
-
-
 def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
-    """All weights of a part as they are stored, by memory map."""
     return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
 
 
 def check_part(run: Run, part: str) -> None:
     """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
-    headers, config = read_headers(run.model, part), run.model.config(part)
-    stored = config.get("quantization_config") or {}
-    if part == "text_encoder" and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        return  # a format of transformers, which reports on it when it loads it
+    files, types, shapes, config = run.model.weight_files(part), {}, {}, run.model.config(part)
+    if missing := [path.name for path in files if not path.is_file()]:
+        found = ", ".join(sorted(path.name for path in (run.model.folder / part).glob("*.safetensors"))[:3]) or "none"
+        raise UserError(f"{run.model.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
+                        f"{missing[0]} (found: {found}); download it again, or take another --variant")  # fmt: skip
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    stored = file.get_slice(name)
+                    types[name], shapes[name] = stored.get_dtype(), tuple(stored.get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
+                            "clone run `git lfs pull`") from None  # fmt: skip
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if part == "text_encoder":
+        if method not in (None, "bitsandbytes"):
+            return  # a format of transformers, which reports on it when it loads it
         report = read_text_encoder(run, device_map="meta")[1]
     else:
         with torch.device("meta"):
             model = (AutoencoderKLFlux2 if part == "vae" else Flux2Transformer2DModel).from_config(config)
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        shapes = [(name, headers[name][1], shape) for name, shape in needed.items() if name in headers]
-        report = {"missing": [*needed.keys() - headers.keys()], "unexpected": [*headers.keys() - needed.keys()],
-                  "misshapen": [entry for entry in shapes if entry[1] != entry[2]]}  # fmt: skip
-    if stored:
+        report = {"missing": [*needed.keys() - shapes.keys()], "unexpected": [*shapes.keys() - needed.keys()]}
+        shared = [(name, shapes[name], shape) for name, shape in needed.items() if name in shapes]
+        report["misshapen"] = [entry for entry in shared if entry[1] != entry[2]]
+    if method:
         report["unexpected"] = [name for name in report["unexpected"] if not BNB_TENSORS.search(name)]
         report["misshapen"] = [entry for entry in report["misshapen"] if entry[1][1:] != (1,)]  # 4 bits as (bytes, 1)
-    for name, (kind, _) in headers.items():
-        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(kind, ())]
-        report["missing"] += [other for other in beside if name.endswith(".weight") and other not in headers]
+    for name in (name for name in types if name.endswith(".weight")):
+        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(types[name], ())]
+        report["missing"] += [other for other in beside if other not in types]
     refuse_misfits(run, part, report)
 
 
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
-    counts = [(kind, sorted(names)) for kind, names in report.items() if names]
-    if not counts:
-        return
+    told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
     advice = "it is incomplete or another model's: download it again, or choose another checkpoint"
     if any("scale" in name for name in report["unexpected"]):
         advice = "scales beside weights are a quantised format that is not read here: choose an unquantised checkpoint"
-    told = "; ".join(f"{len(names)} {kind}, such as {' and '.join(names[:2])}" for kind, names in counts)
-    raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({told}); {advice}")
+    if told:
+        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
@@ -1379,7 +1351,7 @@ def check_parts(run: Run) -> None:
     if found.get("_class_name") != needed:
         raise UserError(f"{run.model.name}/scheduler: its class is {found.get('_class_name')}, FLUX.2's is {needed}")
     for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
-        if not run.model.remote or run.model.is_here(part):
+        if not run.model.remote or all(path.is_file() for path in run.model.weight_files(part)):
             check_part(run, part)
 
 
@@ -1392,7 +1364,7 @@ def fetch_part(run: Run, part: str) -> Path:
 
 
 def public_name(model: ModelFiles) -> str:
-    """The hub id, or the last part of a folder: no path of this machine leaves it."""
+    """The Hub id, or the last part of a folder: no path of this machine leaves it."""
     return model.name if model.remote else Path(model.name).absolute().name
 
 
@@ -2734,10 +2706,8 @@ FLUX1_NAMES = (
 
 def translate_flux1_name(name: str) -> str:
     """The FLUX.2 name of a module that FLUX.1 calls `name`; other names come back as they are."""
-    for pattern, replacement in FLUX1_NAMES:
-        if re.search(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
+    found = (re.sub(pattern, new, name) for pattern, new in FLUX1_NAMES if re.search(pattern, name))
+    return next(found, name)
 
 
 def listed_layers(asked: str | None) -> list[str]:
@@ -2775,18 +2745,13 @@ def linear_modules(config: dict[str, Any]) -> dict[str, nn.Linear]:
 
 
 class LoraLinear(nn.Linear):
-    """lora_A or lora_B: an fp32 weight, cast to the dtype of its input.
-
-    PEFT would cast the input to fp32 instead, and so make fp32 temporaries as large as the base layer's output.
-    """
+    """lora_A or lora_B: an fp32 weight, cast to the dtype of its input; the gradient arrives in fp32."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out) in the dtype of `hidden`; the gradient arrives in fp32."""
         return F.linear(hidden, self.weight.to(hidden.dtype))
 
 
 def lora_alpha(args: Args) -> float:
-    """--lora_alpha, or the rank."""
     return args.rank if args.lora_alpha is None else args.lora_alpha
 
 
@@ -2796,7 +2761,7 @@ FP8 = torch.float8_e4m3fn
 def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(FP8 values, fp32 scales (rows, 1)) of a matrix; a scale per row, so that an outlier spoils its row only.
 
-    Written so that no temporary is as large as the matrix: `abs().amax()` and a division in fp32 would make two.
+    On a GPU no temporary is as large as the matrix: `abs().amax()` and a division in fp32 would make two.
     """
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
     scales = largest.float().clamp(min=1e-12) / torch.finfo(FP8).max
@@ -2811,11 +2776,8 @@ class FP8Gradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        context: Any, hidden: torch.Tensor, product: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
-    ) -> torch.Tensor:
-        """The product as it is; weight (out, in) in FP8 with scales (out, 1)."""
-        context.save_for_backward(weight, scales)
+    def forward(context: Any, _hidden: torch.Tensor, product: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(*weight)  # (out, in) in FP8, and its scales (out, 1)
         return product
 
     @staticmethod
@@ -2830,19 +2792,21 @@ class FP8Gradient(torch.autograd.Function):
 
 
 class FP8Linear(nn.Linear):
-    """A frozen Linear without bias whose weight is kept in FP8 only: half the memory of bf16.
+    """A frozen Linear without bias: its weight (out, in) in FP8 only, with fp32 scales (out, 1); half of bf16's memory.
 
     One scaled matmul forward and one backward, no gradient of the weight. `torch._scaled_mm` instead of `F.scaled_mm`,
     which Dynamo cannot trace on PyTorch 2.11.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        """Quantises the weight of `linear` on `device`, so that the whole model never has to lie there in bf16."""
+        """Quantises `linear` on `device`, 1024 rows at a time: neither the model nor a layer lies there in bf16."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         assert linear.bias is None, "FLUX.2 has none"
-        weight, scales = to_fp8(linear.weight.detach().to(device))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("scales", scales)
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8, device=device), requires_grad=False)
+        self.register_buffer("scales", torch.empty(self.out_features, 1, device=device))
+        chunks = (tensor.split(1024) for tensor in (linear.weight.detach(), self.weight, self.scales))
+        for source, weight, scales in zip(*chunks, strict=True):
+            weight[:], scales[:] = to_fp8(source.to(device))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out) in the dtype of `hidden`."""
@@ -2854,10 +2818,7 @@ class FP8Linear(nn.Linear):
 
 
 def quantize_block(run: Run, block: nn.Module) -> None:
-    """Replaces the Linear layers of a block by FP8 ones, which are quantised on the device one by one.
-
-    What FSDP will split goes back to the CPU. Embedders, modulation and last layer are never quantised.
-    """
+    """Replaces a block's Linear layers by FP8 ones, made on the device; what FSDP will split goes back to the CPU."""
     home = torch.device("cpu") if run.sharding else run.device
     for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
         block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
@@ -2877,15 +2838,11 @@ def bnb_settings(run: Run) -> dict[str, Any]:
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
-    if device.type == "cpu":
-        return
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < (8, 9) or dtype != torch.bfloat16:
-        raise UserError(
-            "--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (Ada, Hopper and later); "
-            f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a smaller "
-            "--resolution, [klein] instead of [dev]; --bnb_quantization_config_path works on older cards"
-        )
+    if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
+        raise UserError("--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada); "
+                        f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a "
+                        "smaller --resolution, [klein], or --bnb_quantization_config_path")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -2930,7 +2887,6 @@ def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
 
 def blocks_of(transformer: Flux2Transformer2DModel) -> list[nn.Module]:
-    """The transformer's double and single blocks, in order."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
@@ -2939,36 +2895,31 @@ class BeforeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, fetch: Callable[[], None], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The outputs as they are."""
         context.fetch = fetch
         return outputs
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients as they are: all of the later block's backward has been launched when they have come."""
-        context.fetch()
+        context.fetch()  # all of the later block's backward has been launched when its gradients have come
         return None, *gradients
 
 
 class BlockStream:
     """Frozen blocks that live in pinned host memory and visit the device one by one (--stream_blocks).
 
-    Two buffers as large as the largest block take turns: while one block computes, the next one is copied into the
-    other buffer on a stream of its own; in the backward pass the one before it. Nothing is copied back, since nothing
-    there is trained. Blocks are recomputed in their backward, between their fetch and the next, so that autograd keeps
-    no view of a buffer for longer. PyTorch's `fully_shard` with offload needs as little memory, but for one process it
-    copies on the compute stream (2.11 to 2.15), where nothing overlaps; diffusers' group offloading sends a block away
-    before its backward.
+    Two buffers take turns: while one block computes, the next one, in the backward pass the one before it, is copied
+    into the other buffer on a stream of its own; nothing is copied back. Blocks are recomputed in their backward,
+    between their fetch and the next, so that autograd keeps no view of a buffer for longer. Rejected: `fully_shard`
+    with offload, which for one process copies on the compute stream (PyTorch 2.11 to 2.15), and diffusers' group
+    offloading, which sends a block away before its backward.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """An empty one: `keep` adds blocks, `start` makes them stream."""
         self.device, self.blocks = device, []
         self.homes: list[torch.Tensor] = []  # the bytes of each block
         self.tensors: list[list[tuple[torch.Tensor, int]]] = []  # of each block, with the offsets of their bytes
 
     def __del__(self) -> None:
-        """Gives the pinned memory back."""
         for home in self.homes if self.device.type == "cuda" else ():
             torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
 
@@ -3021,8 +2972,7 @@ class BlockStream:
 
     def copy(self, number: int, buffer: int) -> None:
         """Copies a block into a buffer, as soon as all that was launched before, which may read there, is done."""
-        self.held[buffer] = number
-        home = self.homes[number]
+        self.held[buffer], home = number, self.homes[number]
         if self.side:
             self.side.wait_stream(torch.accelerator.current_stream(self.device))
         with self.side or contextlib.nullcontext():
@@ -3032,28 +2982,13 @@ class BlockStream:
 
 
 def view_bytes(memory: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the dtype and shape of `like` in the bytes of `memory` from `offset` on."""
     return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
-
-
-def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
-    """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
-    if run.sharding:
-        shard(run, transformer, blocks_of(transformer))
-    elif not transformer.stream.blocks:
-        transformer.to(run.device)
-    else:
-        kept = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            tensor.data = tensor.data if id(tensor) in kept else tensor.data.to(run.device)
-        transformer.stream.start()
-    return transformer
 
 
 def is_streamed(run: Run, number: int) -> bool:
     """Whether --stream_blocks counts this block in: its share, spread evenly, so that the others give time to copy."""
-    before, after = (round(run.args.stream_blocks * n, 6) for n in (number, number + 1))
-    return math.floor(after) > math.floor(before)
+    before, after = (math.floor(round(run.args.stream_blocks * n, 6)) for n in (number, number + 1))
+    return after > before
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
@@ -3083,6 +3018,20 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
     return transformer
 
 
+def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
+    """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
+    if run.sharding:
+        shard(run, transformer, blocks_of(transformer))
+    elif not transformer.stream.blocks:
+        transformer.to(run.device)
+    else:
+        streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            tensor.data = tensor.data if id(tensor) in streamed else tensor.data.to(run.device)
+        transformer.stream.start()
+    return transformer
+
+
 def checkpointed_share(run: Run) -> float:
     """--gradient_checkpointing, or all blocks where the accelerate config's FSDP settings or streaming ask for it."""
     asked = run.sharding is not None and run.sharding.checkpointing
@@ -3097,21 +3046,16 @@ def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks:
 
 
 def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:
-    """A block's forward that runs again in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*inputs, **named_inputs)
     return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
 
 
 def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) -> None:
-    """torch.compile, where the accelerate config asks for it: block by block, in place, so that names stay.
-
-    With samples of several sizes for any size at once, else for the one that there is.
-    """
+    """torch.compile of each block in place, if the accelerate config asks for it; of several sizes for any at once."""
     backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
-    if backend.lower() in ("", "no"):
-        return
-    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+    # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+    for block in blocks_of(transformer) if backend.lower() not in ("", "no") else ():
         block.compile(backend=backend.lower(), dynamic=several_sizes or None, mode=mode or None)
 
 
@@ -3131,17 +3075,17 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
         for part in (layer.lora_A, layer.lora_B):
             old = part["default"]
             part["default"] = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
-    trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable.items()}
+    trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable}
     for name, parameter in parameters.items():
-        assert re.search(r"\.lora_[AB]\.weight$", name) and parameter.dtype == torch.float32, name
         start = torch.zeros(parameter.shape)
         if name.endswith("lora_A.weight"):
             start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
         parameter.data.copy_(start)
-    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
-    count = sum(parameter.numel() for parameter in parameters.values())
-    log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {count / 1e6:.2f} M parameters in fp32")
+    expected = {f"{name}.lora_{part}.weight" for name in targets for part in "AB"}
+    assert parameters.keys() == expected, "the trainable set must be exactly the adapter"
+    millions = sum(parameter.numel() for parameter in parameters.values()) / 1e6
+    log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {millions:.2f} M parameters in fp32")
     if unmapped := [name for name in targets if "modulation" in name or name.startswith("time_guidance_embed")]:
         log.info(f"lora: ComfyUI ignores the LoRA of {', '.join(unmapped)} under diffusers' names")
     return parameters
@@ -3182,60 +3126,48 @@ def check_start(run: Run, linears: dict[str, nn.Linear], targets: list[str]) -> 
         if not fits or (pair[0].shape[1], pair[1].shape[0]) != (linear.in_features, linear.out_features):
             raise UserError(f"{path}: is for another model, its {module} does not fit {run.model.name}")
     (found_rank, _), rank, alpha = pair[0].shape, run.args.rank, lora_alpha(run.args)
-    if (found_rank, found_alpha, modules) != (rank, alpha, {*targets}):
-        layers = fitting_layers([*linears], modules)
-        raise UserError(f"{path}: has rank {found_rank} and alpha {found_alpha:g} on {len(modules)} modules, this run "
-                        f"rank {rank} and alpha {alpha:g} on {len(targets)}. The flags that fit it:\n"
-                        f"    --rank {found_rank} --lora_alpha {found_alpha:g} --lora_layers {layers}")  # fmt: skip
-
-
-def fitting_layers(linear_names: list[str], modules: set[str]) -> str:
-    """A value of --lora_layers that means these modules: the endings of their names, if these mean no others."""
+    if (found_rank, found_alpha, modules) == (rank, alpha, {*targets}):
+        return
     endings = {re.sub(r"^.*transformer_blocks\.\d+\.", "", name) for name in modules}
-    for names in (endings, modules):
-        text = ",".join(sorted("final:proj_out" if name == "proj_out" else name for name in names))
-        if {*resolve_lora_layers(linear_names, text)} == modules:
+    for names in (endings, modules):  # the endings of the names, if they mean no other modules
+        layers = ",".join(sorted("final:proj_out" if name == "proj_out" else name for name in names))
+        if {*resolve_lora_layers([*linears], layers)} == modules:
             break
-    return text
+    raise UserError(f"{path}: has rank {found_rank} and alpha {found_alpha:g} on {len(modules)} modules, this run "
+                    f"rank {rank} and alpha {alpha:g} on {len(targets)}. The flags that fit it:\n"
+                    f"    --rank {found_rank} --lora_alpha {found_alpha:g} --lora_layers {layers}")  # fmt: skip
 
 
 def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies a LoRA file that fits into the adapter."""
+    """Copies a LoRA file that fits, as `check_start` has found, into the adapter."""
     matrices, _ = read_lora(path)
-    assert matrices.keys() == parameters.keys(), "checked before"
     for name, parameter in parameters.items():
         parameter.data.copy_(matrices[name])
-
-
-def lora_metadata(run: Run, parameters: dict[str, nn.Parameter], alpha: float) -> dict[str, str]:
-    """Header of a LoRA file: what diffusers needs to rebuild the adapter, and what people want to know of it.
-
-    Only the keys that differ from PEFT's defaults: a key that an older PEFT does not know makes it refuse the file.
-    """
-    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
-    adapter = {"r": run.args.rank, "lora_alpha": alpha, "target_modules": targets}
-    adapter["rank_pattern"] = {}  # diffusers 0.36 to 0.39 read it without asking whether it is there
-    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
-    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
-    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
-    return {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
     """Writes pytorch_lora_weights.safetensors, and a twin for ComfyUI when alpha is not the rank.
 
-    ComfyUI ignores the alpha in the header, so the twin has alpha / rank multiplied into lora_B.
+    The header holds what diffusers needs to rebuild the adapter, only the keys that differ from PEFT's defaults: an
+    older PEFT refuses a file with a key that it does not know. ComfyUI ignores the alpha there, so the twin has
+    alpha / rank multiplied into lora_B.
     """
-    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
     alpha, rank = lora_alpha(run.args), run.args.rank
-    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), (COMFYUI_FILE, alpha / rank, rank)):
-        if file == LORA_FILE or alpha != rank:
-            tensors = {}
-            for name, parameter in parameters.items():
-                factor = scale if name.endswith("lora_B.weight") else 1.0
-                tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
-            header = lora_metadata(run, parameters, header_alpha)
-            write_atomically(folder / file, safetensors_bytes(tensors, header))
+    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
+    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
+    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
+    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
+    twin = [(COMFYUI_FILE, alpha / rank, rank)] if alpha != rank else []
+    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), *twin):
+        tensors = {}
+        for name, parameter in parameters.items():
+            factor = scale if name.endswith("lora_B.weight") else 1.0
+            tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
+        # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
+        adapter = {"r": rank, "lora_alpha": header_alpha, "target_modules": targets, "rank_pattern": {}}
+        header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
+        header = {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
+        write_atomically(folder / file, safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
@@ -3243,33 +3175,26 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
 
 # -------------------------------------------------------------------------------------------------------- Flow matching
 # region shared: flow-matching
+# Flow matching: x_t lies on the line from the image (sigma 0) to noise (sigma 1), and the model learns its direction.
 def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
     """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
     density = args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale
     return compute_density_for_timestep_sampling(*density, generator=generator)[0].clamp(0.0, 1.0)
 
 
-def shift_factor(args: Args, tokens: int) -> float:
-    """The s of `shift_sigmas` for a target of so many tokens.
+def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Moves sigmas towards noise, as large images need: s*t / (1 + (s-1)*t) for a target of so many tokens.
 
     linear is FLUX.1's mu (0.5 at 256 tokens, 1.15 at 4096), with which FLUX.2 is reported to have been trained;
     empirical is the mu of the pipelines at --num_inference_steps.
     """
     if args.timestep_shift == "linear":
-        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
-    if args.timestep_shift == "empirical":
-        return math.exp(compute_empirical_mu(tokens, args.num_inference_steps))
-    return 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
-
-
-def shift_sigmas(sigmas: torch.Tensor, factor: float) -> torch.Tensor:
-    """s*t / (1 + (s-1)*t): moves sigmas towards noise for s > 1, as large images need."""
-    return factor * sigmas / (1 + (factor - 1) * sigmas)
-
-
-def loss_weights(args: Args, sigmas_B: torch.Tensor) -> torch.Tensor:
-    """Weight of each sample's loss; sigma_sqrt is capped at 100, it would be 10^6 at sigma 0.001."""
-    return compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas_B).clamp(max=100.0)
+        shift = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    elif args.timestep_shift == "empirical":
+        shift = math.exp(compute_empirical_mu(tokens, args.num_inference_steps))
+    else:
+        shift = 1.0 if args.timestep_shift == "none" else float(args.timestep_shift)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 # endregion shared: flow-matching
@@ -3308,7 +3233,7 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
     height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
-    sigmas_B = shift_sigmas(1.0 - batch["u"], shift_factor(run.args, height * width))
+    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width)
     tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
     tensors = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
     sigmas_B, noise_BLC = tensors["sigmas"], tensors["noise"]
@@ -3325,20 +3250,25 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
     velocity_BLC = predict_velocity(run.args, parts.transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, height, width)
     errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
-    return loss_weights(run.args, sigmas_B) * errors_B, sigmas_B
+    weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
+    return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
 
 # ----------------------------------------------------------------------------------------------- Optimizer and schedule
 # region shared: optimizer
+def samples_per_step(run: Run) -> int:
+    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
+
+
+def total_steps(run: Run, samples: int) -> int:
+    visits = run.args.num_train_epochs * samples * run.args.repeats
+    return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
+
+
 def peak_learning_rate(run: Run) -> float:
     """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
     rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
     return rate * (samples_per_step(run) if run.args.scale_lr else 1)
-
-
-def samples_per_step(run: Run) -> int:
-    """Samples that one optimizer step averages over."""
-    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -3359,27 +3289,24 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Opti
     return torch.optim.AdamW(parameters, **shared)
 
 
-def total_steps(run: Run, samples: int) -> int:
-    """Optimizer steps of the whole run."""
-    visits = run.args.num_train_epochs * samples * run.args.repeats
-    return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
-
-
 # endregion shared: optimizer
 
 
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
+# A checkpoint is a folder of safetensors and JSON that has its name only when it is whole: written as .tmp-*, flushed,
+# renamed, read back against its manifest; only then older ones go. It holds what the optimizer's state_dict holds, for
+# any number of processes. Rejected: torch.distributed.checkpoint and accelerate's save_state, which pickle.
+CHECKPOINT_FORMAT = 2
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder and its state.json."""
-
-    folder: Path
-    state: dict[str, Any]
+    folder: Path  # verified
+    state: dict[str, Any]  # its state.json
 
 
 def file_stamp(path: Path) -> list[int | str]:
-    """[size, SHA-256] of a file."""
     with path.open("rb") as stream:
         return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
@@ -3396,15 +3323,14 @@ def verify_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, folders), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of a folder checkpoint-N."""
-    return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(args: Args) -> Checkpoint | None:
@@ -3414,16 +3340,17 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
         return None
     named = output_dir / target if (output_dir / target).is_dir() else Path(target)
     for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
-        problem = verify_checkpoint(folder)
-        if problem is None:
-            return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if (problem := verify_checkpoint(folder)) is None:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.get("format") == CHECKPOINT_FORMAT:
+                return Checkpoint(folder, state)
+            raise UserError(f"{folder}: is of format {state.get('format', 1)}, not {CHECKPOINT_FORMAT}: go on with the "
+                            "script that wrote it, or start anew from its LoRA with --init_lora_from")  # fmt: skip
         if target != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
     if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
-        raise UserError(
-            f"--resume_from_checkpoint latest: no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew"
-        )
+        raise UserError(f"there is no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew")
     log.info(f"checkpoint: none in {output_dir}, the run starts from step 0")
     return None
 
@@ -3448,7 +3375,7 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
         "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
         "transformer": run.model.identity("transformer"), "text encoder and tokenizer": PromptCache(run).key,
     }  # fmt: skip
-    if run.args.timestep_shift == "empirical":
+    if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
     for stream in streams:
         result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
@@ -3493,67 +3420,37 @@ class TrainState:
     seconds: float = 0.0
 
 
-def optimizer_tensors(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors by 'name/key' and as JSON scalars; bitsandbytes' shared maps are left out."""
-    tensors, scalars = {}, {}
-    for name, parameter in state.parameters.items():
-        for key, value in state.optimizer.state[parameter].items():
-            if not torch.is_tensor(value):
-                scalars[f"{name}/{key}"] = value
-            elif not key.startswith("qmap"):
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
-    return tensors, {"state": scalars, "groups": groups}
-
-
-def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` saved."""
-    for path, value in {**tensors, **scalars["state"]}.items():
-        name, _, key = path.rpartition("/")
-        parameter = state.parameters[name]
-        # AdamW keeps its step count on the CPU; everything else lives with the parameter
-        moved = value.to(parameter.device) if torch.is_tensor(value) and key != "step" else value
-        state.optimizer.state[parameter][key] = moved
-    for parameter, slot in state.optimizer.state.items():
-        if "state1" in slot and slot["state1"].dtype == torch.uint8:
-            slot.update(eight_bit_maps(state.optimizer, parameter.device))
-    for group, stored in zip(state.optimizer.param_groups, scalars["groups"], strict=True):
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-
-
-def eight_bit_maps(optimizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    """bitsandbytes' quantisation maps, which all parameters share."""
-    if "dynamic" not in optimizer.name2qmap:
-        optimizer.fill_qmap()
-    for name in ("dynamic", "udynamic"):
-        optimizer.name2qmap[name] = optimizer.name2qmap[name].to(device)
-    return {"qmap1": optimizer.name2qmap["dynamic"], "qmap2": optimizer.name2qmap["udynamic"]}
-
-
 def save_checkpoint(run: Run, state: TrainState) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
     if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
         raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
     final, temporary = run.output_dir / f"checkpoint-{state.step}", run.output_dir / f".tmp-checkpoint-{os.getpid()}"
-    if run.resume and run.resume.folder.absolute() == final.absolute():
+    if verify_checkpoint(final) is None:
         return final  # a finished run was resumed: this is what it goes on from
+    tensors, scalars = {f"lora/{name}": parameter for name, parameter in state.parameters.items()}, {}
+    for name, parameter in state.parameters.items():
+        for key, value in state.optimizer.state[parameter].items():
+            (tensors if torch.is_tensor(value) else scalars)[f"{name}/{key}"] = value
+    # cloned, since bitsandbytes' quantisation maps are shared by all parameters, which safetensors refuses
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    content = {
+        "format": CHECKPOINT_FORMAT, "step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss,
+        "seed": run.seed, "fingerprint": state.fingerprint, "optimizer": {"state": scalars, "groups": groups},
+        "schedule": {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"},
+        "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
+    }  # fmt: skip
     try:
         temporary.mkdir()
-        tensors, scalars = optimizer_tensors(state)
-        tensors |= {f"lora/{name}": p.detach().cpu().contiguous() for name, p in state.parameters.items()}
         (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
         save_lora(run, state.parameters, temporary)
-        numbers = {"step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss, "seed": run.seed}
-        schedule = {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"}
-        content = {**numbers, "fingerprint": state.fingerprint, "optimizer": scalars, "schedule": schedule}
-        content["versions"] = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
-        if final.exists():
-            remove_checkpoint(final)
+        if final.exists():  # a damaged one, which was skipped
+            shutil.rmtree(final)
         temporary.rename(final)
         flush_to_disk(run.output_dir)
     except BaseException:
@@ -3561,41 +3458,27 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         raise
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
-    rotate_checkpoints(run, final)
+    older = [folder for folder in list_checkpoints(run.output_dir) if folder != final]
+    for folder in older[: max(0, len(older) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.warning(f"checkpoint: {folder} could not be removed ({error})")
     return final
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder; Windows has none for folders, and its file systems order the rename themselves.
-
-    Some network drives have none either; what is saved to them is as safe as they make it.
-    """
-    if os.name != "nt":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        finally:
-            os.close(descriptor)
-
-
-def rotate_checkpoints(run: Run, newest: Path) -> None:
-    """Removes the oldest checkpoints above --checkpoints_total_limit, never `newest`; a failure is a warning."""
-    others = [folder for folder in list_checkpoints(run.output_dir) if folder != newest]
-    for folder in others[: len(others) + 1 - (run.args.checkpoints_total_limit or len(others) + 1)]:
-        try:
-            remove_checkpoint(folder)
-        except OSError as error:
-            log.warning(f"checkpoint: {folder} could not be removed ({error})")
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; one that is half removed must not look like a checkpoint."""
-    doomed = folder.with_name(f".tmp-old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """fsync of a file or folder, as far as there is one: not of folders on Windows, not on some network drives."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def set_aside_newer(run: Run) -> None:
@@ -3613,7 +3496,12 @@ def restore(run: Run, state: TrainState) -> None:
     tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
     for name, parameter in state.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
-    restore_optimizer(state, tensors, stored["optimizer"])
+    slots: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    for path, value in {**tensors, **stored["optimizer"]["state"]}.items():
+        name, key = path.split("/")
+        slots[name][key] = value
+    groups = [{**group, "params": [*range(len(slots))]} for group in stored["optimizer"]["groups"]]  # there is one
+    state.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
     state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")

@@ -217,7 +217,7 @@ UNUSABLE = {
     "a number for a truth": ('{"load_in_4bit": 1}', "exactly one"),
 }
 WRONG = {
-    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "nearest: bnb_4bit_quant_type"),
+    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "no setting of BitsAndBytesConfig; "),
     "an unknown format": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, 'is "nf5"; use "nf4" or "fp4"'),
     "fp16": ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}, 'use "bfloat16" or "float32"'),
     "no dtype": ({"load_in_4bit": True, "bnb_4bit_quant_storage": "float31"}, 'use "uint8"'),

@@ -209,6 +209,18 @@ def test_a_damaged_checkpoint_is_never_resumed_from(
         script.find_checkpoint(args)
 
 
+def test_a_checkpoint_of_another_format_is_refused_with_the_way_that_works(script, quick, finished):
+    """It is whole, so that going on from an older one would lose steps in silence."""
+    folder = finished / "checkpoint-6"
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    assert state.pop("format") == script.CHECKPOINT_FORMAT
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest["state.json"] = script.file_stamp(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(script.UserError, match="checkpoint-6: is of format 1, not 2: .*--init_lora_from"):
+        quick(*SIX, *RESUME)
+
+
 def test_a_run_over_a_damaged_newest_checkpoint_replaces_it_and_ends_the_same(script, quick, six_steps, finished):
     """The whole way: skip checkpoint 6, go on from 4, write 6 anew."""
     truncate(finished / "checkpoint-6" / "training_state.safetensors")
@@ -351,10 +363,11 @@ def test_another_dropout_of_references_and_other_references_are_refused_by_name(
 # -------------------------------------------------------------------------------------------------- rotation and disks
 
 
-def test_rotation_keeps_the_limit_and_the_newest(quick):
-    """Every step is saved, two checkpoints stay."""
-    folder = quick("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
-    assert checkpoints(folder) == [4, 5]
+@pytest.mark.parametrize("limit", [2, 4])
+def test_rotation_keeps_the_limit_and_the_newest(quick, limit):
+    """Every step is saved, so many checkpoints stay, also while there are fewer."""
+    folder = quick("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", limit)
+    assert checkpoints(folder) == [1, 2, 3, 4, 5][-limit:]
     assert nothing_temporary_in(folder)
 
 

@@ -198,33 +198,39 @@ SHIFTS = {
 }
 
 
+def shift_of(script, tokens: int, *flags: str) -> float:
+    """The s of s*t / (1 + (s-1)*t), from what becomes of t = 1/2."""
+    sigma = script.shift_sigmas(arguments(script, *flags), torch.tensor(0.5, dtype=torch.float64), tokens).item()
+    return sigma / (1 - sigma)
+
+
 @pytest.mark.parametrize("tokens", SHIFTS)
 def test_the_shift_has_the_known_values(script, tokens):
     """Linear and empirical, for 512 to 2048 pixels square."""
     mu, factor, empirical = SHIFTS[tokens]
-    linear = script.shift_factor(arguments(script), tokens)
+    linear = shift_of(script, tokens)
     assert linear == pytest.approx(factor, rel=1e-3) and math.log(linear) == pytest.approx(mu, abs=6e-4)
     for steps, expected in empirical.items():
         flags = ("--timestep_shift", "empirical", "--num_inference_steps", str(steps))
-        assert math.log(script.shift_factor(arguments(script, *flags), tokens)) == pytest.approx(expected, abs=6e-4)
+        assert math.log(shift_of(script, tokens, *flags)) == pytest.approx(expected, abs=6e-4)
 
 
 def test_linear_is_half_at_256_tokens_and_the_shift_can_be_off_or_a_number(script):
     """--timestep_shift none is 1, 3 is 3."""
-    assert script.shift_factor(arguments(script), 256) == pytest.approx(math.exp(0.5))
-    assert script.shift_factor(arguments(script, "--timestep_shift", "none"), 4096) == 1.0
-    assert script.shift_factor(arguments(script, "--timestep_shift", "3"), 4096) == 3.0
+    assert shift_of(script, 256) == pytest.approx(math.exp(0.5))
+    assert shift_of(script, 4096, "--timestep_shift", "none") == 1.0
+    assert shift_of(script, 4096, "--timestep_shift", "3") == pytest.approx(3.0)
 
 
 def test_shifted_sigmas_follow_the_schedulers_formula(script, tiny):
-    """And keep 0, 1 and their order; a factor of 1 changes nothing."""
+    """And keep 0, 1 and their order; without a shift nothing changes."""
     sigmas = torch.linspace(0, 1, 101)
     scheduler = script.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "scheduler")
     expected = scheduler.time_shift(1.15, 1.0, sigmas[1:])
-    shifted = script.shift_sigmas(sigmas, math.exp(1.15))
+    shifted = script.shift_sigmas(arguments(script), sigmas, 4096)
     assert shifted[1:].allclose(expected, atol=1e-6)
     assert shifted[0] == 0 and shifted[-1] == 1 and (shifted.diff() > 0).all() and (shifted[1:-1] > sigmas[1:-1]).all()
-    assert script.shift_sigmas(sigmas, 1.0).equal(sigmas)
+    assert script.shift_sigmas(arguments(script, "--timestep_shift", "none"), sigmas, 4096).equal(sigmas)
 
 
 # ---- u and the weights ----
@@ -265,24 +271,29 @@ def test_a_negative_logit_mean_trains_more_on_noise(script):
     assert (1 - drawn(script, 1000, *flags, "1")).mean() < 0.4
 
 
+def weights_of(script, scheme: str, sigmas: torch.Tensor) -> torch.Tensor:
+    """The weight of each sample's loss: the losses of a model that is wrong by 1 everywhere."""
+    clean, noise = problem(len(sigmas))
+    args = arguments(script, "--weighting_scheme", scheme)
+    return losses_of(script, args, Knows(noise - clean + 1), clean, noise, sigmas, 2, 5)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_is_finite_and_positive_from_sigma_0_to_1(script, scheme):
     """sigma_sqrt would be infinite at 0."""
-    weights = script.loss_weights(arguments(script, "--weighting_scheme", scheme), torch.linspace(0, 1, 1001))
-    assert weights.shape == (1001,) and weights.isfinite().all() and (weights > 0).all() and weights.max() <= 100
+    weights = weights_of(script, scheme, torch.linspace(0, 1, 1001))
+    assert weights.shape == (1001,) and weights.isfinite().all() and (weights > 0).all() and weights.max() <= 100.001
 
 
 def test_the_weights_have_their_formulas(script):
     """sigma_sqrt is 1 / sigma^2 capped at 100, cosmap 2 / (pi (1 - 2 sigma + 2 sigma^2)), the others 1."""
     sigmas = torch.tensor([0.0, 0.001, 0.1, 0.5, 1.0])
-    weights = {
-        scheme: script.loss_weights(arguments(script, "--weighting_scheme", scheme), sigmas) for scheme in SCHEMES
-    }
+    weights = {scheme: weights_of(script, scheme, sigmas) for scheme in SCHEMES}
     assert weights["sigma_sqrt"].tolist() == pytest.approx([100, 100, 100, 4, 1], rel=1e-5)
     expected = [2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)) for sigma in sigmas.tolist()]
     assert weights["cosmap"].tolist() == pytest.approx(expected, rel=1e-5)
     for scheme in ("none", "logit_normal", "mode"):
-        assert weights[scheme].tolist() == [1.0] * 5
+        assert weights[scheme].tolist() == pytest.approx([1.0] * 5)
 
 
 def test_the_weight_multiplies_the_loss_of_its_own_sample(script):

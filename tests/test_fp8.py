@@ -57,6 +57,17 @@ def test_the_weight_is_kept_in_fp8_with_a_scale_per_row_and_nothing_else(script)
     assert ((back - linear.weight).norm(dim=1) / linear.weight.norm(dim=1)).max() < FORMAT_ERROR
 
 
+def test_a_large_weight_is_quantised_in_pieces_to_the_same_bits(script, monkeypatch):
+    """[dev]'s largest, in fp32 or in bf16, would need a gigabyte of the device beside what stays there."""
+    linear = torch.nn.Linear(64, 2500, bias=False)
+    values, scales = script.to_fp8(linear.weight.detach())
+    pieces = spy(monkeypatch, script, "to_fp8")
+    quantized = script.FP8Linear(linear, torch.device("cpu"))
+    assert quantized.weight.view(torch.uint8).equal(values.view(torch.uint8)) and quantized.scales.equal(scales)
+    sizes = [call.args[0].numel() for call in pieces]
+    assert sum(sizes) == linear.weight.numel() and max(sizes) <= 1024 * 64
+
+
 def test_a_token_does_not_depend_on_its_neighbours(script):
     """Scales belong to tokens: alone or in a batch beside a giant, output and gradient are the same to rounding."""
     quantized = script.FP8Linear(outlier_linear(128, 64), torch.device("cpu"))

@@ -32,10 +32,10 @@ def test_the_scripts_are_in_step_and_share_three_quarters(capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_changed_character_in_a_region_is_a_diff_and_exit_1(copies, capsys, script):
-    change(copies, script, "return factor * sigmas / (1 + (factor - 1) * sigmas)", "return factor * sigmas")
+    change(copies, script, "return shift * sigmas / (1 + (shift - 1) * sigmas)", "return shift * sigmas")
     assert sync_regions.main([], copies) == 1
     printed = capsys.readouterr().out
-    assert "flow-matching" in printed and "factor * sigmas / (1" in printed and printed.count("\n-") >= 1
+    assert "flow-matching" in printed and "shift * sigmas / (1" in printed and printed.count("\n-") >= 1
 
 
 @pytest.mark.parametrize(("script", "other"), [SCRIPTS, SCRIPTS[::-1]])

@@ -552,8 +552,7 @@ def flow_loss(args: argparse.Namespace, transformer: Flux2Transformer2DModel, ba
     noise_BLC = torch.randn(batch.clean_BLC.shape, generator=generator)
     u_B, guided_B, scale_B = torch.rand(3, len(noise_BLC), generator=generator)
     # The linear shift of FLUX.2, the training script's default.
-    factor = script.shift_factor(argparse.Namespace(timestep_shift="linear"), noise_BLC.shape[1])
-    sigmas_B = script.shift_sigmas(u_B, factor)
+    sigmas_B = script.shift_sigmas(argparse.Namespace(timestep_shift="linear"), u_B, noise_BLC.shape[1])
     guidance_B = torch.where(guided_B < GUIDED_SHARE, 1 + 3 * scale_B, torch.ones_like(scale_B))
     noisy_BLC = torch.lerp(batch.clean_BLC, noise_BLC, sigmas_B.view(-1, 1, 1))
     velocity_BLC = predict_velocity(transformer, noisy_BLC, sigmas_B, guidance_B, batch)
