@@ -477,9 +477,8 @@ def check_launch(args: Args) -> Iterator[str]:
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
     given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
     if policy.upper() != FSDP_POLICY or not {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS):
-        yield (f"the accelerate config has fsdp_auto_wrap_policy '{policy}' and the layers '{given}'; write\n"
-               f"      fsdp_auto_wrap_policy: {FSDP_POLICY}\n"
-               f"      fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}")  # fmt: skip
+        wanted = f"fsdp_auto_wrap_policy: {FSDP_POLICY}, fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}"
+        yield f"the accelerate config wraps '{given}' by '{policy}'; write {wanted}"
 
 
 def report_to(args: Args) -> list[str]:
@@ -506,18 +505,6 @@ def check_services(args: Args) -> Iterator[str]:
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
     if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
         yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
-    needs_token = args.remote_text_encoder and url.hostname not in LOOPBACK
-    if (needs_token or args.push_to_hub) and not (args.hub_token or hub_token_on_disk()):
-        reason = "--push_to_hub" if args.push_to_hub else f"--remote_text_encoder at {url.hostname}"
-        yield f"{reason}: no token; run `hf auth login`, set HF_TOKEN or give --hub_token"
-
-
-def hub_token_on_disk() -> bool:
-    """Whether HF_TOKEN is set or `hf auth login` left a token; huggingface_hub would take seconds to import here."""
-    home = Path(
-        os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "huggingface"))
-    )
-    return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file()
 
 
 def check_folders(args: Args) -> Iterator[str]:
@@ -856,40 +843,31 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
         peak = max(peak_memory(run).values(), default=math.nan)
         on_gpu = run.device.type == "cuda"
         free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
-        flags = memory_flags(run, phase)[:2]
+        flags = memory_flags(run, phase)
         text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
-        text += f"  what helps most and is not on: {', then '.join(flags)}\n"
+        text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
         if any(verify_checkpoint(folder) is None for folder in list_checkpoints(run.output_dir)):
-            same = [flag for flag in flags if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
-            text += f"  flags that are not in this line make another run. Go on with\n    {resume_line(run, *same)}"
+            same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
+            text += f"  flags that are not in this line may make another run. Go on with\n    {resume_line(run, *same)}"
         raise OutOfMemory(text.rstrip()) from error
 
 
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory in this phase and is not on yet, what helps most first."""
-    on_gpu, quantised = run.device.type != "cpu", bool(run.quantization or run.args.do_fp8_training)
-    rows = {"a smaller --resolution": True}
     if phase == "encode prompts":
-        rows = {
-            "--offload": on_gpu and not run.args.offload,
-            "--fsdp_text_encoder": run.processes > 1 and not run.args.fsdp_text_encoder,
-            "--remote_text_encoder": not run.args.remote_text_encoder,
-            "a smaller --max_sequence_length": True,
-        }
-    elif phase not in ("check data", "encode images"):
-        in_four_bits = "--bnb_quantization_config_path configs/quantization/nf4.json"  # its weights are not split
-        rows = {
-            "--gradient_checkpointing": phase == "train" and checkpointed_share(run) < 1,
-            "--stream_blocks": on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization),
-            "--do_fp8_training" if run.sharding else in_four_bits: not quantised,
-            "--train_batch_size 1": run.args.train_batch_size > 1,
-            "--cache_latents": not run.args.cache_latents,
-            "--offload": on_gpu and not run.args.offload,
-            "a smaller --resolution": True,
-            "--use_8bit_adam": run.args.optimizer == "adamw" and not run.args.use_8bit_adam,
-            "a smaller --rank": True,
-        }
-    return [flag for flag, helps in rows.items() if helps]
+        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+    elif phase in ("check data", "encode images"):
+        names, smaller = [], ["resolution"]
+    else:
+        base = ["do_fp8_training"] if run.sharding else ["stream_blocks", "bnb_quantization_config_path"]
+        names = ["gradient_checkpointing"] * (phase == "train") + ([] if run.quantization else base)
+        names, smaller = [*names, "cache_latents", "offload", "use_8bit_adam"], ["resolution", "rank"]
+    useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
+    useless += ["fsdp_text_encoder"] * (run.processes == 1) + ["gradient_checkpointing"] * (
+        checkpointed_share(run) == 1
+    )
+    helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
+    return helping + [f"a smaller --{name}" for name in smaller]
 
 
 def resume_line(run: Run, *more: str) -> str:
@@ -957,6 +935,9 @@ def start_accelerator(args: Args) -> Run:
     """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
     if problems := list(check_launch(args)):  # the processes of a notebook have not been through parse_args
         raise UserError("\n".join(problems))
+    remote = args.remote_text_encoder and urllib.parse.urlsplit(args.remote_text_encoder_url).hostname not in LOOPBACK
+    if (remote or args.push_to_hub) and not (args.hub_token or huggingface_hub.get_token()):
+        raise UserError("--push_to_hub, --remote_text_encoder: no token; run `hf auth login` or set HF_TOKEN")
     for note in flag_notes(args):
         log.warning(note)
     if is_launched() and process_count() > 1:

@@ -274,14 +274,10 @@ def test_report_to_all_means_the_installed_trackers(parse, good, monkeypatch):
     assert parse.report_to(parse.parse_args([*good, "--report_to", "all"])) == ["tensorboard"]
 
 
-def test_pushing_without_a_token_is_refused_at_start(refusal, monkeypatch):
+@pytest.mark.parametrize("flag", ["--push_to_hub", "--remote_text_encoder"])
+def test_the_hub_and_the_public_remote_encoder_without_a_token_are_refused_at_start(failure, monkeypatch, flag):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert has(refusal("--push_to_hub"), "--push_to_hub", "hf auth login", "HF_TOKEN")
-
-
-def test_the_public_remote_encoder_without_a_token_is_refused_at_start(refusal, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert has(refusal("--remote_text_encoder"), "--remote_text_encoder", "no token", "hf auth login", "--hub_token")
+    assert has(failure(flag), flag, "no token", "hf auth login", "HF_TOKEN")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])

@@ -61,7 +61,7 @@ def test_the_message_names_the_phase_the_memory_and_two_flags(script, train, mon
     said = str(ERRORS[error]).splitlines()
     assert told[0].startswith(f"out of memory in phase '{phase}' ({said[0] if said else 'MemoryError'})")
     assert "peak " in told[0] and "GB, free now " in told[0] and "nan" not in told[0]
-    assert told[1].startswith("  what helps most and is not on: ")
+    assert told[1].startswith("  what helps and is not on, most first: ")
     assert told[2:] == []
     assert [code for known, code in script.EXIT_CODES.items() if isinstance(caught.value, known)] == [6]
 
@@ -90,47 +90,35 @@ def test_another_failure_stays_what_it_was(script, train, monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "phase, flags, device, expected",
+    "phase, flags, expected",
     [
-        ("train", (), "cuda", ["--gradient_checkpointing", "--stream_blocks"]),
-        ("train", ("--gradient_checkpointing", "0.5"), "cuda", ["--gradient_checkpointing", "--stream_blocks"]),
-        ("train", ("--gradient_checkpointing",), "cuda", ["--stream_blocks", "--bnb_quantization_config_path"]),
-        ("train", ("--stream_blocks",), "cuda", ["--bnb_quantization_config_path", "--cache_latents"]),
-        (
-            "train",
-            ("--gradient_checkpointing", "--do_fp8_training"),
-            "cpu",
-            ["--cache_latents", "a smaller --resolution"],
-        ),
-        ("train", ("--gradient_checkpointing", "--train_batch_size", "2"), "cpu", ["--bnb", "--train_batch_size 1"]),
-        ("set up training", (), "cuda", ["--stream_blocks", "--bnb_quantization_config_path"]),
-        ("set up training", ("--optimizer", "prodigy"), "cpu", ["--bnb_quantization", "--cache_latents"]),
-        ("encode prompts", (), "cuda", ["--offload", "--remote_text_encoder"]),
-        ("encode prompts", ("--offload",), "cuda", ["--remote_text_encoder", "a smaller --max_sequence_length"]),
-        ("encode prompts", (), "cpu", ["--remote_text_encoder", "a smaller --max_sequence_length"]),
-        ("encode images", (), "cuda", ["a smaller --resolution"]),
+        ("train", (), ["--gradient_checkpointing", "--stream_blocks"]),
+        ("train", ("--gradient_checkpointing",), ["--stream_blocks", "--bnb_quantization_config_path"]),
+        ("train", ("--stream_blocks",), ["--bnb_quantization_config_path", "--cache_latents"]),
+        ("set up training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
+        ("encode prompts", (), ["--offload", "--remote_text_encoder"]),
+        ("encode prompts", ("--offload",), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
+        ("encode images", (), ["a smaller --resolution"]),
     ],
 )
-def test_the_two_flags_are_those_that_help_there_and_are_not_on(script, tiny, tmp_path, phase, flags, device, expected):
-    """On a GPU and on the CPU, where --offload has nothing to move."""
-    run = replace(start_run(script, tiny, tmp_path, *flags), device=torch.device(device))
-    told = script.memory_flags(run, phase)[:2]
-    assert len(told) == len(expected) and all(map(str.startswith, told, expected)), told
+def test_the_flags_are_those_that_help_there_and_are_not_on(script, tiny, tmp_path, phase, flags, expected):
+    """What helps most first, on a GPU."""
+    run = replace(start_run(script, tiny, tmp_path, *flags), device=torch.device("cuda"))
+    assert script.memory_flags(run, phase)[: len(expected)] == expected
 
 
 def test_everything_that_is_on_is_not_said_again(bnb_on_cpu, script, tiny, tmp_path):
     """The quantised base too; something is always left to say."""
     four_bit = ("--bnb_quantization_config_path", ROOT / "configs" / "quantization" / "nf4.json", "--cache_latents")
     run = start_run(script, tiny, tmp_path, *four_bit, "--gradient_checkpointing", "--use_8bit_adam", "--offload")
-    run = replace(run, device=torch.device("cuda"))
-    assert script.memory_flags(run, "train")[:2] == ["a smaller --resolution", "a smaller --rank"]
+    assert script.memory_flags(run, "train") == ["a smaller --resolution", "a smaller --rank"]
 
 
 def test_what_several_processes_can_do_is_said_to_them(script, tiny, tmp_path):
     """The encoder and FP8 weights are split, those of bitsandbytes are not."""
     run = start_run(script, tiny, tmp_path)
     two = replace(run, sharding=script.Sharding(), accelerator=type("Two", (), {"num_processes": 2})())
-    assert script.memory_flags(two, "encode prompts")[0] == "--fsdp_text_encoder"
+    assert "--fsdp_text_encoder" in script.memory_flags(two, "encode prompts")
     assert script.memory_flags(two, "set up training")[0] == "--do_fp8_training"
 
 
@@ -221,4 +209,4 @@ def test_a_program_that_gets_no_more_memory_ends_with_exit_code_6(t2i, tiny, pho
     assert ended.returncode == 6, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "error: out of memory in phase 'encode images'" in ended.stderr, ended.stderr
-    assert "what helps most and is not on: a smaller --resolution" in ended.stderr
+    assert "what helps and is not on, most first: a smaller --resolution" in ended.stderr
