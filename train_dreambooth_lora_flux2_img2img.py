@@ -75,8 +75,8 @@ from typing import Any, NoReturn
 
 
 # ------------------------------------------------------------------------------------------------------------ Arguments
-# The flags, one row each, and every check that needs neither torch nor a model: a mistake is told in under a second,
-# with all others. argparse is enough: dataclasses would give the same flags with their help far away from them.
+# The flags, a row each below the title of their group, and every check that needs neither torch nor a model: a mistake
+# is told in a second, with all others. argparse does: dataclasses would part a flag from its help and its choices.
 # region shared: arguments
 Args = argparse.Namespace  # the flags, as parse_args returns them
 Size = tuple[int, int]  # (height, width) in pixels
@@ -141,135 +141,123 @@ def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **
     return name, options
 
 
-SHARED_FLAGS = {
-    "Model": [
-        flag("pretrained_model_name_or_path", to_path, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
-        flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
-        flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
-        flag("cache_dir", to_path, None, "where downloads are kept; None is the Hugging Face cache"),
-        flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
-    ],
-    "Data": [
-        flag("dataset_name", to_path, None, "instead: a data set's hub id, folder, or .parquet, .jsonl or .csv file"),
-        flag("dataset_config_name", str, None, "configuration of that data set"),
-        flag("dataset_split", str, "train", "split of that data set"),
-        flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
-        flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-        flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
-        flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
-        flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
-        flag("repeats", COUNT, 1, "visits of each image in one epoch"),
-        flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
-        flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
-    ],
-    "Image size": [
-        flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
-        flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
-        flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
-        flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
-        flag("random_flip", bool, False, "mirror half of the visits", resume=True),
-        flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
-    ],
-    "Prior preservation": [],
-    "Text": [
-        flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template", resume=True),
-        flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
-        flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
-        flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
-        flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
-    ],
-    "LoRA": [
-        flag("rank", COUNT, 16, "rank r of the LoRA matrices", resume=True),
-        flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank"),
-        flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
-        flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
-        flag("init_lora_from", to_path, None, "start from this .safetensors LoRA of the same rank and modules"),
-    ],
-    "Flow matching": [
-        flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
-        flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
-        flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
-        flag("mode_scale", FINITE, 1.29, "scale of the mode density", resume=True),
-        flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-             "empirical (as at inference) or a number"),
-        flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
-    ],
-    "Steps": [
-        flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
-        flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step", resume=True),
-        flag("num_train_epochs", COUNT, 1, "epochs of images x repeats samples"),
-        flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
-        flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
-        flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
-    ],
-    "Optimizer": [
-        flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy", resume=True),
-        flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
-        flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
-        flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
-        flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
-        flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
-        flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
-        flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator", resume=True),
-        flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
-        flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay", resume=True),
-        flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction", resume=True),
-        flag("prodigy_safeguard_warmup", bool, True, "Prodigy: no warm-up in its step-size estimate", resume=True),
-        flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
-        flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
-             "schedule of the learning rate, in optimizer steps", resume=True),
-        flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up", resume=True),
-        flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
-        flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial", resume=True),
-    ],
-    "Memory and speed": [
-        flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in "
-             "every block, 0.5 in half of them", nargs="?", const=1.0),
-        flag("cache_latents", bool, False, "encode images once, to disk; crops the centre", resume=True),
-        flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
-        flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
-        flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes: "
-             "alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
-        flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
-        flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
-        flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
-        flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
-    ],
-    "Checkpoints": [
-        flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
-        flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
-        flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
-        flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
-        flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
-        flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
-    ],
-    "Validation": [
-        flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
-        flag("num_validation_images", NATURAL, 4, "images per prompt"),
-        flag("validation_epochs", COUNT, 50, "epochs between validations"),
-        flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
-        flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
-        flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
-        flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
-        flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
-        flag("skip_final_inference", bool, False, "no images at the end"),
-    ],
-    "Logging and Hub": [
-        flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
-        flag("logging_dir", to_path, "logs", "folder of the tracker files below OUTPUT_DIR"),
-        flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
-        flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
-        flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
-        flag("hub_private", bool, True, "create a private repository"),
-    ],
-    "Other": [flag("dry_run", bool, False, "check data and settings, print the plan, load no weights")],
-    "Accepted, no effect": [
-        flag("text_encoder_lr", float, None, "the text encoder is not trained"),
-        flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
-        flag("local_rank", int, None, "comes from the launcher"),
-        flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
-    ],
-}  # fmt: skip
+SHARED_FLAGS = [
+    "Model",
+    flag("pretrained_model_name_or_path", to_path, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
+    flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
+    flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
+    flag("cache_dir", to_path, None, "where downloads are kept; None is the Hugging Face cache"),
+    flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
+    "Data",
+    flag("dataset_name", to_path, None, "instead: a data set's hub id, folder, or .parquet, .jsonl or .csv file"),
+    flag("dataset_config_name", str, None, "configuration of that data set"),
+    flag("dataset_split", str, "train", "split of that data set"),
+    flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
+    flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
+    flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+    flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
+    flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
+    flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+    flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
+    flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
+    "Image size",
+    flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
+    flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+    flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
+    flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
+    flag("random_flip", bool, False, "mirror half of the visits", resume=True),
+    flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
+    "Prior preservation",
+    "Text",
+    flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template", resume=True),
+    flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
+    flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
+    flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
+    flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    "LoRA",
+    flag("rank", COUNT, 16, "rank r of the LoRA matrices", resume=True),
+    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank"),
+    flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
+    flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
+    flag("init_lora_from", to_path, None, "start from this .safetensors LoRA of the same rank and modules"),
+    "Flow matching",
+    flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
+    flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
+    flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
+    flag("mode_scale", FINITE, 1.29, "scale of the mode density", resume=True),
+    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
+         "empirical (as at inference) or a number"),
+    flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
+    "Steps",
+    flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
+    flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step", resume=True),
+    flag("num_train_epochs", COUNT, 1, "epochs of images x repeats samples"),
+    flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
+    flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
+    flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
+    "Optimizer",
+    flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy", resume=True),
+    flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
+    flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
+    flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
+    flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
+    flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
+    flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
+    flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator", resume=True),
+    flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
+    flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay", resume=True),
+    flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction", resume=True),
+    flag("prodigy_safeguard_warmup", bool, True, "Prodigy: no warm-up in its step-size estimate", resume=True),
+    flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
+    flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
+         "schedule of the learning rate, in optimizer steps", resume=True),
+    flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up", resume=True),
+    flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
+    flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial", resume=True),
+    "Memory and speed",
+    flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in every "
+         "block, 0.5 in half", nargs="?", const=1.0),
+    flag("cache_latents", bool, False, "encode images once, to disk; crops the centre", resume=True),
+    flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
+    flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
+    flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes, for "
+         "small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
+    flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
+    flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
+    flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+    flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
+    "Checkpoints",
+    flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
+    flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
+    flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
+    flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
+    flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
+    flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
+    "Validation",
+    flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
+    flag("num_validation_images", NATURAL, 4, "images per prompt"),
+    flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
+    flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
+    flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
+    flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
+    flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
+    flag("skip_final_inference", bool, False, "no images at the end"),
+    "Logging and Hub",
+    flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
+    flag("logging_dir", to_path, "logs", "folder of the tracker files below OUTPUT_DIR"),
+    flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
+    flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
+    flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
+    flag("hub_private", bool, True, "create a private repository"),
+    "Other",
+    flag("dry_run", bool, False, "check data and settings, print the plan, load no weights"),
+    "Accepted, no effect",
+    flag("text_encoder_lr", float, None, "the text encoder is not trained"),
+    flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
+    flag("local_rank", int, None, "comes from the launcher"),
+    flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
+]  # fmt: skip
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 SECRET_FLAGS = ("hub_token",)
@@ -288,24 +276,21 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", 
 TASK = "image-to-image"
 
 # differs: references are an image-to-image matter
-OWN_FLAGS = {
-    "Data": [
-        flag("cond_image_column", str, None, "column(s) with the references; None: found by usual names", nargs="+"),
-        flag("cond_data_dir", to_path, None, "folder(s) of references, matched by file name without ending", nargs="+"),
-        flag("cond_dropout", SHARE, 0.0, "probability of training a sample without its references", resume=True),
-    ],
-    "Image size": [
-        flag("align_cond_image", bool, False, "references get the crop of their image", resume=True),
-    ],
-    "Validation": [
-        flag("validation_image", to_path, None, "reference of the first prompt, of the second, ...; two of one prompt "
-             "are 'a.png,b.png'", nargs="+"),
-    ],
-}  # fmt: skip
+OWN_FLAGS = [
+    "Data",
+    flag("cond_image_column", str, None, "column(s) with the references; None: found by usual names", nargs="+"),
+    flag("cond_data_dir", to_path, None, "folder(s) of references, matched by file name without ending", nargs="+"),
+    flag("cond_dropout", SHARE, 0.0, "probability of training a sample without its references", resume=True),
+    "Image size",
+    flag("align_cond_image", bool, False, "references get the crop of their image", resume=True),
+    "Validation",
+    flag("validation_image", to_path, None, "reference of the first prompt, of the second, ...; two of one prompt "
+         "are 'a.png,b.png'", nargs="+"),
+]  # fmt: skip
 
 
 # region shared: arguments-parsing
-FLAGS = dict(itertools.chain(*SHARED_FLAGS.values(), *OWN_FLAGS.values()))
+FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
@@ -328,11 +313,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog=Path(__file__).name, description=summary, epilog=story.strip("\n"), allow_abbrev=False,
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    for title, shared in SHARED_FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, options in shared + OWN_FLAGS.get(title, []):
-            more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
-            group.add_argument(f"--{name}", *more, **options)
+    groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
+    for row in SHARED_FLAGS + OWN_FLAGS:
+        if isinstance(row, str):
+            group = groups[row]
+            continue
+        name, options = row
+        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
+        group.add_argument(f"--{name}", *more, **options)
     return parser
 
 
