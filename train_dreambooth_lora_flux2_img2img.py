@@ -4,7 +4,7 @@
 #     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
 #     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
 #     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
-#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2",
 # ]
 # ///
 """Train a FLUX.2 LoRA that edits images: reference image(s) and an instruction in, the edited image out.
@@ -75,6 +75,8 @@ from typing import Any, NoReturn
 
 
 # ------------------------------------------------------------------------------------------------------------ Arguments
+# The flags, a row each below the title of their group, and every check that needs neither torch nor a model: a mistake
+# is told in a second, with all others. argparse does: dataclasses would part a flag from its help and its choices.
 # region shared: arguments
 Args = argparse.Namespace  # the flags, as parse_args returns them
 Size = tuple[int, int]  # (height, width) in pixels
@@ -89,7 +91,7 @@ class CannotWrite(UserError, OSError):
 
 
 def parse_number(cast: type, least: float, most: float, above: bool, text: str) -> float:
-    """A number from `least` to `most`; `above` leaves out the lower end. Raises ArgumentTypeError, which says both."""
+    """A number from `least` to `most`; `above` leaves out the lower end."""
     try:
         value = cast(text)
     except ValueError:
@@ -101,7 +103,6 @@ def parse_number(cast: type, least: float, most: float, above: bool, text: str) 
 
 
 def number(cast: type, least: float, most: float = sys.float_info.max, above: bool = False) -> Callable:
-    """Argparse type of a number in a range."""
     return functools.partial(parse_number, cast, least, most, above)
 
 
@@ -110,30 +111,27 @@ SHARE, BETA, FINITE = number(float, 0, 1), number(float, 0, 1 - 2**-24), number(
 
 
 def share_or_switch(text: str) -> float:
-    """Argparse type of a share that may also be `true` or `false`."""
     return SHARE({"true": "1", "false": "0"}.get(text.lower(), text))
 
 
 def to_path(text: str) -> str:
-    """Argparse type of a path, or of several with commas: a shell leaves the `~` in --output_dir=~/x as it is."""
+    """A path, or several with commas: a shell leaves the `~` in --output_dir=~/x as it is."""
     return ",".join(map(os.path.expanduser, text.split(",")))
 
 
 class Switch(argparse.Action):
     """--NAME, also --NAME true or --NAME=false; --no-NAME where it is on by default."""
 
-    def __call__(self, _parser: Any, found: Args, value: Any, option: str | None = None) -> None:
-        """`value` is None, 'true' or 'false'."""
+    def __call__(self, _parser: Any, found: Args, value: str | None, option: str | None = None) -> None:
         setattr(found, self.dest, (value != "false") != str(option).startswith("--no-"))
 
 
-def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple[str, dict[str, Any]]:
-    """One row of the flag table.
+def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
+    """One row of the flag table: `kind` is a type, bool for a switch, or 'a|b|c' for a closed set in any case.
 
-    `kind` is a type or a `number`, bool for a switch, or the closed set 'a|b|c', in which upper and lower case are the
-    same.
+    `resume` marks what a resumed run must share with the run that it goes on with.
     """
-    options |= {"default": default, "help": f"{help} (default: {default})"}
+    options |= {"default": default, "help": f"{help} (default: {default})", "resume": resume}
     if kind is bool:
         options |= {"action": Switch, "nargs": "?", "type": str.lower, "choices": ("true", "false")}
     elif isinstance(kind, str):
@@ -143,137 +141,123 @@ def flag(name: str, kind: Any, default: Any, help: str, **options: Any) -> tuple
     return name, options
 
 
-SHARED_FLAGS = {
-    "Model": [
-        flag("pretrained_model_name_or_path", to_path, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
-        flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
-        flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
-        flag("cache_dir", to_path, None, "where downloads are kept; None is the Hugging Face cache"),
-        flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
-    ],
-    "Data": [
-        flag("dataset_name", to_path, None, "instead of --instance_data_dir: hub id, folder that `datasets` can load, "
-             "save_to_disk folder, .parquet, .jsonl or .csv file"),
-        flag("dataset_config_name", str, None, "configuration of that data set"),
-        flag("dataset_split", str, "train", "split of that data set"),
-        flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
-        flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-        flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
-        flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
-        flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt"),
-        flag("repeats", COUNT, 1, "visits of each image in one epoch"),
-        flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
-        flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
-    ],
-    "Image size": [
-        flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
-        flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
-        flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
-        flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit"),
-        flag("random_flip", bool, False, "mirror half of the visits"),
-        flag("vae_encode_mode", "mode|sample", "mode", "mean of the VAE's distribution, as at inference, or a draw"),
-    ],
-    "Prior preservation": [],
-    "Text": [
-        flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template, at most 512"),
-        flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
-        flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
-        flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict",
-             "that server; this one was reported paused"),
-        flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
-    ],
-    "LoRA": [
-        flag("rank", COUNT, 16, "rank r of the LoRA matrices"),
-        flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank"),
-        flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input"),
-        flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
-        flag("init_lora_from", to_path, None, "start from this .safetensors LoRA of the same rank and modules"),
-    ],
-    "Flow matching": [
-        flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u, or weight"),
-        flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0 trains more on noisy images"),
-        flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)"),
-        flag("mode_scale", FINITE, 1.29, "scale of the mode density"),
-        flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (by image tokens, as "
-             "FLUX.2 is reported to have been trained), none, empirical (that of inference) or a number"),
-        flag("guidance_scale", NOT_NEGATIVE, 1.0, "embedded guidance while training; no effect on [klein]"),
-    ],
-    "Steps": [
-        flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
-        flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step"),
-        flag("num_train_epochs", COUNT, 1, "epochs of images x repeats samples"),
-        flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
-        flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
-        flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
-    ],
-    "Optimizer": [
-        flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy"),
-        flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
-        flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
-        flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)"),
-        flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)"),
-        flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)"),
-        flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA"),
-        flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator"),
-        flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
-        flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay"),
-        flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction"),
-        flag("prodigy_safeguard_warmup", bool, True, "Prodigy: keep warm-up out of the step-size estimate"),
-        flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm"),
-        flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
-             "schedule of the learning rate, in optimizer steps"),
-        flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up"),
-        flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts"),
-        flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial"),
-    ],
-    "Memory and speed": [
-        flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in "
-             "every block, 0.5 in half of them", nargs="?", const=1.0),
-        flag("cache_latents", bool, False, "encode the images once, to disk; fixes the crop to the centre"),
-        flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
-        flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
-        flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes, "
-             "for small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
-        flag("do_fp8_training", bool, False, "FP8 weights and matmuls in the frozen blocks: half their memory"),
-        flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
-        flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
-        flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
-    ],
-    "Checkpoints": [
-        flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
-        flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
-        flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
-        flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
-        flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
-        flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
-    ],
-    "Validation": [
-        flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
-        flag("num_validation_images", NATURAL, 4, "images per prompt"),
-        flag("validation_epochs", COUNT, 50, "epochs between validations"),
-        flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
-        flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
-        flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
-        flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
-        flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
-        flag("skip_final_inference", bool, False, "no images at the end"),
-    ],
-    "Logging and Hub": [
-        flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
-        flag("logging_dir", to_path, "logs", "folder of the tracker files below OUTPUT_DIR"),
-        flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
-        flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
-        flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
-        flag("hub_private", bool, True, "create a private repository"),
-    ],
-    "Other": [flag("dry_run", bool, False, "check data and settings, print the plan, load no weights")],
-    "Accepted, no effect": [
-        flag("text_encoder_lr", float, None, "the text encoder is not trained"),
-        flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
-        flag("local_rank", int, None, "comes from the launcher"),
-        flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
-    ],
-}  # fmt: skip
+SHARED_FLAGS = [
+    "Model",
+    flag("pretrained_model_name_or_path", to_path, None, "folder or hub id of FLUX.2 [dev] or [klein]; required"),
+    flag("revision", str, None, "branch, tag or commit of the model, for every part of it"),
+    flag("variant", str, None, "file variant such as fp32 in diffusion_pytorch_model.fp32.safetensors"),
+    flag("cache_dir", to_path, None, "where downloads are kept; None is the Hugging Face cache"),
+    flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
+    "Data",
+    flag("dataset_name", to_path, None, "instead: a data set's hub id, folder, or .parquet, .jsonl or .csv file"),
+    flag("dataset_config_name", str, None, "configuration of that data set"),
+    flag("dataset_split", str, "train", "split of that data set"),
+    flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
+    flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
+    flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+    flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
+    flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
+    flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+    flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
+    flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
+    "Image size",
+    flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
+    flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+    flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
+    flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
+    flag("random_flip", bool, False, "mirror half of the visits", resume=True),
+    flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
+    "Prior preservation",
+    "Text",
+    flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template", resume=True),
+    flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
+    flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
+    flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
+    flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    "LoRA",
+    flag("rank", COUNT, 16, "rank r of the LoRA matrices", resume=True),
+    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank"),
+    flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
+    flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
+    flag("init_lora_from", to_path, None, "start from this .safetensors LoRA of the same rank and modules"),
+    "Flow matching",
+    flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
+    flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
+    flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
+    flag("mode_scale", FINITE, 1.29, "scale of the mode density", resume=True),
+    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
+         "empirical (as at inference) or a number"),
+    flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
+    "Steps",
+    flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
+    flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step", resume=True),
+    flag("num_train_epochs", COUNT, 1, "epochs of images x repeats samples"),
+    flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
+    flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
+    flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
+    "Optimizer",
+    flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy", resume=True),
+    flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
+    flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
+    flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
+    flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
+    flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
+    flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
+    flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator", resume=True),
+    flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
+    flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay", resume=True),
+    flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction", resume=True),
+    flag("prodigy_safeguard_warmup", bool, True, "Prodigy: no warm-up in its step-size estimate", resume=True),
+    flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
+    flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
+         "schedule of the learning rate, in optimizer steps", resume=True),
+    flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up", resume=True),
+    flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
+    flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial", resume=True),
+    "Memory and speed",
+    flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in every "
+         "block, 0.5 in half", nargs="?", const=1.0),
+    flag("cache_latents", bool, False, "encode images once, to disk; crops the centre", resume=True),
+    flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
+    flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
+    flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes, for "
+         "small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
+    flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
+    flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
+    flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+    flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
+    "Checkpoints",
+    flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
+    flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
+    flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
+    flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
+    flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
+    flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
+    "Validation",
+    flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
+    flag("num_validation_images", NATURAL, 4, "images per prompt"),
+    flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
+    flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
+    flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
+    flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
+    flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
+    flag("skip_final_inference", bool, False, "no images at the end"),
+    "Logging and Hub",
+    flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
+    flag("logging_dir", to_path, "logs", "folder of the tracker files below OUTPUT_DIR"),
+    flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
+    flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
+    flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
+    flag("hub_private", bool, True, "create a private repository"),
+    "Other",
+    flag("dry_run", bool, False, "check data and settings, print the plan, load no weights"),
+    "Accepted, no effect",
+    flag("text_encoder_lr", float, None, "the text encoder is not trained"),
+    flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
+    flag("local_rank", int, None, "comes from the launcher"),
+    flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
+]  # fmt: skip
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 SECRET_FLAGS = ("hub_token",)
@@ -292,45 +276,32 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", 
 TASK = "image-to-image"
 
 # differs: references are an image-to-image matter
-OWN_FLAGS = {
-    "Data": [
-        flag("cond_image_column", str, None, "column(s) with the references; None: found by usual names", nargs="+"),
-        flag("cond_data_dir", to_path, None, "folder(s) of references, matched by file name without ending", nargs="+"),
-        flag("cond_dropout", SHARE, 0.0, "probability of training a sample without its references"),
-    ],
-    "Image size": [
-        flag("align_cond_image", bool, False, "pixel-aligned pairs: references get the crop of their image"),
-    ],
-    "Validation": [
-        flag("validation_image", to_path, None, "reference of the first prompt, of the second, ...; two of one prompt "
-             "are 'a.png,b.png'", nargs="+"),
-    ],
-}  # fmt: skip
+OWN_FLAGS = [
+    "Data",
+    flag("cond_image_column", str, None, "column(s) with the references; None: found by usual names", nargs="+"),
+    flag("cond_data_dir", to_path, None, "folder(s) of references, matched by file name without ending", nargs="+"),
+    flag("cond_dropout", SHARE, 0.0, "probability of training a sample without its references", resume=True),
+    "Image size",
+    flag("align_cond_image", bool, False, "references get the crop of their image", resume=True),
+    "Validation",
+    flag("validation_image", to_path, None, "reference of the first prompt, of the second, ...; two of one prompt "
+         "are 'a.png,b.png'", nargs="+"),
+]  # fmt: skip
 
 
 # region shared: arguments-parsing
-FLAGS = dict(itertools.chain(*SHARED_FLAGS.values(), *OWN_FLAGS.values()))
+FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
-# What is usually meant, by what argparse says.
-LIKELY_CAUSES = {
-    r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
-    r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
-}
+RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 
 
 class Parser(argparse.ArgumentParser):
-    """Adds the likely cause to argparse's own errors; of the processes of a machine one speaks."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends with exit code 2."""
-        causes = [cause for pattern, cause in LIKELY_CAUSES.items() if re.search(pattern, message)]
-        self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
+    """Of the processes of a machine one tells a mistake; the others wait, for the launcher ends all with the first."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Prints and ends; a process that is silent waits, since with the first that fails the launcher ends all."""
-        silent = is_launched() and os.environ["LOCAL_RANK"] != "0"
-        if silent and status:
+        silent = status != 0 and is_launched() and os.environ["LOCAL_RANK"] != "0"
+        if silent:
             time.sleep(10)
         super().exit(status, None if silent else message)
 
@@ -340,37 +311,33 @@ def build_parser() -> argparse.ArgumentParser:
     summary, _, story = (__doc__ or "").partition("\n")
     parser = Parser(
         prog=Path(__file__).name, description=summary, epilog=story.strip("\n"), allow_abbrev=False,
-        usage="%(prog)s [@SAVED.args] [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    for title, shared in SHARED_FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, options in shared + OWN_FLAGS.get(title, []):
-            more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
-            group.add_argument(f"--{name}", *more, **options)
+    groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
+    for row in SHARED_FLAGS + OWN_FLAGS:
+        if isinstance(row, str):
+            group = groups[row]
+            continue
+        name, options = row
+        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
+        group.add_argument(f"--{name}", *more, **options)
     return parser
 
 
-def expand_saved_lines(argv: list[str]) -> list[str]:
-    """Replaces each `@NAME.args` by the words of that file (shell quoting, # comments); other words stay."""
+def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
+    """The flags; `@NAME.args` stands for the words of that file (shell quoting, # comments), --instance_prompt for
+    [trigger] in the prompts that images are drawn from.
+    """
     words: list[str] = []
     for word in argv:
-        if word.startswith("@") and word.endswith(".args"):
-            try:
-                # the bytes: reading as text would turn a carriage return within a prompt into a line break
-                words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{word}: cannot read it ({error}); give the path of a saved command line") from None
-        else:
+        if not (word.startswith("@") and word.endswith(".args")):
             words.append(word)
-    return words
-
-
-def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
-    """The flags of a command line, with --instance_prompt for [trigger] in the prompts that images are drawn from."""
-    try:
-        found = parser.parse_args(expand_saved_lines(argv))
-    except UserError as error:
-        parser.error(str(error))
+            continue
+        try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True)
+        except (OSError, ValueError) as error:
+            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
+    found = parser.parse_args(words)
     for name in DRAWN_PROMPTS if found.instance_prompt else ():
         if isinstance(text := getattr(found, name, None), str):
             setattr(found, name, text.replace("[trigger]", found.instance_prompt))
@@ -388,12 +355,11 @@ def parse_sizes(text: str) -> list[Size]:
 
 
 def final_prompts(args: Args) -> list[str]:
-    """Prompts of the last images."""
     return [args.final_validation_prompt] if args.final_validation_prompt else list(args.validation_prompt or [])
 
 
-def check_sizes(args: Args) -> Iterator[str]:
-    """Problems of the sizes, and of --timestep_shift."""
+def check_values(args: Args) -> Iterator[str]:
+    """Problems of sizes, of --timestep_shift and of texts."""
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
@@ -401,18 +367,13 @@ def check_sizes(args: Args) -> Iterator[str]:
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
     for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
         text = getattr(args, name)
-        with contextlib.suppress(ValueError):
+        try:
             sizes = parse_sizes(text) if text is not None else []
-            wrong = [f"{h},{w}" for h, w in sizes if min(h, w) < 16 or h % 16 or w % 16]
-            if wrong:
-                yield f"--{name}: {' '.join(wrong)} must be multiples of 16"
-            if len(sizes) <= most:
-                continue
-        yield f"--{name} '{text}': write it as 'height,width'" + (", several with ';' between" if most > 1 else "")
-
-
-def check_words(args: Args) -> Iterator[str]:
-    """Problems of texts: bytes that are no text, and [trigger] where nothing replaces it."""
+        except ValueError:
+            sizes = [(0, 0)]
+        if len(sizes) > most or any(min(size) < 16 or size[0] % 16 or size[1] % 16 for size in sizes):
+            several = " (several with ';' between)" * (most > 1)
+            yield f"--{name} '{text}': write it as 'height,width', multiples of 16{several}"
     for name, value in vars(args).items():
         text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -421,54 +382,57 @@ def check_words(args: Args) -> Iterator[str]:
             yield f"--{name}: [trigger] stands for --instance_prompt, which is missing"
     if "[trigger]" in (args.instance_prompt or ""):
         yield "--instance_prompt: is what replaces [trigger] elsewhere; write the words themselves, as in 'sks dog'"
+    if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
+        yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
 
 
-def check_model(args: Args) -> Iterator[str]:
+def check_model_and_data(args: Args) -> Iterator[str]:
     """Problems of the flags that name the model and the data, as far as the disk can tell."""
-    model = args.pretrained_model_name_or_path
+    model, folder, settings = (
+        args.pretrained_model_name_or_path,
+        args.instance_data_dir,
+        args.bnb_quantization_config_path,
+    )
     if not model:
         yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
-    elif Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        yield f"--pretrained_model_name_or_path {model}: the folder has no model_index.json; give a diffusers folder"
-    elif os.path.isfile(model) or not (os.path.exists(model) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)):
+    elif os.path.exists(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
+        yield f"--pretrained_model_name_or_path {model}: has no model_index.json; give a diffusers folder"
+    elif not os.path.exists(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if args.bnb_quantization_config_path:
+    if settings:
         try:
             read_quantization(args)
         except (OSError, ValueError) as error:
-            yield (f"--bnb_quantization_config_path {args.bnb_quantization_config_path}: cannot be used ({error}); "
-                   "see configs/quantization/nf4.json")  # fmt: skip
-    if args.bnb_quantization_config_path and args.do_fp8_training:
+            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see configs/quantization/"
+    if settings and args.do_fp8_training:
         yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if args.stream_blocks and args.bnb_quantization_config_path:
+    if settings and args.stream_blocks:
         yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.init_lora_from and not Path(args.init_lora_from).is_file():
+    if args.init_lora_from and not os.path.isfile(args.init_lora_from):
         yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
+    if bool(folder) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
-        reason = "a file; give the folder of the images" if os.path.isfile(args.instance_data_dir) else "no such folder"
-        yield f"--instance_data_dir {args.instance_data_dir}: {reason}"
+    if folder and not os.path.isdir(folder):
+        reason = "a file; give the folder of the images" if os.path.isfile(folder) else "no such folder"
+        yield f"--instance_data_dir {folder}: {reason}"
 
 
 def read_quantization(args: Args) -> dict[str, Any]:
     """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
     settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError("it holds no JSON object")
-    if (settings.get("load_in_4bit") is True) == (settings.get("load_in_8bit") is True):
-        raise ValueError('set exactly one of "load_in_4bit" and "load_in_8bit" to true')
+    if not isinstance(settings, dict) or [settings.get(f"load_in_{bits}bit") for bits in (4, 8)].count(True) != 1:
+        raise ValueError('it must be an object with one of "load_in_4bit" and "load_in_8bit" true')
     return settings
+
+
+LAUNCH_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}  # and the values that change nothing
 
 
 def launched_with(name: str) -> bool:
     """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
-
-
-LAUNCH_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}  # and the values that change nothing
 
 
 def process_count() -> int:
@@ -486,115 +450,77 @@ def check_launch(args: Args) -> Iterator[str]:
     """Problems of the accelerate configuration, which arrives in the environment."""
     left_over = [name for name, alone in LAUNCH_VARIABLES.items() if os.environ.get(name, alone) != alone]
     if left_over and not is_launched():
-        yield (f"the environment has {', '.join(left_over)}, left by another run: `unset {' '.join(left_over)}`, "
-               "or start with accelerate launch, which sets WORLD_SIZE, RANK, LOCAL_RANK and MASTER_ADDR")  # fmt: skip
-    asked = [name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")]
-    asked += ["TPU"] if os.environ.get("PJRT_DEVICE") == "TPU" and "TPU" not in asked else []
-    for name in asked:
-        yield (f"the accelerate config asks for {name}, which this script does not run on; several GPUs share the work "
-               "with configs/accelerate/multi_gpu.yaml, and the memory too with fsdp2.yaml beside it")  # fmt: skip
+        yield f"{', '.join(left_over)}: left by another run; `unset {' '.join(left_over)}`, or use accelerate launch"
+    if args.fsdp_text_encoder and process_count() == 1:
+        yield "--fsdp_text_encoder: needs several processes; on one use --offload"
+    asked = {name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")}
+    for name in asked | {"TPU"} if os.environ.get("PJRT_DEVICE") == "TPU" else asked:
+        yield f"the accelerate config asks for {name}, which is not supported; use one of configs/accelerate/"
     if not launched_with("ACCELERATE_USE_FSDP"):
         return
     if args.stream_blocks:
-        yield ("--stream_blocks: each process streams all of the blocks, FSDP splits them; leave one out "
-               "(fsdp_offload_params keeps each process's part in host memory)")  # fmt: skip
+        yield "--stream_blocks: FSDP splits the blocks already; leave one out, or set fsdp_offload_params"
     if process_count() == 1:
         yield "the accelerate config asks for FSDP on one process; set num_processes, or see configs/accelerate/"
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
     given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
-    known = {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS)
-    if policy.upper() != FSDP_POLICY or not known:
-        yield (f"the accelerate config has fsdp_auto_wrap_policy '{policy}' and the layers '{given}'; write\n"
-               f"      fsdp_auto_wrap_policy: {FSDP_POLICY}\n"
-               f"      fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}")  # fmt: skip
-
-
-def check_text(args: Args) -> Iterator[str]:
-    """Problems of the text encoder flags and of the prompts of drawn images."""
-    if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
-        yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
-    if args.fsdp_text_encoder and process_count() == 1:
-        yield "--fsdp_text_encoder: needs several processes; on one use --offload"
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
-        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
-    elif args.remote_text_encoder and url.hostname not in LOOPBACK and not (args.hub_token or hub_token_on_disk()):
-        yield (f"--remote_text_encoder: {url.hostname} needs a token (`hf auth login`, HF_TOKEN, --hub_token); "
-               "or give a loopback --remote_text_encoder_url, or leave the flag out to encode here")  # fmt: skip
-
-
-def hub_token_on_disk() -> bool:
-    """Whether HF_TOKEN is set or `hf auth login` left a token; does not read it."""
-    caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    home = Path(os.environ.get("HF_HOME", Path(caches, "huggingface")))
-    return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file()
-
-
-def check_packages(args: Args) -> Iterator[str]:
-    """Optional packages that the chosen flags need and that are not installed."""
-    wanted = {tracker: f"--report_to {tracker}" for tracker in report_to(args) if tracker in TRACKERS}
-    wanted |= {"prodigyopt": "--optimizer prodigy"} if args.optimizer == "prodigy" else {}
-    wanted |= {"bitsandbytes": "--use_8bit_adam"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
-    wanted |= {"bitsandbytes": "--bnb_quantization_config_path"} if args.bnb_quantization_config_path else {}
-    wanted |= {"datasets": "--dataset_name"} if args.dataset_name else {}
-    for package, reason in wanted.items():
-        if importlib.util.find_spec(package) is None:
-            yield f"{reason}: the package is missing, install it with `pip install {package}`"
+    if policy.upper() != FSDP_POLICY or not {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS):
+        wanted = f"fsdp_auto_wrap_policy: {FSDP_POLICY}, fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}"
+        yield f"the accelerate config wraps '{given}' by '{policy}'; write {wanted}"
 
 
 def report_to(args: Args) -> list[str]:
     """The trackers asked for; `all` is every one that is installed, `none` is no tracker."""
-    names = [name.strip().lower() for name in args.report_to.split(",") if name.strip()]
-    if "all" in names:
-        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
-    return [name for name in names if name != "none"]
+    names = {name.strip().lower() for name in args.report_to.split(",")} - {"none", ""}
+    return sorted(names) if "all" not in names else [name for name in TRACKERS if importlib.util.find_spec(name)]
 
 
-def check_trackers_and_hub(args: Args) -> Iterator[str]:
-    """Problems of --report_to, --push_to_hub and the token."""
-    asked = {name.strip().lower() for name in args.report_to.split(",")}
-    for name in sorted(asked - {*TRACKERS, "all", "none", ""}):
+def check_services(args: Args) -> Iterator[str]:
+    """Problems of trackers, packages, servers and the token."""
+    trackers, settings = report_to(args), args.bnb_quantization_config_path
+    for name in sorted({*trackers} - {*TRACKERS}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
-    if args.hub_token and asked - {"tensorboard", "trackio", "mlflow", "none", ""}:  # may upload sys.argv
+    if args.hub_token and {*trackers} - {"tensorboard", "trackio", "mlflow"}:  # may upload sys.argv
         yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
-    if "wandb" in report_to(args) and not wandb_can_start():
-        yield "--report_to wandb: not logged in; run `wandb login` or set WANDB_MODE=offline"
-    if args.push_to_hub and not (args.hub_token or hub_token_on_disk()):
-        yield "--push_to_hub: no token; run `hf auth login` or set HF_TOKEN"
+    wanted = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
+    wanted |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
+    wanted |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    wanted |= {"--bnb_quantization_config_path": "bitsandbytes"} if settings else {}
+    wanted |= {"--dataset_name": "datasets"} if args.dataset_name else {}
+    for reason, package in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"{reason}: the package is missing, install it with `pip install {package}`"
+    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
+    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
+        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
 
 
-def wandb_can_start() -> bool:
-    """Whether wandb has a key, or is told to stay offline."""
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    known = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
-    return known or bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE", "online") != "online"
-
-
-def check_output_dir(args: Args) -> Iterator[str]:
-    """Problems of the output folder: not writable, or an earlier run in it that nobody said what to do with."""
-    folder = Path(args.output_dir)
-    for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
-        if problem := unwritable(Path(getattr(args, name, None) or ".")):
-            yield f"--{name} {getattr(args, name)}: {problem}; choose another folder"
-            return
+def check_folders(args: Args) -> Iterator[str]:
+    """Problems of the folders that are written to: no permission, data in it, or results that nobody gave up."""
     data = [Path(path).resolve() for path in data_folders(args)]
-    for name in ("output_dir", "class_data_dir", "latents_cache_dir"):
-        path = Path(getattr(args, name, None) or "a folder of its own").resolve()
+    for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
+        if not (given := getattr(args, name, None)):
+            continue
+        path = Path(given).resolve()
+        parent = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        try:
+            tempfile.TemporaryDirectory(dir=parent).cleanup()
+        except OSError as error:
+            yield f"--{name} {given}: cannot write to {parent} ({error.strerror}); choose another folder"
+            return
         if path in (Path.home(), Path("/").resolve(), *data) or not set(data).isdisjoint(path.parents):
             yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
-    target = args.resume_from_checkpoint
+    folder, target = Path(args.output_dir), args.resume_from_checkpoint
     if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
         yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
     written, config = results_in(folder), folder / "config.args"
     listed = ", ".join(path.name for path in written[:3])
     own = config.is_file() and config.read_bytes().startswith(CONFIG_HEAD.encode())
     if not own and not all((path / "manifest.json").is_file() for path in written):  # as in our checkpoints
-        yield (f"--output_dir {folder}: holds {listed}, which no run of this script wrote. It is not overwritten: "
-               "choose another folder")  # fmt: skip
+        yield f"--output_dir {folder}: holds {listed}, which no run of this script wrote; choose another folder"
     elif written and not (target or args.overwrite_output_dir or args.dry_run):
-        yield (f"--output_dir {folder}: holds {listed}, of an earlier run. To go on with it add\n"
-               "      --resume_from_checkpoint latest\n    to start anew and remove its files (not the cache) add\n"
-               "      --overwrite_output_dir")  # fmt: skip
+        yield (f"--output_dir {folder}: holds {listed}, of an earlier run; go on with it by --resume_from_checkpoint "
+               "latest, or remove its files, not the cache, by --overwrite_output_dir")  # fmt: skip
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -603,28 +529,6 @@ def results_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
 
-def unwritable(folder: Path) -> str | None:
-    """Why `folder` cannot be made or written to, or None; leaves nothing behind."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not os.path.isdir(parent):
-        return f"{parent} is a file"
-    try:
-        with tempfile.TemporaryDirectory(dir=parent):
-            return None
-    except OSError as error:
-        return f"cannot write to {parent} ({error.strerror})"
-
-
-SHARED_CHECKS = (
-    check_words,
-    check_launch,
-    check_sizes,
-    check_model,
-    check_text,
-    check_packages,
-    check_trackers_and_hub,
-    check_output_dir,
-)
 # endregion shared: arguments-parsing
 
 
@@ -664,65 +568,51 @@ def data_folders(args: Args) -> list[str]:
 # region shared: arguments-result
 def flag_notes(args: Args) -> list[str]:
     """One line for each flag whose effect, or lack of one, is easily overlooked."""
-    prodigy, rate, texts = args.optimizer == "prodigy", args.learning_rate, args.validation_prompt or []
-    usual, least, most = (1.0, 0.1, 10.0) if prodigy else (1e-4, 1e-6, 1e-2)
-    conditions = {
+    rate, usual = args.learning_rate, 1.0 if args.optimizer == "prodigy" else 1e-4
+    notes = {
         "--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup":
             args.lr_warmup_steps and args.lr_scheduler == "constant",
         f"--learning_rate {rate}: with --optimizer {args.optimizer} {usual:g} is usual":
-            rate is not None and not least <= rate <= most,
-        "--use_8bit_adam has no effect with --optimizer prodigy": args.use_8bit_adam and prodigy,
+            rate is not None and not usual / 100 <= rate <= usual * 100,
         "--cache_latents fixes the crop to the centre": args.cache_latents and not args.center_crop,
-        "--caption_dropout 1: every sample trains on the empty prompt, no caption is used": args.caption_dropout == 1,
-        f"--validation_prompt: {len(texts)} prompts of one word each; quote a text with blanks":
-            len(texts) > 2 and not any(" " in text for text in texts),
-        "--hub_token shows in the process list and in accelerate's traceback; better use HF_TOKEN": args.hub_token,
-        **{f"--{name} has no effect without --dataset_name": getattr(args, name) != DEFAULTS[name]
-           for name in ("dataset_config_name", "dataset_split") if not args.dataset_name},
         **{f"--{name} has no effect": getattr(args, name) != DEFAULTS[name] for name in ACCEPTED_NO_EFFECT},
     }  # fmt: skip
-    return [note for note, holds in conditions.items() if holds]
-
-
-LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+    return [note for note, holds in notes.items() if holds]
 
 
 def is_launcher(command: bytes) -> bool:
     """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
-    words = [os.fsdecode(word) for word in command.split(b"\0")[:4]]  # python -X y -m module, python path/to/program
-    return not LAUNCHERS.isdisjoint(os.path.basename(word) for word in words)
+    names = {os.path.basename(os.fsdecode(word)) for word in command.split(b"\0")[:4]}  # python -X y -m module
+    return not names.isdisjoint(("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun",
+                                 "torch.distributed.run"))  # fmt: skip
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself (Linux).
+    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
 
-    The parent may be a shell, nohup or a supervisor instead: what these start may outlive them.
+    Any other parent, a shell or a supervisor, may end before the run does.
     """
-    parent = os.getppid()
     with contextlib.suppress(OSError):
-        if sys.platform == "linux" and is_launcher(Path(f"/proc/{parent}/cmdline").read_bytes()):
+        if sys.platform == "linux" and is_launcher(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
             import ctypes
 
             ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:  # it has ended in between
-                os.kill(os.getpid(), signal.SIGUSR2)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The checked command line (`sys.argv[1:]` if None); prints what is wrong with its remedy and exits with 2."""
-    if __name__ == "__main__":
-        end_with_launcher()
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
-    if problems := [problem for check in (*SHARED_CHECKS, check_own) for problem in check(args)]:
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    checks = (check_values, check_model_and_data, check_launch, check_services, check_folders, check_own)
+    if problems := [problem for check in checks for problem in check(args)]:
         listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"{parser.prog}: {count} on the command line, nothing was loaded:\n{listed}")
+        parser.exit(2, f"{parser.prog}: {len(problems)} problem(s) on the command line, nothing was loaded:\n{listed}")
     return args
 
 
 if __name__ == "__main__":
-    parse_args()
+    end_with_launcher()
+    COMMAND_LINE = parse_args()
 
 # The heavy imports stand below the arguments so that --help and usage errors answer at once.
 # endregion shared: arguments-result
@@ -742,6 +632,7 @@ import PIL.ImageCms
 import PIL.ImageDraw
 import PIL.ImageOps
 import PIL.PngImagePlugin
+import psutil
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -774,6 +665,8 @@ log = logging.getLogger("flux2_lora")
 
 
 # -------------------------------------------------------------------------------------------------------------- The run
+# What is decided once (`Run`), how a run starts and how it ends: by itself, by a signal, by a known failure with its
+# exit code, by lack of memory. Signals and the time limit finish the step and save it; nothing else is caught.
 # region shared: run
 @dataclass(frozen=True)
 class Run:
@@ -806,18 +699,15 @@ class Run:
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
 
     @property
-    def process_index(self) -> int:
-        """Number of this process, from 0, over all machines."""
+    def process_index(self) -> int:  # from 0, over all machines
         return self.accelerator.process_index
 
     @property
-    def processes(self) -> int:
-        """Processes of the run, on all machines; each has a device and a micro-batch of its own."""
+    def processes(self) -> int:  # on all machines; each has a device and a micro-batch of its own
         return self.accelerator.num_processes
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process writes what the run has only once."""
+    def is_main(self) -> bool:  # the one that writes what the run has only once
         return self.process_index == 0
 
 
@@ -842,16 +732,13 @@ class TrainingParts:
     buckets: list[Size]
 
     @property
-    def samples(self) -> list[Sample]:
-        """What is learned: epochs count these."""
+    def samples(self) -> list[Sample]:  # what is learned: epochs count these
         return self.streams[0].samples
 
-    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:
-        """The VAE where it is needed; before its first use, and with --offload after each, it waits on the CPU."""
+    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:  # before, and with --offload after each use, it is not
         return self.vae.to(run.device)
 
     def rest_vae(self, args: Args) -> None:
-        """Sends the VAE to the CPU with --offload."""
         if args.offload and self.vae is not None:
             self.vae.to("cpu")
 
@@ -872,24 +759,60 @@ class Stopped(SystemExit):
     """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
 
 
-class ExitCodes(contextlib.ContextDecorator, contextlib.AbstractContextManager):
-    """As a program, the known failures become one message and their exit code; imported, they stay exceptions."""
-
-    no_memory = (torch.OutOfMemoryError, MemoryError)
-    codes = ((UserError, 2), (NotFinite, 3), (SaveFailed, 4), (no_memory, 6), (KeyboardInterrupt, 130))
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Turns a known failure into SystemExit when this file is the program."""
-        for known, code in self.codes if __name__ == "__main__" else ():
-            if isinstance(error, known):
-                with contextlib.suppress(OSError, ValueError):
-                    print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-                raise SystemExit(code) from None
+EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, KeyboardInterrupt: 130}
 
 
-PHASES = {"check_data": "check data", "encode_prompts": "encode prompts", "encode_images": "encode images",
-          "prepare_class_samples": "generate class images", "set_up_training": "load transformer",
-          "train": "train", "save_results": "save"}  # by the functions that main calls  # fmt: skip
+@contextlib.contextmanager
+def start_run(args: Args) -> Iterator[Run]:
+    """The run: alone in its output folder, its model checked.
+
+    Of a program the known failures become one message and their exit code; imported, they stay exceptions.
+    """
+    set_up_logging()
+    try:
+        with output_lock(args):
+            run = start_accelerator(args)
+            check_parts(run)
+            with explain_out_of_memory(run):
+                yield run
+    except tuple(EXIT_CODES) as error:
+        if __name__ != "__main__":
+            raise
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))) from None
+
+
+@contextlib.contextmanager
+def output_lock(args: Args) -> Iterator[None]:
+    """Keeps other runs out of the output folder while this one goes on. Raises UserError that says who is in it.
+
+    The kernel gives the lock back however its process ends. Not `filelock`: workers, which may outlive a killed run,
+    inherit its flock, and without locks it falls back in silence to a file that a kill leaves behind. Windows has none.
+    """
+    if args.dry_run or os.environ.get("RANK", "0") != "0" or importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl  # POSIX only
+
+    path = Path(args.output_dir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"--output_dir {args.output_dir}: another run is going on in it ({file.read().strip()}); "
+                            "wait for it, stop it, or choose another folder") from None  # fmt: skip
+        except OSError as error:  # no locks on this drive, or a full disk
+            log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()  # if it is empty: a run that was refused leaves nothing
 
 
 @contextlib.contextmanager
@@ -899,63 +822,40 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
         yield
     except Exception as error:
         signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
-        known = isinstance(error, (UserError, NotFinite, SaveFailed))
-        if known or not (isinstance(error, ExitCodes.no_memory) or re.search(signs, str(error), re.IGNORECASE)):
+        short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(signs, str(error), re.IGNORECASE)
+        if not short or isinstance(error, tuple(EXIT_CODES)):
             raise
         called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        phase = next((PHASES[name] for name in called if name in PHASES), "start")
-        raise OutOfMemory(out_of_memory_message(run, phase, error)) from error
-
-
-def out_of_memory_message(run: Run, phase: str, error: Exception) -> str:
-    """Phase, peak, free memory, the two flags that help most, and the line that goes on from the last checkpoint."""
-    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    peak, flags = max(peak_memory(run).values(), default=math.nan), memory_flags(run, phase)[:2]
-    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free_memory(run):.2f} GB\n"
-    text += f"  what helps most and is not on: {', then '.join(flags)}\n"
-    newest_first = reversed(list_checkpoints(run.output_dir))
-    if (good := next((folder for folder in newest_first if verify_checkpoint(folder) is None), None)) is None:
-        return f"{text}  no step has been saved: start again with them"
-    harmless = ("--gradient_checkpointing", "--stream_blocks", "--offload", "--fsdp_text_encoder")
-    same = [flag for flag in flags if flag in harmless]
-    text += f"  {good} is whole; flags that are not in this line make another run. Go on with\n"
-    return f"{text}    {resume_line(run, *same)}"
+        phase = called[called.index("main") + 1].replace("_", " ")  # as the functions are named that main calls
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        peak = max(peak_memory(run).values(), default=math.nan)
+        on_gpu = run.device.type == "cuda"
+        free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
+        flags = memory_flags(run, phase)
+        text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
+        text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
+        if any(verify_checkpoint(folder) is None for folder in list_checkpoints(run.output_dir)):
+            same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
+            text += f"  flags that are not in this line may make another run. Go on with\n    {resume_line(run, *same)}"
+        raise OutOfMemory(text.rstrip()) from error
 
 
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory in this phase and is not on yet, what helps most first."""
-    on_gpu, base = run.device.type != "cpu", ("generate class images", "load transformer", "train")
-    four_bit = "--bnb_quantization_config_path configs/quantization/nf4.json"
-    quantised = run.quantization is not None or run.args.do_fp8_training
-    full_adam = run.args.optimizer == "adamw" and not run.args.use_8bit_adam
-    rows = [
-        ("--offload", ["encode prompts"], on_gpu and not run.args.offload and not run.args.fsdp_text_encoder),
-        ("--fsdp_text_encoder", ["encode prompts"], run.processes > 1 and not run.args.fsdp_text_encoder),
-        ("--remote_text_encoder", ["encode prompts"], not run.args.remote_text_encoder),
-        ("a smaller --max_sequence_length", ["encode prompts"], True),
-        ("--gradient_checkpointing", ["train"], checkpointed_share(run) < 1),
-        ("--stream_blocks", base, on_gpu and not (run.args.stream_blocks or run.sharding or run.quantization)),
-        ("--do_fp8_training", base, run.sharding and not quantised),  # bitsandbytes' weights are not split
-        (four_bit, base, not run.sharding and (run.args.do_fp8_training or not quantised)),
-        ("--train_batch_size 1", ["train"], run.args.train_batch_size > 1),
-        ("--cache_latents", ["train"], not run.args.cache_latents),
-        ("--offload", ["train"], on_gpu and not run.args.offload),
-        ("a smaller --resolution", ["check data", "encode images", "generate class images", "train"], True),
-        ("--use_8bit_adam", ["train", "load transformer"], full_adam),
-        ("a smaller --rank", ["train", "load transformer", "save"], True),
-        ("[klein] instead of [dev]", base, run.family.pipeline == "Flux2Pipeline"),
-        ("more memory", [phase], True),
-    ]
-    return [flag for flag, phases, wanted in rows if phase in phases and wanted]
-
-
-def free_memory(run: Run) -> float:
-    """Free memory in GB: of the device, or of the machine on CPU; NaN where the system does not tell."""
-    if run.device.type == "cuda":
-        return torch.cuda.mem_get_info(run.device)[0] / 1e9
-    with contextlib.suppress(OSError, TypeError):
-        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
-    return math.nan
+    if phase == "encode prompts":
+        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+    elif phase in ("check data", "encode images"):
+        names, smaller = [], ["resolution"]
+    else:
+        base = ["do_fp8_training"] if run.sharding else ["stream_blocks", "bnb_quantization_config_path"]
+        names = ["gradient_checkpointing"] * (phase == "train") + ([] if run.quantization else base)
+        names, smaller = [*names, "cache_latents", "offload", "use_8bit_adam"], ["resolution", "rank"]
+    useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
+    useless += ["fsdp_text_encoder"] * (run.processes == 1) + ["gradient_checkpointing"] * (
+        checkpointed_share(run) == 1
+    )
+    helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
+    return helping + [f"a smaller --{name}" for name in smaller]
 
 
 def resume_line(run: Run, *more: str) -> str:
@@ -971,8 +871,7 @@ def resume_line(run: Run, *more: str) -> str:
 class StopSignals:
     """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
 
-    SIGUSR2 is the end of the launcher, and as a first signal a SIGTERM. Only the main thread may install handlers; they
-    are put back on leaving.
+    SIGUSR2, the end of the launcher, counts as a SIGTERM. Only the main thread may install handlers.
     """
 
     received: int | None = None  # by this process
@@ -981,23 +880,19 @@ class StopSignals:
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
-        """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
             self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Puts the old handlers back; of a program that is about to end, the launcher's end is no news."""
+        """Puts the old handlers back; for a program that is about to end, the end of its launcher is no news."""
         for number, handler in self.previous.items():
             ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
             signal.signal(number, signal.SIG_IGN if ends else handler)
 
     def handle(self, number: int, _frame: Any) -> None:
-        """Notes the first signal; a later one has its usual effect, unless it is an echo.
-
-        Launchers pass on what the whole process group has got already, and end themselves.
-        """
+        """Notes the first signal; a later one acts, unless it is the echo that launchers send to their whole group."""
         if self.received is None:
             self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
             log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
@@ -1016,36 +911,27 @@ class StopSignals:
 def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    log.propagate, log.handlers = False, log.handlers or [LogHandler()]
+    log.propagate = False
+    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
+        log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
 
 
-def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
-    """--mixed_precision, else the accelerate config if it says bf16, else bf16 on an accelerator and fp32 on CPU.
-
-    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
-    """
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if args.mixed_precision is None and configured in ("fp16", "fp8"):
-        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
-    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
-    return torch.bfloat16 if choice == "bf16" else torch.float32
-
-
 def start_accelerator(args: Args) -> Run:
     """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
-    if problems := list(check_launch(args)):  # a notebook or a TPU launcher has not been through parse_args
+    if problems := list(check_launch(args)):  # the processes of a notebook have not been through parse_args
         raise UserError("\n".join(problems))
-    set_up_logging()
+    remote = args.remote_text_encoder and urllib.parse.urlsplit(args.remote_text_encoder_url).hostname not in LOOPBACK
+    if (remote or args.push_to_hub) and not (args.hub_token or huggingface_hub.get_token()):
+        raise UserError("--push_to_hub, --remote_text_encoder: no token; run `hf auth login` or set HF_TOKEN")
     for note in flag_notes(args):
         log.warning(note)
+    if is_launched() and process_count() > 1:
+        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}")
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
-    if is_launched() and process_count() > 1:
-        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}; if you started one, `unset "
-                 f"{' '.join(LAUNCH_VARIABLES)}`")  # fmt: skip
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # the base is loaded in its dtype, the LoRA is fp32: no autocast, no scaler
@@ -1061,17 +947,29 @@ def start_accelerator(args: Args) -> Run:
         check_fp8(accelerator.device, dtype)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
+    # all processes take the first one's draw, also if only some found a checkpoint
+    drawn = int(broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)))
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
-    drawn = broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device))
     return Run(
-        args, accelerator, accelerator.device, dtype,
-        seed=int(drawn) if seed is None else seed,  # the first process's; all draw, if only some found a checkpoint
+        args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         quantization=find_quantization(args, model),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
     )  # fmt: skip
+
+
+def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
+    """--mixed_precision, else bf16 if the accelerate config says so, else bf16 on an accelerator and fp32 on CPU.
+
+    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if args.mixed_precision is None and configured in ("fp16", "fp8"):
+        raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
+    choice = args.mixed_precision or ("bf16" if configured == "bf16" or not on_cpu else "no")
+    return torch.bfloat16 if choice == "bf16" else torch.float32
 
 
 def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
@@ -1101,21 +999,19 @@ class Progress(contextlib.AbstractContextManager):
     """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        """`done` of `total` are behind us when the phase begins."""
         self.phase, self.total, self.done, self.first = phase, total, done, done
         self.started = self.last_line = time.monotonic()
         terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
         self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
 
     def __exit__(self, *_: Any) -> None:
-        """Ends the phase's bar."""
         with contextlib.suppress(OSError, ValueError):
             self.bar.close()
 
     def advance(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar."""
+        """One more is done; `note` stands behind the bar. A terminal that was closed does not end the run."""
         self.done += 1
-        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed does not end the run
+        with contextlib.suppress(OSError, ValueError):
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update()
         now = time.monotonic()
@@ -1126,13 +1022,11 @@ class Progress(contextlib.AbstractContextManager):
 
 
 class LogHandler(logging.Handler):
-    """Writes lines above the progress bar instead of through it."""
+    """Writes lines to stderr, above the progress bar; a closed pipe or a full disk does not end the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line to stderr; a pipe that is closed or a log file on a full disk does not end the run."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            line = f"{time.strftime('%H:%M:%S')} {record.levelname:7} {record.getMessage()}"
-            tqdm.write(line, file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(f"{time.strftime('%T')} {record.levelname:7} {record.getMessage()}", file=sys.stderr)
 
 
 # endregion shared: run
@@ -3648,13 +3542,8 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
 
     Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
     """
-    names = """rank lora_dropout gradient_accumulation_steps optimizer use_8bit_adam lr_scheduler lr_warmup_steps
-        caption_dropout random_flip center_crop cache_latents vae_encode_mode weighting_scheme logit_mean logit_std
-        mode_scale guidance_scale max_grad_norm max_sequence_length adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
-        lr_num_cycles prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup prior_loss_weight lr_power
-        cond_dropout align_cond_image do_fp8_training"""
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
-    result = {name: vars(run.args).get(name) for name in names.split()} | {
+    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {
         "lora_alpha": lora_alpha(run.args), "learning_rate": peak_learning_rate(run), "seed": run.seed,
         "lora_layers": sorted({*map(translate_flux1_name, listed_layers(run.args.lora_layers))}),
         "prodigy_beta3": math.sqrt(run.args.adam_beta2) if beta3 is None else beta3,
@@ -4655,55 +4544,9 @@ def prepare_streams(
 
 
 # region shared: main
-@contextlib.contextmanager
-def output_lock(args: Args) -> Iterator[None]:
-    """Keeps other runs out of the output folder while this one goes on. Raises UserError that says who is in it.
-
-    The kernel gives the lock back when its process ends, however it ends; workers do not inherit it. Windows has none.
-    """
-    if args.dry_run or os.environ.get("RANK", "0") != "0" or importlib.util.find_spec("fcntl") is None:
-        yield
-        return
-    import fcntl  # POSIX only
-
-    path = Path(args.output_dir) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"--output_dir {args.output_dir}: another run is going on in it ({file.read()}); "
-                            "wait for it, stop it, or choose another folder") from None  # fmt: skip
-        except OSError as error:
-            log.warning(f"{path}: no lock on this drive ({error}); start no second run with this --output_dir")
-        try:
-            with contextlib.suppress(OSError):  # a full disk
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-                file.flush()
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-                path.parent.rmdir()  # if it is empty: a run that was refused leaves nothing
-
-
-@contextlib.contextmanager
-def started_run(args: Args) -> Iterator[Run]:
-    """The run: alone in its output folder, its model checked; where memory runs out, it is said what helps."""
-    set_up_logging()
-    with output_lock(args):
-        run = start_accelerator(args)
-        check_parts(run)
-        with explain_out_of_memory(run):
-            yield run
-
-
-@ExitCodes()
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
-    with started_run(args) as run:
+    with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
             samples, buckets = check_data(run)
         check_plan(run, samples)
@@ -4728,5 +4571,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(COMMAND_LINE)
 # endregion shared: main

@@ -336,12 +336,6 @@ def test_the_image_column_of_metadata_can_be_chosen_and_is_image_too(script, tmp
 # ---- what is not used is told ----
 
 
-def test_flags_of_data_sets_are_said_to_have_no_effect_on_folders(script):
-    flags = ("--dataset_split", "test", "--dataset_config_name", "x")
-    notes = "\n".join(script.flag_notes(arguments(script, "--instance_data_dir", "x", *flags)))
-    assert all(f"{flag} has no effect without --dataset_name" in notes for flag in flags[::2])
-
-
 def test_what_is_not_used_is_told_by_name_as_a_warning(script, tmp_path):
     """A caption without an image, other metadata, a linked folder, an image that cannot be read, latents of others."""
     data = fill(tmp_path / "data", "a.jpg", "sub/b.jpg")

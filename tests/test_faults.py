@@ -320,7 +320,7 @@ def test_a_final_lora_that_does_not_fit_is_still_in_the_last_checkpoint(script, 
     refused = full_disk_for(monkeypatch, f"out/.{LORA}")
     with pytest.raises(script.SaveFailed, match="checkpoint-3") as caught:
         quick()
-    assert refused and "No space left" in str(caught.value) and (script.SaveFailed, 4) in script.ExitCodes.codes
+    assert refused and "No space left" in str(caught.value) and script.EXIT_CODES[script.SaveFailed] == 4
     assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-3") is None
     assert list((tmp_path / "out").glob(".*")) == []
 

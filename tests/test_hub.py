@@ -185,7 +185,7 @@ def test_a_repository_that_cannot_be_made_stops_before_anything_is_loaded(script
 
 
 def test_that_error_ends_a_program_with_exit_code_2(script):
-    assert (script.UserError, 2) in script.ExitCodes.codes
+    assert script.EXIT_CODES[script.UserError] == 2
 
 
 def test_a_repository_is_made_only_after_the_data_is_checked(script, train, hub, tmp_path):

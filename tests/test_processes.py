@@ -515,7 +515,7 @@ def test_the_guides_fsdp_fragment_stops_with_the_corrected_lines_once(data, name
     process = launch("accelerate", "launch", "--config_file", config, f"{SCRIPTS[name]}.py", *words, home=tmp_path)
     assert process.returncode != 0
     output = process.stdout
-    assert output.count("fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP") == 1
+    assert output.count("write fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP") == 1
     assert output.count("fsdp_transformer_layer_cls_to_wrap: Flux2TransformerBlock,Flux2SingleTransformerBlock") == 1
     assert not (tmp_path / "out").exists()
 

@@ -435,8 +435,8 @@ def flags_are_declared_and_read(source: str) -> list[str]:
     return violations
 
 
-GUARD = 'if __name__ == "__main__":\n    parse_args()\n'
-LAST = 'if __name__ == "__main__":\n    main(parse_args())\n'
+GUARD = 'if __name__ == "__main__":\n    COMMAND_LINE = parse_args()\n'
+LAST = 'if __name__ == "__main__":\n    main(COMMAND_LINE)\n'
 
 
 @rule(
@@ -450,15 +450,16 @@ LAST = 'if __name__ == "__main__":\n    main(parse_args())\n'
         f"{GUARD}{HEAVY_IMPORTS_MARKER}\nimport torch\n",
         f"{GUARD}{HEAVY_IMPORTS_MARKER}\n{LAST}x = 1\n",
         f"{GUARD}{HEAVY_IMPORTS_MARKER}\nif __name__ == '__main__':\n    main()\n",
-        f"if __name__ == '__main__':\n    print()\n    parse_args()\n{HEAVY_IMPORTS_MARKER}\n{LAST}",
+        f"if __name__ == '__main__':\n    COMMAND_LINE = parse_args()\n    print()\n{HEAVY_IMPORTS_MARKER}\n{LAST}",
+        f"{GUARD}{HEAVY_IMPORTS_MARKER}\nif __name__ == '__main__':\n    main(parse_args())\n",
     ),
     good=(
         f"import argparse\n{GUARD}\n{HEAVY_IMPORTS_MARKER}\nimport torch\n{LAST}",
-        f"{GUARD}{HEAVY_IMPORTS_MARKER}\nif __name__ == '__main__':\n    sys.exit(main(parse_args()))\n",
+        f"{GUARD}{HEAVY_IMPORTS_MARKER}\nif __name__ == '__main__':\n    sys.exit(main(COMMAND_LINE))\n",
     ),
 )
 def arguments_stand_before_the_heavy_imports(source: str) -> list[str]:
-    """The command line is parsed, and the marker stands, before anything but the standard library; main comes last."""
+    """The command line is parsed, once, and the marker stands, before all but the standard library; main is last."""
     tree = ast.parse(source)
     guards = main_guards(tree)
     if len(guards) != 2:
@@ -468,13 +469,13 @@ def arguments_stand_before_the_heavy_imports(source: str) -> list[str]:
     imports = [line for line, module in imports_of(tree) if module not in sys.stdlib_module_names]
     first_heavy = min(imports, default=last.lineno)
     violations = []
-    if [ast.unparse(statement) for statement in early.body] != ["parse_args()"]:
-        violations.append(f"line {early.lineno}: the first one must hold `parse_args()` and nothing else")
+    if ast.unparse(early.body[-1]) != "COMMAND_LINE = parse_args()":
+        violations.append(f"line {early.lineno}: the first one must end with `COMMAND_LINE = parse_args()`")
     if len(markers) != 1 or not early.end_lineno < markers[0] < first_heavy:
         violations.append("the early parse, the marker comment and the first heavy import must stand in this order")
-    ending = r"main\(parse_args\(\)\)|(raise )?(sys\.exit|SystemExit)\(main\(parse_args\(\)\)\)"
+    ending = r"main\(COMMAND_LINE\)|(raise )?(sys\.exit|SystemExit)\(main\(COMMAND_LINE\)\)"
     if tree.body[-1] is not last or not re.fullmatch(ending, "\n".join(map(ast.unparse, last.body))):
-        violations.append("the last statement must be main(parse_args()) under its own guard")
+        violations.append("the last statement must be main(COMMAND_LINE) under its own guard")
     return violations
 
 
