@@ -28,6 +28,8 @@ PRODUCTS = {
 }  # fmt: skip
 DATA_DEPENDENT = {"nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_consecutive"}  # of their size
 
+STAGED = 65536  # bytes of pageable memory that the driver puts aside at once, without waiting for the device
+
 
 class Watch(TorchDispatchMode):
     """Counts by place in the script: `waits` of the host for the device, `blocking` copies to it, `heavy` CPU work."""
@@ -71,8 +73,10 @@ class Watch(TorchDispatchMode):
                 self.waits["copy to the host", place()] += 1
             elif source.numel() > 1_000_000 and name == "copy_":
                 self.events.append("block copied")
-            if target.device.type == "cuda" and (waits or not getattr(source, "pinned", False)) and source.dim():
-                self.blocking[place(), source.numel() * source.element_size()] += 1
+            size = source.numel() * source.element_size()
+            pageable = size > STAGED and not getattr(source, "pinned", False)
+            if target.device.type == "cuda" and (waits or pageable) and source.dim():
+                self.blocking[place(), size] += 1
         return result
 
 
