@@ -2480,15 +2480,15 @@ def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
     return latents_BCHW.flatten(2).transpose(1, 2)
 
 
-def position_ids(rows: int, columns: int, time: int = 0) -> torch.Tensor:
+def position_ids(rows: int, columns: int, time: int = 0, device: torch.device | None = None) -> torch.Tensor:
     """(1, rows*columns, 4) coordinates (T, row, column, 0) of an image's tokens; T is 0 for the target."""
-    axes = torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)
-    return torch.cartesian_prod(*axes)[None]
+    ends = ((time, time + 1), (0, rows), (0, columns), (0, 1))
+    return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
 
 
-def text_ids(length: int) -> torch.Tensor:
+def text_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
     """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(length))[None]
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, 1, 1, length)))[None]
 
 
 @torch.no_grad()
@@ -2507,7 +2507,7 @@ def tokens_from_moments(
     """Normalised clean tokens x_0 (B, L, C), fp32. Without noise the mean is taken (`--vae_encode_mode mode`)."""
     mean, log_variance = moments_B2CHW.unbind(1)
     latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
-    mean_C, std_C = space.mean_C.to(latents.device), space.std_C.to(latents.device)
+    mean_C, std_C = (each.to(latents.device, non_blocking=True) for each in (space.mean_C, space.std_C))
     return pack((patchify(latents) - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1))
 
 
@@ -3114,8 +3114,8 @@ def predict_velocity(
         timestep=(sigmas_B * 1000).to(dtype) / 1000,
         guidance=guidance,
         encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
-        img_ids=position_ids(height, width).to(device, non_blocking=True),
+        txt_ids=text_ids(prompt_embeds_BLD.shape[1], device),
+        img_ids=position_ids(height, width, device=device),
         return_dict=False,
     )[0]
 

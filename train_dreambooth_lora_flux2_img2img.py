@@ -2734,15 +2734,15 @@ def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
     return latents_BCHW.flatten(2).transpose(1, 2)
 
 
-def position_ids(rows: int, columns: int, time: int = 0) -> torch.Tensor:
+def position_ids(rows: int, columns: int, time: int = 0, device: torch.device | None = None) -> torch.Tensor:
     """(1, rows*columns, 4) coordinates (T, row, column, 0) of an image's tokens; T is 0 for the target."""
-    axes = torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)
-    return torch.cartesian_prod(*axes)[None]
+    ends = ((time, time + 1), (0, rows), (0, columns), (0, 1))
+    return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
 
 
-def text_ids(length: int) -> torch.Tensor:
+def text_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
     """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(length))[None]
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, 1, 1, length)))[None]
 
 
 @torch.no_grad()
@@ -2761,7 +2761,7 @@ def tokens_from_moments(
     """Normalised clean tokens x_0 (B, L, C), fp32. Without noise the mean is taken (`--vae_encode_mode mode`)."""
     mean, log_variance = moments_B2CHW.unbind(1)
     latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
-    mean_C, std_C = space.mean_C.to(latents.device), space.std_C.to(latents.device)
+    mean_C, std_C = (each.to(latents.device, non_blocking=True) for each in (space.mean_C, space.std_C))
     return pack((patchify(latents) - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1))
 
 
@@ -3359,12 +3359,13 @@ def encode_references(
     """
     references = []
     for number, view in enumerate(zip(*views, strict=True), start=1):
-        moments = torch.stack(view).to(run.device, non_blocking=True)
+        moments = torch.stack([each.to(run.device, non_blocking=True) for each in view])
         if not run.args.cache_latents:
             moments = encode_pixels(parts.vae_on_device(run), moments)
             parts.rest_vae(run.args)
         rows, columns = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
-        references.append((tokens_from_moments(parts.space, moments), position_ids(rows, columns, time=10 * number)))
+        ids = position_ids(rows, columns, 10 * number, run.device)
+        references.append((tokens_from_moments(parts.space, moments), ids))
     return references
 
 
@@ -3385,14 +3386,14 @@ def predict_velocity(
     if transformer.config.guidance_embeds:
         guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
     tokens_BLC = torch.cat([noisy_BLC, *(tokens for tokens, _ in references)], dim=1)
-    ids = torch.cat([position_ids(height, width), *(ids for _, ids in references)], dim=1)
+    ids = torch.cat([position_ids(height, width, device=device), *(ids for _, ids in references)], dim=1)
     output_BLC = transformer(
         hidden_states=tokens_BLC.to(dtype),
         timestep=(sigmas_B * 1000).to(dtype) / 1000,
         guidance=guidance,
         encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1]).to(device, non_blocking=True),
-        img_ids=ids.to(device, non_blocking=True),
+        txt_ids=text_ids(prompt_embeds_BLD.shape[1], device),
+        img_ids=ids,
         return_dict=False,
     )[0]
     return output_BLC[:, : noisy_BLC.shape[1]]

@@ -177,10 +177,10 @@ MAIN_STREAM = Stream()
 class Runtime:
     """The two calls of the CUDA runtime that the scripts make."""
 
-    def cudaHostRegister(self, *_: Any) -> int:  # noqa: N802
+    def cudaHostRegister(self, *_: Any) -> int:
         return 0
 
-    cudaHostUnregister = cudaHostRegister  # noqa: N815
+    cudaHostUnregister = cudaHostRegister
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "
 
 
 def quantise_nf4(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
-    """bitsandbytes' layers in one block. Its parameters are a tensor class of their own, here plain ones do their part."""
+    """bitsandbytes' layers in one block; plain parameters stand in for its own class, which fake ones cannot be."""
     import bitsandbytes
 
     for name, linear in [(name, part) for name, part in block.named_modules() if isinstance(part, torch.nn.Linear)]:
