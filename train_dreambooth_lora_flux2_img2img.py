@@ -13,18 +13,10 @@
     accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
         train_dreambooth_lora_flux2_img2img.py @configs/runs/relighting.args               one GPU, FLUX.2 [dev]
 
-Rows without a reference train as plain text-to-image in the same run. The file reads in the order of a run:
+Rows without a reference train as plain text-to-image in the same run.
 
-    Arguments               flags, their checks, saved command lines; no heavy import before they pass
-    Model families          what differs between FLUX.2 [dev] and [klein]; where the parts of a model come from
-    Data                    decode policy, rows with references, buckets, the index of checked images, the sample stream
-    Text and latents        prompts, images and references are encoded once and cached by content
-    Models and LoRA         the frozen transformer and the fp32 adapter in it
-    Flow matching           noise, sigma, velocity and the loss on the target's tokens
-    Optimizer and schedule  AdamW, 8-bit AdamW, Prodigy; steps and epochs
-    Checkpoints             atomic, verified, exact resume
-    Validation and results  images, metrics, model card, upload
-    main                    the story of one run
+The file reads in the order of a run: Arguments, The run, Model families, Data, Text and latents (encoded once), Models
+and LoRA, Flow matching (the loss), Optimizer and schedule, Checkpoints, Validation and results, Training, main.
 
 examples/minimal_flux2_lora.py is the same training in 261 lines without references, to read first.
 
@@ -325,16 +317,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
-    """The flags; `@NAME.args` stands for the words of that file (shell quoting, # comments), --instance_prompt for
-    [trigger] in the prompts that images are drawn from.
-    """
+    """The flags, with the words of each `@NAME.args` (shell quoting, # comments) and with [trigger] written out."""
     words: list[str] = []
     for word in argv:
-        if not (word.startswith("@") and word.endswith(".args")):
-            words.append(word)
-            continue
+        saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
-            words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True)
+            words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
             parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
     found = parser.parse_args(words)
@@ -388,11 +376,8 @@ def check_values(args: Args) -> Iterator[str]:
 
 def check_model_and_data(args: Args) -> Iterator[str]:
     """Problems of the flags that name the model and the data, as far as the disk can tell."""
-    model, folder, settings = (
-        args.pretrained_model_name_or_path,
-        args.instance_data_dir,
-        args.bnb_quantization_config_path,
-    )
+    model, folder = args.pretrained_model_name_or_path, args.instance_data_dir
+    settings = args.bnb_quantization_config_path
     if not model:
         yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
     elif os.path.exists(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
@@ -582,9 +567,14 @@ def flag_notes(args: Args) -> list[str]:
 
 def is_launcher(command: bytes) -> bool:
     """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
-    names = {os.path.basename(os.fsdecode(word)) for word in command.split(b"\0")[:4]}  # python -X y -m module
-    return not names.isdisjoint(("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun",
-                                 "torch.distributed.run"))  # fmt: skip
+    launchers = {
+        b"accelerate",
+        b"accelerate-launch",
+        b"accelerate.commands.launch",
+        b"torchrun",
+        b"torch.distributed.run",
+    }
+    return not launchers.isdisjoint(map(os.path.basename, command.split(b"\0")[:4]))  # python -X y -m module
 
 
 def end_with_launcher() -> None:
@@ -592,11 +582,11 @@ def end_with_launcher() -> None:
 
     Any other parent, a shell or a supervisor, may end before the run does.
     """
-    with contextlib.suppress(OSError):
-        if sys.platform == "linux" and is_launcher(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
-            import ctypes
+    command = Path(f"/proc/{os.getppid()}/cmdline")
+    if sys.platform == "linux" and command.is_file() and is_launcher(command.read_bytes()):
+        import ctypes
 
-            ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
