@@ -519,11 +519,9 @@ def check_own(args: Args) -> Iterator[str]:
     """Problems of the prior preservation flags."""
     given = args.with_prior_preservation, bool(args.class_data_dir), bool(args.class_prompt)
     if any(given) and not all(given):
-        yield ("--with_prior_preservation, --class_data_dir class_images and --class_prompt 'a photo of a dog' go "
-               "together; give all three or none")  # fmt: skip
+        yield "--with_prior_preservation, --class_data_dir, --class_prompt: go together; give all three or none"
     elif all(given) and args.class_prompt == args.instance_prompt:
-        yield ("--class_prompt: is the same as --instance_prompt, and would teach the opposite; leave out what names "
-               "yours: 'a photo of a dog'")  # fmt: skip
+        yield "--class_prompt: is the same as --instance_prompt; leave out what names yours, as in 'a photo of a dog'"
 
 
 # differs: the image-to-image script has folders of references too

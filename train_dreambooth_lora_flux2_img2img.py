@@ -529,14 +529,12 @@ def check_own(args: Args) -> Iterator[str]:
         yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
-        yield (f"--validation_image: {len(images)} for {prompts} prompt(s); the k-th belongs to the k-th prompt, so "
-               "repeat the prompt, or join references of one prompt with a comma: a.png,b.png")  # fmt: skip
+        yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
     for path in itertools.chain(*map(split_paths, images)):
         if not os.path.isfile(path):
             yield f"--validation_image {path}: no such file"
     if args.cond_dropout and args.train_batch_size > 1 and launched_with("ACCELERATE_USE_FSDP"):
-        yield ("--cond_dropout: with FSDP all processes need the same number of forwards, and a batch of which "
-               "some references are dropped takes two; --train_batch_size 1, or multi_gpu.yaml instead")  # fmt: skip
+        yield "--cond_dropout: processes may differ in forwards, which FSDP forbids; give --train_batch_size 1"
 
 
 def split_paths(text: str) -> list[str]:
