@@ -13,18 +13,10 @@
     accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
         train_dreambooth_lora_flux2_img2img.py @configs/runs/relighting.args               one GPU, FLUX.2 [dev]
 
-Rows without a reference train as plain text-to-image in the same run. The file reads in the order of a run:
+Rows without a reference train as plain text-to-image in the same run.
 
-    Arguments               flags, their checks, saved command lines; no heavy import before they pass
-    Model families          what differs between FLUX.2 [dev] and [klein]; where the parts of a model come from
-    Data                    decode policy, rows with references, buckets, the index of checked images, the sample stream
-    Text and latents        prompts, images and references are encoded once and cached by content
-    Models and LoRA         the frozen transformer and the fp32 adapter in it
-    Flow matching           noise, sigma, velocity and the loss on the target's tokens
-    Optimizer and schedule  AdamW, 8-bit AdamW, Prodigy; steps and epochs
-    Checkpoints             atomic, verified, exact resume
-    Validation and results  images, metrics, model card, upload
-    main                    the story of one run
+The file reads in the order of a run: Arguments, The run, Model families, Data, Text and latents (encoded once), Models
+and LoRA, Flow matching (the loss), Optimizer and schedule, Checkpoints, Validation and results, Training, main.
 
 examples/minimal_flux2_lora.py is the same training in 261 lines without references, to read first.
 
@@ -325,16 +317,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
-    """The flags; `@NAME.args` stands for the words of that file (shell quoting, # comments), --instance_prompt for
-    [trigger] in the prompts that images are drawn from.
-    """
+    """The flags, with the words of each `@NAME.args` (shell quoting, # comments) and with [trigger] written out."""
     words: list[str] = []
     for word in argv:
-        if not (word.startswith("@") and word.endswith(".args")):
-            words.append(word)
-            continue
+        saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
-            words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True)
+            words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
             parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
     found = parser.parse_args(words)
@@ -388,11 +376,8 @@ def check_values(args: Args) -> Iterator[str]:
 
 def check_model_and_data(args: Args) -> Iterator[str]:
     """Problems of the flags that name the model and the data, as far as the disk can tell."""
-    model, folder, settings = (
-        args.pretrained_model_name_or_path,
-        args.instance_data_dir,
-        args.bnb_quantization_config_path,
-    )
+    model, folder = args.pretrained_model_name_or_path, args.instance_data_dir
+    settings = args.bnb_quantization_config_path
     if not model:
         yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
     elif os.path.exists(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
@@ -544,14 +529,12 @@ def check_own(args: Args) -> Iterator[str]:
         yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
-        yield (f"--validation_image: {len(images)} for {prompts} prompt(s); the k-th belongs to the k-th prompt, so "
-               "repeat the prompt, or join references of one prompt with a comma: a.png,b.png")  # fmt: skip
+        yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
     for path in itertools.chain(*map(split_paths, images)):
         if not os.path.isfile(path):
             yield f"--validation_image {path}: no such file"
     if args.cond_dropout and args.train_batch_size > 1 and launched_with("ACCELERATE_USE_FSDP"):
-        yield ("--cond_dropout: with FSDP all processes need the same number of forwards, and a batch of which "
-               "some references are dropped takes two; --train_batch_size 1, or multi_gpu.yaml instead")  # fmt: skip
+        yield "--cond_dropout: processes may differ in forwards, which FSDP forbids; give --train_batch_size 1"
 
 
 def split_paths(text: str) -> list[str]:
@@ -582,9 +565,14 @@ def flag_notes(args: Args) -> list[str]:
 
 def is_launcher(command: bytes) -> bool:
     """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
-    names = {os.path.basename(os.fsdecode(word)) for word in command.split(b"\0")[:4]}  # python -X y -m module
-    return not names.isdisjoint(("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun",
-                                 "torch.distributed.run"))  # fmt: skip
+    launchers = {
+        b"accelerate",
+        b"accelerate-launch",
+        b"accelerate.commands.launch",
+        b"torchrun",
+        b"torch.distributed.run",
+    }
+    return not launchers.isdisjoint(map(os.path.basename, command.split(b"\0")[:4]))  # python -X y -m module
 
 
 def end_with_launcher() -> None:
@@ -592,11 +580,11 @@ def end_with_launcher() -> None:
 
     Any other parent, a shell or a supervisor, may end before the run does.
     """
-    with contextlib.suppress(OSError):
-        if sys.platform == "linux" and is_launcher(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
-            import ctypes
+    command = Path(f"/proc/{os.getppid()}/cmdline")
+    if sys.platform == "linux" and command.is_file() and is_launcher(command.read_bytes()):
+        import ctypes
 
-            ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -764,17 +752,17 @@ EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, Keyboar
 
 @contextlib.contextmanager
 def start_run(args: Args) -> Iterator[Run]:
-    """The run: alone in its output folder, its model checked.
-
-    Of a program the known failures become one message and their exit code; imported, they stay exceptions.
-    """
+    """The run, alone in its output folder. Of a program the known failures become one message and their exit code."""
     set_up_logging()
     try:
         with output_lock(args):
             run = start_accelerator(args)
             check_parts(run)
-            with explain_out_of_memory(run):
+            try:
                 yield run
+            except Exception as error:
+                explain_out_of_memory(run, error)
+                raise
     except tuple(EXIT_CODES) as error:
         if __name__ != "__main__":
             raise
@@ -815,45 +803,40 @@ def output_lock(args: Args) -> Iterator[None]:
                 path.parent.rmdir()  # if it is empty: a run that was refused leaves nothing
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(run: Run) -> Iterator[None]:
-    """Turns every kind of running out of memory, also the CPU's, into OutOfMemory with a message that helps."""
-    try:
-        yield
-    except Exception as error:
-        signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
-        short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(signs, str(error), re.IGNORECASE)
-        if not short or isinstance(error, tuple(EXIT_CODES)):
-            raise
-        called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        phase = called[called.index("main") + 1].replace("_", " ")  # as the functions are named that main calls
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        peak = max(peak_memory(run).values(), default=math.nan)
-        on_gpu = run.device.type == "cuda"
-        free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
-        flags = memory_flags(run, phase)
-        text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
-        text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
-        if any(verify_checkpoint(folder) is None for folder in list_checkpoints(run.output_dir)):
-            same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
-            text += f"  flags that are not in this line may make another run. Go on with\n    {resume_line(run, *same)}"
-        raise OutOfMemory(text.rstrip()) from error
+def explain_out_of_memory(run: Run, error: Exception) -> None:
+    """Raises OutOfMemory with what helps if the error is of that kind, also the CPU's."""
+    signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
+    short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(signs, str(error), re.IGNORECASE)
+    if not short or isinstance(error, tuple(EXIT_CODES)):
+        return
+    called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    phase = next((name for caller, name in itertools.pairwise(called) if caller == "main"), "start").replace("_", " ")
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    peak = max(peak_memory(run).values(), default=math.nan)
+    on_gpu = run.device.type == "cuda"
+    free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
+    flags = memory_flags(run, phase)
+    text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
+    text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
+    if any(verify_checkpoint(folder) is None for folder in list_checkpoints(run.output_dir)):
+        same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
+        text += f"  flags that are not in this line may make another run. Go on with\n    {resume_line(run, *same)}"
+    raise OutOfMemory(text.rstrip()) from error
 
 
 def memory_flags(run: Run, phase: str) -> list[str]:
-    """What saves memory in this phase and is not on yet, what helps most first."""
-    if phase == "encode prompts":
+    """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
+    if "prompts" in phase:
         names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
-    elif phase in ("check data", "encode images"):
+    elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
         base = ["do_fp8_training"] if run.sharding else ["stream_blocks", "bnb_quantization_config_path"]
-        names = ["gradient_checkpointing"] * (phase == "train") + ([] if run.quantization else base)
-        names, smaller = [*names, "cache_latents", "offload", "use_8bit_adam"], ["resolution", "rank"]
+        names = ["gradient_checkpointing"] * (phase == "train" and checkpointed_share(run) < 1)
+        names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
+        smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
-    useless += ["fsdp_text_encoder"] * (run.processes == 1) + ["gradient_checkpointing"] * (
-        checkpointed_share(run) == 1
-    )
+    useless += ["fsdp_text_encoder"] if run.processes == 1 else []
     helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
     return helping + [f"a smaller --{name}" for name in smaller]
 
@@ -869,10 +852,7 @@ def resume_line(run: Run, *more: str) -> str:
 
 @dataclass
 class StopSignals:
-    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one acts at once.
-
-    SIGUSR2, the end of the launcher, counts as a SIGTERM. Only the main thread may install handlers.
-    """
+    """Remembers the first SIGINT, SIGTERM or SIGUSR2 (the launcher's end), so that the step is finished and saved."""
 
     received: int | None = None  # by this process
     agreed: int | None = None  # by any process, as all of them know after the same step
@@ -880,16 +860,15 @@ class StopSignals:
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # no other may install handlers
             numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
             self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Puts the old handlers back; for a program that is about to end, the end of its launcher is no news."""
         for number, handler in self.previous.items():
-            ends = self.received and number not in (signal.SIGINT, signal.SIGTERM)
-            signal.signal(number, signal.SIG_IGN if ends else handler)
+            launcher = number not in (signal.SIGINT, signal.SIGTERM)  # its end is no news when this process ends too
+            signal.signal(number, signal.SIG_IGN if launcher and self.received else handler)
 
     def handle(self, number: int, _frame: Any) -> None:
         """Notes the first signal; a later one acts, unless it is the echo that launchers send to their whole group."""
@@ -961,10 +940,8 @@ def start_accelerator(args: Args) -> Run:
 
 
 def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
-    """--mixed_precision, else bf16 if the accelerate config says so, else bf16 on an accelerator and fp32 on CPU.
-
-    A config's "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident.
-    """
+    """--mixed_precision, else bf16 if the accelerate config says so, else bf16 on an accelerator and fp32 on CPU."""
+    # "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if args.mixed_precision is None and configured in ("fp16", "fp8"):
         raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
@@ -1016,8 +993,7 @@ class Progress(contextlib.AbstractContextManager):
             self.bar.update()
         now = time.monotonic()
         if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
-            self.last_line = now
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            self.last_line, left = now, (now - self.started) / (self.done - self.first) * (self.total - self.done)
             log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
 
 
