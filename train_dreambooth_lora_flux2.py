@@ -285,8 +285,18 @@ PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_p
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 
 
+LIKELY_CAUSES = {  # of argparse's own errors
+    r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Of the processes of a machine one tells a mistake; the others wait, for the launcher ends all with the first."""
+
+    def error(self, message: str) -> NoReturn:
+        causes = [cause for pattern, cause in LIKELY_CAUSES.items() if re.search(pattern, message)]
+        self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         silent = status != 0 and is_launched() and os.environ["LOCAL_RANK"] != "0"
@@ -4188,8 +4198,8 @@ def prepare_output(run: Run) -> Run:
     settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
     try:
         run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
-    except Exception as error:  # whatever a tracker raises; the numbers are in metrics.jsonl too
-        log.warning(f"trackers: {run.args.report_to} did not start ({error}); the run goes on")
+    except Exception as error:  # whatever a tracker raises
+        raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
     run.accelerator.wait_for_everyone()
     return replace(run, hub_repo=hub_repo)
 

@@ -152,12 +152,36 @@ def test_trigger_without_an_instance_prompt_is_refused(refusal, flag):
     assert f"{flag}: [trigger] stands for --instance_prompt, which is missing" in message
 
 
-# ---- mistakes ----
+# ---- likely causes ----
 
 
-def test_a_text_without_quotes_is_one_line_that_names_the_words_left_over(refusal):
-    message = refusal("--instance_prompt", "a", "photo", "of", "sks", "dog")
-    assert message.count("\n") == 1 and "unrecognized arguments: photo of sks dog" in message
+@pytest.mark.parametrize("flags", [
+    ["--instance_prompt", "a", "photo", "of", "sks", "dog"],
+    ["--output_dir", "my", "folder", "--rank", "4"],
+    ["--lora_layers", "attn.to_q,", "attn.to_k"],
+    ["--report_to", "tensorboard", "wandb"],
+    ["--aspect_ratio_buckets", "832,1216", "1216,832"],
+], ids=" ".join)  # fmt: skip
+def test_a_text_without_quotes_is_one_error_that_says_so(refusal, flags):
+    message = refusal(*flags)
+    assert message.count("\n") == 1 and "unrecognized arguments" in message
+    assert "Quote a text with blanks: --instance_prompt 'a photo of sks dog'" in message
+
+
+def test_an_unknown_flag_is_not_taken_for_a_text_without_quotes(refusal):
+    message = refusal("--learnin_rate", "1e-4")
+    assert "unrecognized arguments: --learnin_rate 1e-4" in message and "Quote" not in message
+
+
+@pytest.mark.parametrize("size", ["832,1216", "832x1216", "1024.0"])
+def test_two_numbers_for_the_resolution_are_led_to_the_buckets(refusal, size):
+    message = refusal("--resolution", size)
+    assert f"'{size}'" in message and "--aspect_ratio_buckets '832,1216'" in message
+
+
+def test_two_words_for_the_resolution_are_led_on_too(refusal):
+    message = refusal("--resolution", "832", "1216")
+    assert "unrecognized arguments: 1216. For sizes that are no squares" in message and "Quote" not in message
 
 
 @pytest.mark.parametrize("texts", [("",), ("a dog", " ")])

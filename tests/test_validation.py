@@ -268,6 +268,19 @@ def test_a_tracker_that_fails_is_a_warning_and_training_goes_on(quick, monkeypat
     assert capsys.readouterr().err.count("no route to the board") == 1
 
 
+def test_a_tracker_that_cannot_start_ends_the_run_before_anything_is_encoded(script, train, monkeypatch, tmp_path):
+    """A missing login, for instance: better now than a night without curves."""
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*_args, **_kwargs):
+        raise ConnectionError("no route to the board")
+
+    monkeypatch.setattr(TensorBoardTracker, "store_init_configuration", fail)
+    monkeypatch.setattr(script, "load_text_encoder", fail)
+    with pytest.raises(script.UserError, match=r"--report_to tensorboard: cannot start \(no route to the board\)"):
+        train("--report_to", "tensorboard", "--latents_cache_dir", tmp_path / "cache")
+
+
 # ----------------------------------------------------------------------------------------------------------------- card
 
 
