@@ -223,6 +223,7 @@ SHARED_FLAGS = [
     flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
     flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
     flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
+    flag("comfyui_lora", bool, True, "write comfyui_lora.safetensors too: BFL's names, for ComfyUI and others"),
     "Validation",
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
@@ -1015,6 +1016,7 @@ class ModelFamily:
     tokenizer: str
     text_layers: tuple[int, ...]  # indices into hidden_states; 0 is the embedding output
     text_width: int | None  # joint_attention_dim, tells the klein sizes apart; None = any
+    architecture: str  # its id in modelspec headers
     license: dict[str, str]
 
 
@@ -1023,9 +1025,9 @@ FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license
 DEV = "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor", (10, 20, 30)
 KLEIN = "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast", (9, 18, 27)
 FAMILIES = (
-    ModelFamily("FLUX.2 [dev]", *DEV, None, FLUX_LICENSE),
-    ModelFamily("FLUX.2 [klein] 9B", *KLEIN, 12288, FLUX_LICENSE),
-    ModelFamily("FLUX.2 [klein] 4B", *KLEIN, None, {"license": "apache-2.0"}),
+    ModelFamily("FLUX.2 [dev]", *DEV, None, "Flux.2-dev", FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 9B", *KLEIN, 12288, "Flux.2-klein-9b", FLUX_LICENSE),
+    ModelFamily("FLUX.2 [klein] 4B", *KLEIN, None, "Flux.2-klein-4b", {"license": "apache-2.0"}),
 )
 
 
@@ -2966,8 +2968,6 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     assert parameters.keys() == expected, "the trainable set must be exactly the adapter"
     millions = sum(parameter.numel() for parameter in parameters.values()) / 1e6
     log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {millions:.2f} M parameters in fp32")
-    if unmapped := [name for name in targets if "modulation" in name or name.startswith("time_guidance_embed")]:
-        log.info(f"lora: ComfyUI ignores the LoRA of {', '.join(unmapped)} under diffusers' names")
     return parameters
 
 
@@ -3026,28 +3026,75 @@ def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
-    """Writes pytorch_lora_weights.safetensors, and a twin for ComfyUI when alpha is not the rank.
+    """Writes pytorch_lora_weights.safetensors, with all that diffusers needs to rebuild the adapter in its header.
 
-    The header holds what diffusers needs to rebuild the adapter, only the keys that differ from PEFT's defaults: an
-    older PEFT refuses a file with a key that it does not know. ComfyUI ignores the alpha there, so the twin has
-    alpha / rank multiplied into lora_B.
+    That is only what differs from PEFT's defaults: an older PEFT refuses a file with a key that it does not know.
     """
-    alpha, rank = lora_alpha(run.args), run.args.rank
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
-    architecture = "Flux.2-dev/lora" if run.family.pipeline == "Flux2Pipeline" else "Flux.2-klein/lora"
-    facts = {"modelspec.architecture": architecture, "base_model": public_name(run.model), "seed": str(run.seed)}
+    tensors = {f"transformer.{name}": parameter.detach().to("cpu", dtype) for name, parameter in parameters.items()}
     targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
-    twin = [(COMFYUI_FILE, alpha / rank, rank)] if alpha != rank else []
-    for file, scale, header_alpha in ((LORA_FILE, 1.0, alpha), *twin):
-        tensors = {}
-        for name, parameter in parameters.items():
-            factor = scale if name.endswith("lora_B.weight") else 1.0
-            tensors[f"transformer.{name}"] = (parameter.detach() * factor).to("cpu", dtype).contiguous()
-        # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
-        adapter = {"r": rank, "lora_alpha": header_alpha, "target_modules": targets, "rank_pattern": {}}
-        header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
-        header = {"format": "pt", "lora_adapter_metadata": header, "modelspec.sai_model_spec": "1.0.0", **facts}
-        write_atomically(folder / file, safetensors_bytes(tensors, header))
+    # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
+    adapter = {"r": run.args.rank, "lora_alpha": lora_alpha(run.args), "target_modules": targets, "rank_pattern": {}}
+    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
+    header = {"format": "pt", "lora_adapter_metadata": header, **describe_lora(run)}
+    write_atomically(folder / LORA_FILE, safetensors_bytes(tensors, header))
+
+
+def describe_lora(run: Run) -> dict[str, str]:
+    """What user interfaces show of a LoRA file. No date, so that equal runs give equal files."""
+    trigger, size = run.args.instance_prompt or "", run.args.resolution
+    facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger,
+             "implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})",
+             "resolution": f"{size}x{size}"}  # fmt: skip
+    facts = {f"modelspec.{name}": value for name, value in facts.items()}
+    return {**facts, "base_model": public_name(run.model), "seed": str(run.seed)}
+
+
+BFL_NAMES = (  # of the modules, by diffusers' names; one after the other
+    ("^single_transformer_blocks", "single_blocks"), ("^transformer_blocks", "double_blocks"),
+    (r"attn\.to_qkv_mlp_proj$", "linear1"), (r"^(single.*)attn\.to_out$", r"\1linear2"),
+    (r"attn\.to_([qkv])$", r"img_attn.qkv.\1"), (r"attn\.add_([qkv])_proj$", r"txt_attn.qkv.\1"),
+    (r"attn\.to_out\.0$", "img_attn.proj"), (r"attn\.to_add_out$", "txt_attn.proj"),
+    (r"ff\.linear_in$", "img_mlp.0"), (r"ff\.linear_out$", "img_mlp.2"),
+    (r"ff_context\.linear_in$", "txt_mlp.0"), (r"ff_context\.linear_out$", "txt_mlp.2"),
+    (r"^time_guidance_embed\.(time|guidance)(step)?_embedder", r"\1_in"), (r"(modulation\w*)\.linear$", r"\1.lin"),
+    (r"_in\.linear_1$", "_in.in_layer"), (r"_in\.linear_2$", "_in.out_layer"), ("^x_embedder$", "img_in"),
+    ("^context_embedder$", "txt_in"), (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
+    ("^proj_out$", "final_layer.linear"),
+)  # fmt: skip
+
+
+def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A LoRA by the names of our parameters in those of BFL's own model, with `scale` multiplied into lora_B.
+
+    BFL's q, k and v are one module: their lora_A are stacked, and lora_B is block-diagonal.
+    """
+    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name in sorted(name.removesuffix(".lora_A.weight") for name in matrices if name.endswith(".lora_A.weight")):
+        down, up = matrices[f"{name}.lora_A.weight"], matrices[f"{name}.lora_B.weight"] * scale
+        if name == "norm_out.linear":  # BFL's order is shift, scale
+            up = torch.cat(up.chunk(2)[::-1])
+        for ours, theirs in BFL_NAMES:
+            name = re.sub(ours, theirs, name)
+        module, _, part = name.partition("qkv.")
+        modules.setdefault(f"{module}qkv" if part else module, {})[part] = down, up
+    tensors = {}
+    for module, parts in modules.items():
+        order, (down, up) = [""] if "" in parts else ["q", "k", "v"], next(iter(parts.values()))
+        pairs = [parts.get(part, (down[:0], up[:, :0])) for part in order]  # a part without a LoRA has rank 0
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = torch.cat([down for down, _ in pairs])
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = torch.block_diag(*(up for _, up in pairs))
+    return tensors
+
+
+def save_comfyui_lora(run: Run, parameters: dict[str, nn.Parameter]) -> None:
+    """Writes comfyui_lora.safetensors: for ComfyUI and others, which know BFL's names and read no alpha in a header."""
+    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
+    matrices = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    tensors = bfl_lora(matrices, lora_alpha(run.args) / run.args.rank)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    header = {"format": "pt", **describe_lora(run)}
+    write_atomically(run.output_dir / COMFYUI_FILE, safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
@@ -4119,6 +4166,8 @@ def write_results(run: Run, state: TrainState, finished: bool) -> None:
         if finished:
             save_lora(run, state.parameters, run.output_dir)
             flush_to_disk(run.output_dir / LORA_FILE)
+            if run.args.comfyui_lora:
+                save_comfyui_lora(run, state.parameters)
     except OSError as error:
         kept = keep_lora(run, state) if finished else []
         kept += [str(folder) for folder in list_checkpoints(run.output_dir)[-1:]]
@@ -4128,8 +4177,6 @@ def write_results(run: Run, state: TrainState, finished: bool) -> None:
         log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
         return
     write_card(run, state, [])
-    if (run.output_dir / COMFYUI_FILE).is_file():
-        log.info(f"result: {run.output_dir / COMFYUI_FILE} is for ComfyUI, which ignores alpha in the header")
 
 
 def keep_lora(run: Run, state: TrainState) -> list[str]:

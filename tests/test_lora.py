@@ -458,15 +458,15 @@ def older_diffusers(header: dict[str, str]) -> LoraConfig:
 
 
 @pytest.mark.parametrize("alpha", ["4", "8", "1.5"])
-def test_both_files_load_by_the_header_rules_of_diffusers_before_0_40(script, tiny, tmp_path, alpha):
-    """Rank and alpha as trained; in the file for ComfyUI alpha is the rank, since it is multiplied in."""
+def test_the_file_loads_by_the_header_rules_of_diffusers_before_0_40(script, tiny, tmp_path, alpha):
+    """Rank and alpha as trained."""
     trained(script, tiny, tmp_path, "--lora_alpha", alpha)
-    files = [script.LORA_FILE, *([] if alpha == "4" else [script.COMFYUI_FILE])]
-    for file, expected in zip(files, (float(alpha), 4.0), strict=False):
-        config = older_diffusers(header(tmp_path / file))
-        assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (4, expected, {}, {})
-        names = {re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", name) for name in load_file(tmp_path / file)}
-        assert set(config.target_modules) == names
+    config = older_diffusers(header(tmp_path / script.LORA_FILE))
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (4, float(alpha), {}, {})
+    names = {
+        re.sub(r"^transformer\.|\.lora_[AB]\.weight$", "", name) for name in load_file(tmp_path / script.LORA_FILE)
+    }
+    assert set(config.target_modules) == names
 
 
 def test_the_names_in_the_file_are_those_of_diffusers(script, tiny, tmp_path):
@@ -481,39 +481,14 @@ def test_the_names_in_the_file_are_those_of_diffusers(script, tiny, tmp_path):
 def test_the_export_is_in_the_compute_dtype_unless_it_is_upcast(script, tiny, tmp_path):
     """--upcast_before_saving means fp32 also in a bf16 run."""
     for flags, dtype in (([], torch.bfloat16), (["--upcast_before_saving"], torch.float32)):
-        run = start_run(script, tiny, tmp_path / "run", "--mixed_precision", "bf16", "--lora_alpha", "3", *flags)
+        folder = tmp_path / str(dtype)
+        run = start_run(script, tiny, folder, "--mixed_precision", "bf16", "--lora_alpha", "3", *flags)
         parameters = script.add_lora(run, script.load_transformer(run))
         script.save_lora(run, parameters, tmp_path)
-        for name in (script.LORA_FILE, script.COMFYUI_FILE):
-            assert {tensor.dtype for tensor in load_file(tmp_path / name).values()} == {dtype}
+        script.save_comfyui_lora(run, parameters)
+        for path in (tmp_path / script.LORA_FILE, run.output_dir / script.COMFYUI_FILE):
+            assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
         assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
-
-
-def test_there_is_no_comfyui_twin_when_alpha_is_the_rank(script, tiny, tmp_path):
-    """The file itself is right there: given or not."""
-    for number, flags in enumerate(([], ["--lora_alpha", "4"], ["--lora_alpha", "4.0"])):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        trained(script, tiny, folder, *flags)
-        assert not (folder / script.COMFYUI_FILE).exists()
-
-
-def test_the_comfyui_twin_has_alpha_over_rank_in_its_up_matrices(script, tiny, tmp_path):
-    """ComfyUI ignores the header: there the tensors alone must give the training model's output."""
-    _, transformer, parameters = trained(script, tiny, tmp_path, "--lora_alpha", "6")
-    twin = load_file(tmp_path / script.COMFYUI_FILE)
-    for name, parameter in parameters.items():
-        factor = 1.5 if ".lora_B." in name else 1.0
-        assert twin[f"transformer.{name}"].equal(parameter.data * factor), name
-    assert adapter_config(tmp_path / script.COMFYUI_FILE)["lora_alpha"] == 4
-    without_header = tmp_path / "without_header.safetensors"
-    save_file(twin, without_header)
-    with torch.no_grad():
-        expected = transformer(**inputs())[0]
-        for file in (tmp_path / script.COMFYUI_FILE, without_header):
-            assert (
-                fresh(tiny, Flux2Pipeline, file)(**inputs())[0] - expected
-            ).abs().max() < 1e-5 * expected.abs().max()
 
 
 # ---- starting from a file ----
