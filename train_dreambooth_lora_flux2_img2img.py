@@ -32,7 +32,6 @@ import csv
 import difflib
 import errno
 import functools
-import gc
 import hashlib
 import importlib.util
 import io
@@ -622,6 +621,8 @@ for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops",
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+from unittest import mock
+
 import accelerate
 import diffusers
 import huggingface_hub
@@ -640,7 +641,7 @@ import transformers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, gather
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import (
@@ -648,6 +649,8 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     generate_aspect_ratio_buckets,
 )
+from diffusers.training_utils import free_memory as release_memory
+from huggingface_hub.utils import http_stream_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -739,7 +742,7 @@ class TrainingParts:
 
     def rest_vae(self, args: Args) -> None:
         if args.offload and self.vae is not None:
-            self.vae.to("cpu")
+            rest_vae(self.vae)
 
 
 class NotFinite(RuntimeError):
@@ -1071,22 +1074,20 @@ class ModelFiles:
     variant: str | None
 
     def part(self, subfolder: str) -> Path:
-        """The folder of one part with all its files here; says size and free space before a download."""
+        """The folder of one part, whose files a Hub model fetches. Raises UserError: no space, or a broken download."""
         if not self.remote:
             return self.folder / subfolder
-        wanted = {"repo_id": self.name, "allow_patterns": [f"{subfolder}/*"], **self.options}
+        fetch = functools.partial(huggingface_hub.snapshot_download, self.name, allow_patterns=f"{subfolder}/*")
         try:
-            offline = huggingface_hub.constants.HF_HUB_OFFLINE
-            plan = [] if offline else huggingface_hub.snapshot_download(dry_run=True, **wanted)
+            plan = [] if huggingface_hub.constants.HF_HUB_OFFLINE else fetch(dry_run=True, **self.options)
             if missing := sum(entry.file_size or 0 for entry in plan if entry.will_download):
                 check_space(self.folder, missing, f"the download of {self.name}/{subfolder}", "--cache_dir")
-            huggingface_hub.snapshot_download(**wanted)
+            return Path(fetch(**self.options)) / subfolder
         except UserError:
             raise
         except Exception as error:  # the network has no common base of errors
             raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
                             "Start again: what is here stays") from error  # fmt: skip
-        return self.folder / subfolder
 
     def config(self, subfolder: str, file: str = "config.json") -> Config:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
@@ -2192,7 +2193,7 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     if not run.args.remote_text_encoder:  # else the tokenizer is the server's
         tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
         texts = sorted({text for sample in samples for text in sample.captions})
-        lengths = {text: tokenize(run.family, tokenizer, text, None)["input_ids"].shape[1] for text in texts}
+        lengths = {text: len(token_ids(run.family, tokenizer, text)) for text in texts}
         log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
         if long := [s.image.name for s in samples for text in s.captions if lengths[text] > most]:
             log.warning(f"data: {len(long)} captions are cut at {most} tokens: {some(long)}")
@@ -2258,10 +2259,10 @@ class TrainingSet(Dataset):
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
         """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
-        self.space, self.samples, self.stream = space, samples, stream
+        self.space, self.samples, self.stream, self.prompts = space, samples, stream, PromptCache(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
-        """noise (L, C) and u of the visit, its caption, and cached latent moments or pixels (3, H, W) of each image.
+        """noise (L, C), u and prompt embedding of the visit, and latent moments or pixels (3, H, W) of each image.
 
         `references` is [] where there are none, or they are dropped.
         """
@@ -2270,11 +2271,13 @@ class TrainingSet(Dataset):
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
         number = int(self.draw("caption", position) * len(sample.captions)) % len(sample.captions)
         dropped = self.draw("caption dropout", position) < run.args.caption_dropout
+        caption = "" if dropped else sample.captions[number]
         item = {
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
-            "caption": "" if dropped else sample.captions[number],
+            "caption": caption,
+            "prompt_embeds": self.prompts.load(caption),
             "noise": torch.randn(height * width, channels, generator=self.generator("noise", position)),
             "u": draw_u(run.args, self.generator("sigma", position)),
         }
@@ -2354,45 +2357,36 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
 # region shared: text
+# Each different prompt and image is encoded once, by one process, into a file named by all that it depends on; encoder
+# and VAE leave the device before the transformer is loaded. Of the encoder only the layers that are read are loaded.
+# Training reads the files in the loader's workers: kept in memory, an embedding of [dev] would take 15.7 MB.
 def load_tokenizer(run: Run) -> Any:
     """The family's tokenizer or processor. Raises UserError unless a prompt comes through it whole.
 
     In silence transformers makes an empty one where the vocabulary is missing, and takes any text for a template.
     """
-    trial, where = "a photo", f"{run.model.name}/tokenizer"
+    trial, where, config = "a photo", f"{run.model.name}/tokenizer", run.model.config("text_encoder")
+    known = config.get("text_config", config)["vocab_size"]
     try:
         tokenizer = getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
-        ids = tokenize(run.family, tokenizer, trial, None)["input_ids"][0]
-        whole = trial in tokenizer.decode(ids)
+        ids = token_ids(run.family, tokenizer, trial)
+        whole = trial in tokenizer.decode(ids) and max(ids) < known
     except Exception as error:  # the libraries have no common base of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{where}: cannot be read ({reason}); download it again") from None
-    config = run.model.config("text_encoder")
-    known = config.get("text_config", config)["vocab_size"]
-    if not whole or max(ids) >= known:
-        raise UserError(f"{where}: is not the text encoder's, a prompt becomes {ids.tolist()[:8]} of {known} tokens; "
+    if not whole:
+        raise UserError(f"{where}: is not the text encoder's, a prompt becomes {ids[:8]} of {known} tokens; "
                         "download it again, or after a clone run `git lfs pull`")  # fmt: skip
     return tokenizer
 
 
-def tokenize(family: ModelFamily, tokenizer: Any, prompt: str, max_length: int | None) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (1, L) of one prompt in the family's template, as the pipelines make them.
-
-    Padded and cut to `max_length`; None is neither. [dev] has a system message and pads left, [klein] has none and
-    pads right, with an empty thinking block.
-    """
-    limits = {"padding": "max_length", "truncation": True, "max_length": max_length} if max_length else {}
+def token_ids(family: ModelFamily, tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt in the template of the family's pipeline, neither padded nor cut."""
+    messages, options = [{"role": "user", "content": prompt}], {"add_generation_prompt": True, "enable_thinking": False}
     if family.pipeline == "Flux2Pipeline":
-        # "[IMG]" would be counted as an image by the processor
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
-            {"role": "user", "content": [{"type": "text", "text": prompt.replace("[IMG]", "")}]},
-        ]
-        template = {"add_generation_prompt": False, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return tokenizer.apply_chat_template([messages], **template, **limits)
-    template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
-    return tokenizer(text, return_tensors="pt", **limits)
+        [messages], options = format_input([prompt]), {}
+    options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return tokenizer.apply_chat_template(messages, **options)["input_ids"][0].tolist()
 
 
 UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.")  # of the layers, those cut off
@@ -2428,17 +2422,17 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 def load_text_encoder(run: Run) -> nn.Module:
     """The text encoder with only the layers that are read, frozen, in the compute dtype."""
     fetch_part(run, "text_encoder")
-    options = {}
     spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
-    if spread:
-        options["device_map"] = "auto"
+    options = {"device_map": "auto"} if spread else {}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
         free = torch.cuda.mem_get_info(run.device)[0] - 2**30
         options["max_memory"] = {run.device.index: free, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
     refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
-    drop_unread_parts(encoder)
+    encoder.lm_head = nn.Identity()  # the head over the vocabulary and what would see images: 2 GB of [dev] in bf16
+    if hasattr(encoder.model, "vision_tower"):
+        encoder.model.vision_tower = encoder.model.multi_modal_projector = None
     stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
@@ -2446,36 +2440,35 @@ def load_text_encoder(run: Run) -> nn.Module:
     return encoder if spread or stored or run.args.fsdp_text_encoder else encoder.to(run.device)
 
 
-def drop_unread_parts(encoder: nn.Module) -> None:
-    """Removes the head over the vocabulary and what would see images: some 2 GB of [dev] in bf16."""
-    encoder.lm_head = None
-    if hasattr(encoder.model, "vision_tower"):
-        encoder.model.vision_tower = encoder.model.multi_modal_projector = None
-
-
 @torch.no_grad()
 def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> torch.Tensor:
-    """Prompt embedding (L, D) of one prompt: the chosen hidden states side by side, pads included and unmasked.
+    """Prompt embedding (L, D) by the family's pipeline: the chosen hidden states side by side, pads included."""
+    nothing = {"transformer": None, "vae": None, "scheduler": None}
+    pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=encoder, tokenizer=tokenizer, **nothing)
+    options = {"max_sequence_length": run.args.max_sequence_length, "text_encoder_out_layers": run.text_layers}
+    return pipeline.encode_prompt(prompt, device=run.device, **options)[0][0].to(run.dtype)
 
-    `encoder.model` leaves out the logits over the vocabulary, which nobody reads.
-    """
-    tokens = tokenize(run.family, tokenizer, prompt, run.args.max_sequence_length).to(run.device)
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    layers = [output.hidden_states[layer].to(run.device) for layer in run.text_layers]  # --offload spreads them
-    return torch.cat(layers, dim=-1)[0].to(run.dtype)
+
+REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
     """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
 
-    The answer is a saved tensor: read with `weights_only`, capped in size, packed and unpacked, checked for shape and
-    finite numbers.
+    A busy server is asked again after a wait. The answer is a saved tensor: read with `weights_only`, capped in size,
+    packed and unpacked, checked for shape and finite numbers. Redirects are not followed, so the token stays here.
     """
-    expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    most = 4 * math.prod(expected) + 1_000_000
+    url, width = run.args.remote_text_encoder_url, run.model.config("transformer")["joint_attention_dim"]
+    expected = (1, run.args.max_sequence_length, width)
+    most, headers = 4 * math.prod(expected) + 1_000_000, {"Accept-Encoding": "identity"}  # all bytes are counted
+    headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
+    # the Hub's client asks nobody when HF_HUB_OFFLINE is set, but a server of one's own is not the Hub
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE and is_hub_host(urllib.parse.urlsplit(url))
+    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": REMOTE_SILENCE, "follow_redirects": False}
     try:
-        body = ask_remote_encoder(run.args, prompt, most)
+        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline):
+            with http_stream_backoff("POST", url, **request) as response:
+                body = read_answer(response, most)
         with zipfile.ZipFile(io.BytesIO(body)) as archive:  # torch.load would unpack a thousand times the size
             if (size := sum(entry.file_size for entry in archive.infolist())) > most:
                 raise ValueError(f"{size} bytes when unpacked, more than {most}")
@@ -2485,102 +2478,58 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
         if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
             raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        raise UserError(f"{run.args.remote_text_encoder_url}: no usable answer ({type(error).__name__}: {error}). To "
-                        "encode here, leave --remote_text_encoder out and add --offload") from None  # fmt: skip
+        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}). To encode here, leave "
+                        "--remote_text_encoder out and add --offload") from None  # fmt: skip
     return embedding[0].to(run.dtype)
 
 
-REMOTE_WAITS = (1, 2, 4, 8, 16)  # seconds between tries, where the server asks for no other wait
-REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte; for one prompt, tries and waits included
-
-
-def ask_remote_encoder(args: Args, prompt: str, most: int) -> bytes:
-    """The body of the server's answer, at most `most` bytes. Raises ValueError, or what the connection raises.
-
-    A busy or paused server and a broken connection are tried again. Redirects are not followed: the token goes to
-    https hosts of the Hub and to loopback only. The client is a bare one: that of the Hub obeys HF_HUB_OFFLINE.
-    """
-    headers = {"Accept-Encoding": "identity"}  # the bytes that are counted are all there are
-    headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(args)) else {}
-    request = {"json": {"prompt": prompt}, "headers": headers, "follow_redirects": False}
-    url, end = args.remote_text_encoder_url, time.monotonic() + REMOTE_PATIENCE
-    if huggingface_hub.constants.HF_HUB_OFFLINE and is_hub_host(urllib.parse.urlsplit(url)):
-        raise ValueError("HF_HUB_OFFLINE is set, and this is a host of the Hub")
-    for wait in (*REMOTE_WAITS, math.inf):
-        try:
-            request["timeout"] = max(0.1, min(REMOTE_SILENCE, end - time.monotonic()))
-            with type(huggingface_hub.get_session())() as client, client.stream("POST", url, **request) as response:
-                if response.status_code == 200:
-                    return read_capped(response, most, end)
-                problem = f"status {response.status_code} {response.reason_phrase}"
-                if response.status_code not in (408, 429, 500, 502, 503, 504):
-                    raise ValueError(problem)
-                asked = response.headers.get("Retry-After", "")
-            if asked.isdecimal() and wait < math.inf:
-                wait, problem = int(asked), f"{problem}, Retry-After {asked} s"
-        except (OSError, ValueError):  # a refusal, too long an answer: another try would end the same
-            raise
-        except Exception as error:  # the HTTP library's own: timeouts, broken connections
-            problem = f"{type(error).__name__}: {error}"
-        if time.monotonic() + wait > end:
-            raise ValueError(problem)
-        log.info(f"text: {url}: {problem}; asked again in {wait} s")
-        time.sleep(wait)
-
-
-def read_capped(response: Any, most: int, end: float) -> bytes:
-    """The body as it comes in. Raises ValueError as soon as it is longer than `most` bytes or `end` has come."""
-    body = bytearray()
-    for piece in response.iter_raw():
-        body += piece
-        if len(body) > most:
-            raise ValueError(f"more than {most} bytes")
-        if time.monotonic() > end:
-            raise ValueError(f"only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
+def read_answer(response: Any, most: int) -> bytes:
+    """The body as it comes in. Raises ValueError as soon as it is longer than `most` bytes, or late."""
+    if response.status_code != 200:
+        raise ValueError(f"status {response.status_code} {response.reason_phrase}")
+    body, end = bytearray(), time.monotonic() + REMOTE_PATIENCE
+    try:
+        for piece in response.iter_raw():
+            body += piece
+            if len(body) > most:
+                raise ValueError(f"more than {most} bytes")
+            if time.monotonic() > end:
+                raise ValueError(f"only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
+    except Exception as error:  # the HTTP library's own must not reach `http_stream_backoff` from here
+        raise ValueError(f"the answer broke off: {error or type(error).__name__}") from None
     return bytes(body)
 
 
-def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
-    """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
-    cache = PromptCache(run)
-    encode_prompts(run, [prompt for prompt in prompts if not is_cached(cache.path(prompt))][:1])
-
-
 def remote_token(args: Args) -> str | None:
-    """The token for the remote encoder, or None when its host may not see it."""
     url = urllib.parse.urlsplit(args.remote_text_encoder_url)
     seen = is_hub_host(url) or url.hostname in LOOPBACK
     return (args.hub_token or huggingface_hub.get_token()) if seen else None
 
 
 def is_hub_host(url: urllib.parse.SplitResult) -> bool:
-    """Whether the address is one of the Hub's, reached by https."""
     return url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
 
 
 class PromptCache:
-    """Prompt embeddings (L, D) by prompt string, on disk; the few used last also on the device."""
+    """Prompt embeddings (L, D) on disk, named by everything they depend on: encoder, layers, length, dtype, prompt."""
 
     def __init__(self, run: Run) -> None:
-        """Keys hold everything that an embedding depends on: encoder, layers, length, dtype, template, prompt."""
+        """The key holds everything but the prompt."""
         url = run.args.remote_text_encoder_url if run.args.remote_text_encoder else None
         encoder = url or run.model.identity("text_encoder")
         template = run.model.identity("tokenizer"), SYSTEM_MESSAGE
         self.key = digest(encoder, *run.text_layers, run.args.max_sequence_length, run.dtype, *template)
         self.folder, self.device = run.cache_dir / "prompts", run.device
-        self.get = functools.lru_cache(maxsize=8)(self.load)
 
     def path(self, prompt: str) -> Path:
-        """The file of one prompt; its name never holds text of the user's."""
         return self.folder / f"{digest(self.key, prompt)}.safetensors"
 
     def load(self, prompt: str) -> torch.Tensor:
-        """(L, D) on the device; `get` is this with a small memory."""
-        return load_file(self.path(prompt))["prompt_embeds"].to(self.device)
+        """(L, D) on the CPU: in training the loader's workers read it."""
+        return load_file(self.path(prompt))["prompt_embeds"]
 
     def batch(self, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
-        """(B, L, D) on the device."""
-        return torch.stack([self.get(prompt) for prompt in prompts]).to(dtype)
+        return torch.stack([self.load(prompt) for prompt in prompts]).to(self.device, dtype)
 
 
 def is_cached(path: Path) -> bool:
@@ -2617,9 +2566,9 @@ def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[li
     its end has to end the run. There all parts have the same length: the last piece is done more than once.
     """
     run.accelerator.wait_for_everyone()
-    mine = work[run.process_index :: run.processes]
     try:
-        yield mine + work[-1:] * (lockstep * (math.ceil(len(work) / run.processes) - len(mine)))
+        with run.accelerator.split_between_processes(work, apply_padding=lockstep and bool(work)) as mine:
+            yield mine
     except Exception:
         if not lockstep:
             run.accelerator.wait_for_everyone()
@@ -2634,21 +2583,22 @@ def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
     with shared_out(run, missing, lockstep=run.args.fsdp_text_encoder) as mine:
         if mine:
-            encode_missing_prompts(run, cache, mine)
+            encode = functools.partial(encode_prompt_remotely, run)
+            if not run.args.remote_text_encoder:
+                encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
+            with Progress("encode prompts", len(mine)) as progress:
+                for prompt in mine:
+                    write_cached(cache.path(prompt), "prompt_embeds", encode(prompt), f"prompt {prompt[:80]!r}")
+                    progress.advance()
+            del encode
+            release_memory()
     return cache
 
 
-def encode_missing_prompts(run: Run, cache: PromptCache, missing: list[str]) -> None:
-    """Loads the encoder, writes these embeddings, and frees it; or asks the remote one."""
-    encode = functools.partial(encode_prompt_remotely, run)
-    if not run.args.remote_text_encoder:
-        encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
-    with Progress("encode prompts", len(missing)) as progress:
-        for prompt in missing:
-            write_cached(cache.path(prompt), "prompt_embeds", encode(prompt), f"prompt {prompt[:80]!r}")
-            progress.advance()
-    del encode
-    release_memory()
+def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
+    """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
+    cache = PromptCache(run)
+    encode_prompts(run, [prompt for prompt in prompts if not is_cached(cache.path(prompt))][:1])
 
 
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
@@ -2658,12 +2608,6 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
         prompts.append("")
     return prompts
-
-
-def release_memory() -> None:
-    """Frees what the caller no longer refers to, and the device's cached blocks."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where there is no CUDA
 
 
 # endregion shared: text
@@ -2688,11 +2632,9 @@ class LatentSpace:
 
     @property
     def channels(self) -> int:
-        """C, channels of a token: 4 x the VAE's latent channels."""
         return len(self.mean_C)
 
     def path(self, image: Image, flip: bool) -> Path:
-        """The cache file of an image: named by content, geometry and VAE."""
         key = digest(image.sha256, DECODE_POLICY, *image.target, image.fit, flip, self.identity)
         return self.folder / f"{key}.safetensors"
 
@@ -2708,18 +2650,15 @@ def open_latent_space(run: Run) -> LatentSpace:
 def load_vae(run: Run) -> AutoencoderKLFlux2:
     """The VAE, frozen, in fp32: it is small, and bf16 would cost up to 0.4 % in the statistics."""
     options = {"torch_dtype": torch.float32, "variant": run.model.variant, "use_safetensors": True}
-    vae = AutoencoderKLFlux2.from_pretrained(fetch_part(run, "vae"), **options)
-    return vae.to(run.device).eval().requires_grad_(False)
+    vae = AutoencoderKLFlux2.from_pretrained(fetch_part(run, "vae"), **options).eval().requires_grad_(False)
+    vae.at_rest = vae.state_dict()  # on the CPU, for `rest_vae`
+    return vae.to(run.device)
 
 
-def patchify(latents_BCHW: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, 4C, H/2, W/2): each 2 x 2 patch becomes channels, W fastest."""
-    return F.pixel_unshuffle(latents_BCHW, 2)
-
-
-def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, H*W, C): one token per cell, row by row."""
-    return latents_BCHW.flatten(2).transpose(1, 2)
+def rest_vae(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
+    """Takes the frozen VAE off the device without a copy: its weights on the CPU are still good."""
+    vae.load_state_dict(vae.at_rest, assign=True)
+    return vae
 
 
 def position_ids(rows: int, columns: int, time: int = 0, device: torch.device | None = None) -> torch.Tensor:
@@ -2736,10 +2675,8 @@ def text_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] -> moments (B, 2, C, H, W) of the latent distribution: mean and log-variance, fp32."""
-    pixels_BCHW = pixels_BCHW.to(
-        vae.device, vae.dtype, memory_format=torch.channels_last
-    )  # as the pipelines hand it over
-    posterior = vae.encode(pixels_BCHW).latent_dist
+    # in the memory format in which the pipelines hand it over
+    posterior = vae.encode(pixels_BCHW.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
     return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
 
 
@@ -2750,7 +2687,8 @@ def tokens_from_moments(
     mean, log_variance = moments_B2CHW.unbind(1)
     latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
     mean_C, std_C = (each.to(latents.device, non_blocking=True) for each in (space.mean_C, space.std_C))
-    return pack((patchify(latents) - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1))
+    patches = F.pixel_unshuffle(latents, 2)  # each 2 x 2 of them becomes the channels of a token, W fastest
+    return ((patches - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1)).flatten(2).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -2773,24 +2711,21 @@ def cache_latents(run: Run, space: LatentSpace, images: list[Image]) -> Autoenco
     """
     flips = (False, True) if run.args.random_flip else (False,)
     wanted = {space.path(image, flip): (image, flip) for image in images for flip in flips}
-    missing = {path: work for path, work in wanted.items() if not is_cached(path)}
+    missing = [(path, *work) for path, work in wanted.items() if not is_cached(path)]
     log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
-    with shared_out(run, list(missing.items())) as mine:
-        return encode_missing_images(run, space, dict(mine)) if mine else None
-
-
-def encode_missing_images(run: Run, space: LatentSpace, missing: dict[Path, tuple[Image, bool]]) -> AutoencoderKLFlux2:
-    """Loads the VAE and writes the latents of these images, each mirrored or not."""
-    numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-    need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in missing.values())
-    check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
-    vae = load_vae(run)
-    with Progress("encode images", len(missing)) as progress:
-        for path, (image, flip) in missing.items():
-            moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-            write_cached(path, "moments", moments, f"image {image.name}")
-            progress.advance()
-    return vae
+    with shared_out(run, missing) as mine:
+        if not mine:
+            return None
+        numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+        need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
+        check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
+        vae = load_vae(run)
+        with Progress("encode images", len(mine)) as progress:
+            for path, image, flip in mine:
+                moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
+                write_cached(path, "moments", moments, f"image {image.name}")
+                progress.advance()
+        return vae
 
 
 def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
@@ -2800,7 +2735,7 @@ def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> Autoenco
     """
     vae = cache_latents(run, space, images) if run.args.cache_latents else None
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
-    vae = (vae or load_vae(run)).to("cpu") if draws or not run.args.cache_latents else None
+    vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
     release_memory()
     return vae
 
@@ -3395,7 +3330,6 @@ def encode_references(
         moments = torch.stack([each.to(run.device, non_blocking=True) for each in view])
         if not run.args.cache_latents:
             moments = encode_pixels(parts.vae_on_device(run), moments)
-            parts.rest_vae(run.args)
         rows, columns = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
         ids = position_ids(rows, columns, 10 * number, run.device)
         references.append((tokens_from_moments(parts.space, moments), ids))
@@ -3450,21 +3384,21 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
     if "moments" not in tensors:
         tensors["moments"] = encode_pixels(parts.vae_on_device(run), tensors["pixels"])
-        parts.rest_vae(run.args)
     clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
+    references = encode_references(run, parts, [views for views in batch["references"] if views])
+    parts.rest_vae(run.args)
 
     # what the transformer makes of the mix, against what it should
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)
+    prompt_embeds_BLD = tensors["prompt_embeds"]
     velocity_BLC = torch.empty_like(noise_BLC, dtype=run.dtype)
     for given in (True, False):  # samples whose references are dropped have shorter sequences: a forward of their own
         chosen = [place for place, views in enumerate(batch["references"]) if bool(views) == given]
         if chosen:
-            references = encode_references(run, parts, [batch["references"][place] for place in chosen])
             chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
-            inputs = (x[chosen] for x in (noisy_BLC, sigmas_B, prompt_embeds_BLD))
-            velocity_BLC[chosen] = predict_velocity(run.args, parts.transformer, *inputs, height, width, references)
+            inputs = *(x[chosen] for x in (noisy_BLC, sigmas_B, prompt_embeds_BLD)), height, width
+            velocity_BLC[chosen] = predict_velocity(run.args, parts.transformer, *inputs, references if given else [])
     errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B

@@ -11,7 +11,7 @@ from conftest import draw_photo
 from helpers import ROOT
 from PIL import Image
 from test_data_sources import arguments, fill, listed, write_jsonl
-from unit_parts import caption_of, check_samples, log_lines, start_run
+from unit_parts import caption_of, check_samples, log_lines, start_run, training_set
 
 datasets = pytest.importorskip("datasets")
 
@@ -93,7 +93,7 @@ def visits(script, tiny, tmp_path, data, *flags):
     """The training set over a folder."""
     run = start_run(script, tiny, tmp_path, "--instance_data_dir", data, *flags)
     samples, _ = script.check_data(run)
-    return run, script.TrainingSet(run, script.open_latent_space(run), samples, "instance")
+    return run, training_set(script, run, samples)
 
 
 def test_one_of_several_captions_is_drawn_at_each_visit_by_seed_and_visit_alone(script, tiny, tmp_path, captioned):

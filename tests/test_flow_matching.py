@@ -309,23 +309,17 @@ def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     run = start_run(script, tiny, tmp_path)
     space, vae = script.open_latent_space(run), script.load_vae(run)
     pixels, noise, embeds = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 8, 32), torch.randn(2, 64, 96)
-    asked = []
-    prompts = SimpleNamespace(batch=lambda captions, dtype: asked.append((captions, dtype)) or embeds)
     clean = script.tokens_from_moments(space, script.encode_pixels(vae, pixels))
     parts = SimpleNamespace(
-        space=space,
-        prompts=prompts,
-        transformer=Knows(noise - clean + 2),
-        vae_on_device=lambda run: vae,
-        rest_vae=lambda args: None,
+        space=space, transformer=Knows(noise - clean + 2), vae_on_device=lambda run: vae, rest_vae=lambda args: None
     )
-    batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels}
+    batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels,
+             "prompt_embeds": embeds}  # fmt: skip
     batch |= {"references": [[], []]} if script.TASK == "image-to-image" else {}
-    losses, sigmas = script.batch_losses(run, parts, {**batch, "caption": ["a", "b"]})
+    losses, sigmas = script.batch_losses(run, parts, batch)
     factor = math.exp(0.5 + 0.65 * (8 - 256) / 3840)
     assert sigmas == pytest.approx([factor * s / (1 + (factor - 1) * s) for s in (0.8, 0.1)], rel=1e-5)
     assert losses.tolist() == pytest.approx([4, 4], rel=1e-5)
-    assert asked == [(["a", "b"], torch.float32)]
-    cached = {**batch, "caption": ["a", "b"], "moments": script.encode_pixels(vae, batch["pixels"])}
+    cached = {**batch, "moments": script.encode_pixels(vae, batch["pixels"])}
     del cached["pixels"]
     assert script.batch_losses(run, parts, cached)[0].equal(losses)

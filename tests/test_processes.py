@@ -6,6 +6,7 @@ wrong number of processes, or shards nothing, without a word.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from conftest import ROOT, SCRIPTS, draw_photo, draw_photos, draw_references
 from runs import LORA, column, lora
 from safetensors.torch import load_file, save_file
@@ -449,12 +451,14 @@ def test_two_machines_of_two_processes_shard_within_the_machine(data, tmp_path):
 # ---- what stops a run ----
 
 
-@pytest.mark.parametrize("lockstep, part, barriers", [(False, [2], 2), (True, [2, 3], 1)])
+@pytest.mark.parametrize("lockstep, part, barriers", [(False, [3], 2), (True, [3, 3], 1)])
 def test_in_lock_step_a_failure_does_not_wait_for_those_that_wait_for_its_weights(script, lockstep, part, barriers):
     """Else one process is in a barrier and the others in a gather of weights, until the time-out."""
     waits = []
-    run = SimpleNamespace(process_index=1, processes=2)
-    run.accelerator = SimpleNamespace(wait_for_everyone=lambda: waits.append(1))
+    state = SimpleNamespace(num_processes=2, process_index=1)
+    split = functools.partial(PartialState.split_between_processes, state)
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: waits.append(1), split_between_processes=split)
+    run = SimpleNamespace(accelerator=accelerator)
     with pytest.raises(OSError, match="disk"), script.shared_out(run, [1, 2, 3], lockstep) as mine:
         assert mine == part
         raise OSError("disk")

@@ -14,7 +14,7 @@ import torch
 from conftest import draw_photo, draw_photos
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
-from unit_parts import caption_of, log_lines, losses_of, start_run
+from unit_parts import caption_of, log_lines, losses_of, start_run, training_set
 
 FAMILIES = ("dev", "klein")
 # (width, height) of references: odd, at the limits of the pipelines, above 1 MP, exactly 1 MP.
@@ -769,7 +769,7 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     space = i2i.open_latent_space(run)
     if run.args.cache_latents:
         i2i.cache_latents(run, space, [image for sample in samples for image in sample.images])
-    return i2i.TrainingSet(run, space, samples, "instance")
+    return training_set(i2i, run, samples)
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -782,7 +782,7 @@ def test_a_visit_gives_an_aligned_reference_the_crop_and_the_flip_of_its_target(
     flags = ("--instance_data_dir", tmp_path / "t", "--cond_data_dir", tmp_path / "r", "--align_cond_image")
     run, samples, _ = checked(i2i, tiny, tmp_path, *flags, "--random_flip")
     assert samples[0].references[0].pair_size == (90, 170)
-    data, seen = i2i.TrainingSet(run, i2i.open_latent_space(run), samples, "instance"), set()
+    data, seen = training_set(i2i, run, samples), set()
     for position in range(6):
         visit = data[0, position]
         (reference,) = visit["references"]
@@ -930,17 +930,17 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_rows_alone_with_kept_and_dropped
     space, vae, transformer = i2i.open_latent_space(run), i2i.load_vae(run), i2i.load_transformer(run)
     generator = torch.Generator().manual_seed(1)
     embeds = {name: torch.randn(64, 96, generator=generator) for name in "abcd"}
-    prompts = SimpleNamespace(batch=lambda captions, dtype: torch.stack([embeds[name] for name in captions]))
-    parts = SimpleNamespace(space=space, prompts=prompts, transformer=transformer, vae_on_device=lambda run: vae,
-                            rest_vae=lambda args: None)  # fmt: skip
+    rests = []
+    parts = SimpleNamespace(space=space, transformer=transformer, vae_on_device=lambda run: vae, rest_vae=rests.append)
     rows = []
     for number, caption in enumerate("abcd"):
         references = [torch.rand(3, 64, 80, generator=generator) * 2 - 1, torch.rand(3, 64, 64, generator=generator)]
-        rows.append({"target": (32, 48), "caption": caption, "u": torch.rand((), generator=generator),
+        rows.append({"target": (32, 48), "prompt_embeds": embeds[caption], "u": torch.rand((), generator=generator),
                      "noise": torch.randn(6, 32, generator=generator),
                      "pixels": torch.rand(3, 32, 48, generator=generator) * 2 - 1,
                      "references": references if number in (0, 3) else []})  # fmt: skip
     together, sigmas = i2i.batch_losses(run, parts, i2i.collate(rows))
+    assert len(rests) == 1  # with --offload the VAE moves once for targets and references
     alone = [i2i.batch_losses(run, parts, i2i.collate([row])) for row in rows]
     torch.testing.assert_close(together, torch.cat([losses for losses, _ in alone]), rtol=1e-5, atol=1e-5)
     assert sigmas.tolist() == [sigma.item() for _, (sigma,) in alone] and together.std() > 1e-3

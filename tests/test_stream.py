@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from unit_parts import start_run
+from unit_parts import start_run, training_set
 
 SQUARE, WIDE, TALL = (64, 64), (64, 128), (128, 64)
 # 3 wide, 9 square and 6 tall samples, mixed: shares 1 : 3 : 2, six micro-batches in a cycle
@@ -174,7 +174,7 @@ def open_set(script, tiny, samples, tmp_path_factory):
 
     def build(*flags: str, stream: str = "instance", its_samples: list | None = None):
         run = start_run(script, tiny, tmp_path_factory.mktemp("run"), *flags)
-        return script.TrainingSet(run, script.open_latent_space(run), its_samples or samples, stream)
+        return training_set(script, run, its_samples or samples, stream)
 
     return build
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -113,14 +114,21 @@ def test_the_last_layer_of_the_encoder_can_be_chosen_too(script, tiny, pipelines
     assert actual.equal(expected[0])
 
 
+class Seen(Exception):
+    """The encoder has been called."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_counted_uncut_with_the_template(script, runs, encoders, family):
-    """Without a limit the ids are those where padding would begin; with one there are exactly as many."""
-    tokenizer, row = encoders[family][0], runs[family].family
-    uncut = script.tokenize(row, tokenizer, PROMPTS["short"], None)["input_ids"]
-    assert script.tokenize(row, tokenizer, PROMPTS["short"], 512)["attention_mask"].sum() == uncut.shape[1]
-    assert script.tokenize(row, tokenizer, PROMPTS["cut at the limit"], None)["input_ids"].shape[1] > 64
-    assert script.tokenize(row, tokenizer, PROMPTS["cut at the limit"], 64)["input_ids"].shape == (1, 64)
+    """They are those that the pipeline gives the encoder, without the padding and what it cuts off."""
+    run, (tokenizer, encoder) = runs[family], encoders[family]
+    for prompt in PROMPTS.values():
+        with mock.patch.object(type(encoder), "forward", side_effect=Seen) as forward, pytest.raises(Seen):
+            script.encode_prompt(run, tokenizer, encoder, prompt)
+        given = forward.call_args.kwargs
+        seen = given["input_ids"][given["attention_mask"].bool()].tolist()
+        counted = script.token_ids(run.family, tokenizer, prompt)
+        assert counted[: len(seen)] == seen and (len(counted) == len(seen)) == (prompt != PROMPTS["cut at the limit"])
 
 
 def test_captions_that_are_cut_are_named(script, tiny, photos, tmp_path):
@@ -135,12 +143,12 @@ def test_captions_that_are_cut_are_named(script, tiny, photos, tmp_path):
 # ---- tokens and coordinates ----
 
 
-def test_patchify_and_pack_are_the_pipelines(script):
-    """And so are their inverses, in `decode_tokens` below."""
+def test_latents_become_the_pipelines_tokens(script, runs):
+    """Patches of 2 x 2, row by row; and back again, in `decode_tokens` below."""
     latents = torch.randn(2, 8, 6, 10)
-    patched = Flux2Pipeline._patchify_latents(latents)
-    assert script.patchify(latents).equal(patched)
-    assert script.pack(patched).equal(Flux2Pipeline._pack_latents(patched))
+    space = replace(script.open_latent_space(runs["dev"]), mean_C=torch.zeros(32), std_C=torch.ones(32))
+    expected = Flux2Pipeline._pack_latents(Flux2Pipeline._patchify_latents(latents))
+    assert script.tokens_from_moments(space, torch.stack([latents, latents], 1)).equal(expected)
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (4, 4), (3, 7), (84, 196)])
@@ -180,7 +188,8 @@ def test_sampled_latents_are_mean_plus_deviation_times_noise(script, runs, vae):
     space = script.open_latent_space(runs["dev"])
     moments = torch.stack([posterior.mean, posterior.logvar], 1)
     plain = replace(space, mean_C=torch.zeros(32), std_C=torch.ones(32))
-    expected = script.pack(script.patchify(posterior.sample(torch.Generator().manual_seed(5))))
+    sampled = posterior.sample(torch.Generator().manual_seed(5))
+    expected = Flux2Pipeline._pack_latents(Flux2Pipeline._patchify_latents(sampled))
     assert torch.allclose(script.tokens_from_moments(plain, moments, noise), expected, atol=1e-6)
     assert not torch.allclose(script.tokens_from_moments(plain, moments), expected, atol=1e-3)
 
@@ -247,6 +256,20 @@ def test_the_vae_computes_in_fp32_in_a_bf16_run_too(script, tiny, tmp_path):
     loaded = script.load_vae(start_run(script, tiny, tmp_path, "--mixed_precision", "bf16"))
     assert {tensor.dtype for tensor in loaded.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
+
+
+def test_a_vae_that_goes_to_rest_gets_the_weights_that_it_was_loaded_with_and_copies_none(script, tiny, tmp_path):
+    """They are frozen: coming back from the device would copy 336 MB at every step of an --offload run."""
+    vae, pixels = script.load_vae(start_run(script, tiny, tmp_path)), torch.rand(1, 3, 32, 32)
+    loaded, before = (
+        {name: tensor.data_ptr() for name, tensor in vae.state_dict().items()},
+        script.encode_pixels(vae, pixels),
+    )
+    assert vae.to("meta").device.type == "meta"
+    rested = script.rest_vae(vae)
+    assert {name: tensor.data_ptr() for name, tensor in rested.state_dict().items()} == loaded
+    assert script.encode_pixels(rested, pixels).equal(before)
+    assert not any(parameter.requires_grad for parameter in rested.parameters())
 
 
 def test_another_variant_beside_the_weights_is_not_read(script, tiny, tmp_path):
@@ -328,7 +351,7 @@ def test_each_different_prompt_is_encoded_once_and_the_second_start_loads_no_enc
     again = script.encode_prompts(start_run(script, tiny, tmp_path), ["a dog", "a cat"])
     assert len(encoded) == 3
     for prompt, embedding in encoded:
-        assert cache.get(prompt).equal(embedding) and again.get(prompt).equal(embedding)
+        assert cache.load(prompt).equal(embedding) and again.load(prompt).equal(embedding)
     batch = again.batch(["a dog", "a cat"], torch.float32)
     assert batch.shape == (2, 64, 96) and batch[0].equal(encoded[2][1])
 

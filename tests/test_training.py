@@ -351,7 +351,7 @@ def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(scrip
 
 def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, captioned, reference_flags, monkeypatch):
     """NAME.txt and NAME.caption are used, [trigger] is replaced, other images get --instance_prompt."""
-    calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.PromptCache, "batch")
+    calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.PromptCache, "load")
     quick("--instance_data_dir", captioned, *reference_flags, "--max_train_steps", "5")
     batches = [call.args[2] for call in calls]
     captions = {
@@ -365,14 +365,16 @@ def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, caption
         "03.jpg": "a landscape",
         "04.jpg": prompt,
     }
-    assert [call.args[1] for call in embedded] == [batch["caption"] for batch in batches]
+    assert [call.args[1] for call in embedded] == [caption for batch in batches for caption in batch["caption"]]
+    for load, batch in zip(embedded, batches, strict=True):
+        assert batch["prompt_embeds"][0].equal(load.result)
 
 
 def test_full_caption_dropout_trains_on_the_empty_prompt_only(script, quick, monkeypatch):
     """What reaches the transformer is the embedding of "" at every step."""
-    embedded = spy(monkeypatch, script.PromptCache, "batch")
+    embedded = spy(monkeypatch, script.PromptCache, "load")
     dropped = quick("--caption_dropout", "1.0", output="a")
-    assert [call.args[1] for call in embedded] == [[""]] * 3
+    assert [call.args[1] for call in embedded] == [""] * 3
     kept = quick(output="b")
     assert column(dropped, "loss") != column(kept, "loss")
 
@@ -452,7 +454,7 @@ def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(script, 
     for name, parameter in parts.transformer.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()  # back to the weights of the first step
-    prompts = parts.prompts.batch(batch["caption"], run.dtype)
+    prompts = batch["prompt_embeds"]
     references = [script.encode_references(run, parts, batch["references"])] if "references" in batch else []
     with torch.no_grad():
         velocity = script.predict_velocity(run.args, parts.transformer, mixed, given, prompts, 4, 4, *references)

@@ -32,6 +32,14 @@ def check_samples(script: Any, args: Any, cache_dir: Path) -> list:
     return script.make_samples(run, script.list_samples(args), [(64, 64)])
 
 
+def training_set(script: Any, run: Any, samples: list, stream: str = "instance") -> Any:
+    """A TrainingSet of the samples whose prompts are "encoded" already, as small zeros."""
+    data = script.TrainingSet(run, script.open_latent_space(run), samples, stream)
+    for prompt in {"", *(caption for sample in samples for caption in sample.captions)}:
+        script.write_cached(data.prompts.path(prompt), "prompt_embeds", torch.zeros(2, 3), prompt)
+    return data
+
+
 def losses_of(
     script: Any, args: Any, model: Any, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
     height: int, width: int, references: list = (),
@@ -43,12 +51,11 @@ def losses_of(
     args.timestep_shift = "none"
     space = SimpleNamespace(cell=16, mean_C=torch.zeros(clean_BLC.shape[2]), std_C=torch.ones(clean_BLC.shape[2]))
     latents = torch.nn.functional.pixel_shuffle(clean_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
-    prompts = SimpleNamespace(batch=lambda captions, dtype: torch.zeros(len(captions), 8, 96))
-    parts = SimpleNamespace(space=space, prompts=prompts, transformer=model)
+    parts = SimpleNamespace(space=space, transformer=model, rest_vae=lambda args: None)
     run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=torch.float32)
     count = len(sigmas_B)
     batch = {"target": [(16 * height, 16 * width)] * count, "u": 1 - sigmas_B, "noise": noise_BLC,
-             "moments": torch.stack([latents, latents], dim=1), "caption": ["a"] * count,
+             "moments": torch.stack([latents, latents], dim=1), "prompt_embeds": torch.zeros(count, 8, 96),
              "references": [list(references)] * count}  # fmt: skip
     if script.TASK == "image-to-image":
         with mock.patch.object(script, "encode_references", lambda *_: references):

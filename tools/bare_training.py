@@ -4,7 +4,6 @@ The configs go into a folder that looks like a checkpoint. From `start_accelerat
 own code, except what reads weights, prompts and images from disk: these become tensors of the right shape.
 """
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,14 +68,13 @@ def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
     space, prompts = script.open_latent_space(run), script.PromptCache(run)
-    width = run.model.config("transformer")["joint_attention_dim"]
-    shape = (run.args.max_sequence_length, width)
-    prompts.get = functools.lru_cache(maxsize=8)(lambda _: torch.randn(shape, dtype=run.dtype, device=run.device))
     return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
 
 
 def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
-    """Mean and log-variance (2, C, H, W) as the latent cache would hand them out."""
+    """Mean and log-variance (2, C, H, W) as the latent cache would hand them out; without one, pixels (3, H, W)."""
+    if not data.run.args.cache_latents:
+        return torch.randn(3, *image.target)
     rows, columns = (side // data.run.cell for side in image.target)
     return torch.randn(2, data.space.channels // 4, 2 * rows, 2 * columns)
 
@@ -146,6 +144,11 @@ def set_up(script: ModuleType, run: Any, parts: Any, quantise: Callable[..., Non
 
 
 def make_batches(script: ModuleType, run: Any, parts: Any) -> Iterator[tuple[dict, ...]]:
-    """The script's own loader, over latents that were never encoded."""
-    with mock.patch.object(script.TrainingSet, "view", random_moments):
+    """The script's own loader, over latents and a prompt that were never encoded."""
+    shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
+    prompt = torch.randn(shape, dtype=run.dtype)
+    with (
+        mock.patch.object(script.TrainingSet, "view", random_moments),
+        mock.patch.object(script.PromptCache, "load", lambda *_: prompt),
+    ):
         yield from script.make_loaders(run, parts, 0)

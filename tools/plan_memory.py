@@ -249,13 +249,16 @@ def count_encoder(job: Job) -> dict[str, float]:
         config = encoder_config(run)
         with planned(counter):
             encoder = getattr(transformers, run.family.text_encoder)._from_config(config, dtype=run.dtype).eval()
-            script.drop_unread_parts(encoder)
+            encoder.lm_head = torch.nn.Identity()
+            if hasattr(encoder.model, "vision_tower"):
+                encoder.model.vision_tower = encoder.model.multi_modal_projector = None
             weights = counter.now
             counter.restart()
             ids = torch.ones(1, run.args.max_sequence_length, dtype=torch.int64)
             tokens = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-            with bare_training.mock.patch.object(script, "tokenize", lambda *_: tokens):
-                script.encode_prompt(run, None, encoder, "a photo")
+            tokenizer = bare_training.mock.Mock(return_value=tokens)
+            tokenizer.apply_chat_template.return_value = tokens
+            script.encode_prompt(run, tokenizer, encoder, "a photo")
     return {"weights": weights, "peak": counter.peak}
 
 

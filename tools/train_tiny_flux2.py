@@ -378,7 +378,7 @@ def train_text_encoder(args: argparse.Namespace, folder: Path) -> None:
     def losses_at(step: int) -> dict[str, torch.Tensor]:
         rng = step_rng(args.seed, "text", step)
         texts, labels = zip(*(random_text(rng) for _ in range(TEXT_BATCH)), strict=True)
-        logits = reader(**tokenize_all(run, tokenizer, texts))
+        logits = reader(**tokenize_all(tokenizer, texts))
         rows = list(zip(logits, torch.tensor(labels).unbind(1), strict=True))
         right = [(one.argmax(-1) == label).float().mean() for one, label in rows]
         loss = sum(F.cross_entropy(one, label) for one, label in rows)
@@ -460,10 +460,10 @@ def encode_scenes(run: script.Run, scenes: list[Scene]) -> torch.Tensor:
     return torch.cat(tokens)
 
 
-def tokenize_all(run: script.Run, tokenizer: PixtralProcessor, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return input_ids and attention_mask (B, L) of the texts, as the training script makes them of one."""
-    rows = [script.tokenize(run.family, tokenizer, text, TEXT_TOKENS) for text in texts]
-    return {key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
+def tokenize_all(tokenizer: PixtralProcessor, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return input_ids and attention_mask (B, L) of the texts, as the pipeline makes them."""
+    options = {"padding": "max_length", "truncation": True, "max_length": TEXT_TOKENS, "return_tensors": "pt"}
+    return tokenizer.apply_chat_template(script.format_input(texts), tokenize=True, return_dict=True, **options)
 
 
 @torch.no_grad()
@@ -471,7 +471,7 @@ def encode_wordings(run: script.Run, wordings: list[str]) -> torch.Tensor:
     """Return the prompt embeddings (N, L, D) in bf16, which halves their memory: `encode_prompt` for many at once."""
     tokenizer, encoder, embeddings = script.load_tokenizer(run), script.load_text_encoder(run), []
     for first in range(0, len(wordings), 64):
-        tokens = tokenize_all(run, tokenizer, wordings[first : first + 64])
+        tokens = tokenize_all(tokenizer, wordings[first : first + 64])
         output = encoder.model(**tokens, output_hidden_states=True, use_cache=False)
         embeddings.append(torch.cat([output.hidden_states[layer] for layer in run.text_layers], dim=-1).bfloat16())
     return torch.cat(embeddings)

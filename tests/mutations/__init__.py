@@ -19,12 +19,12 @@ MUTATIONS = {
         "timestep=((1 - sigmas_B) * 1000).to(dtype) / 1000,",
     ),
     "captions shuffled": (
-        'prompt_embeds_BLD = parts.prompts.batch(batch["caption"], run.dtype)',
-        'prompt_embeds_BLD = parts.prompts.batch(batch["caption"][1:] + batch["caption"][:1], run.dtype)',
+        'prompt_embeds_BLD = tensors["prompt_embeds"]',
+        'prompt_embeds_BLD = tensors["prompt_embeds"].roll(1, 0)',
     ),
     "latents not normalised": (
-        "return pack((patchify(latents) - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1))",
-        "return pack(patchify(latents))",
+        "return ((patches - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1)).flatten(2).transpose(1, 2)",
+        "return patches.flatten(2).transpose(1, 2)",
     ),
 }
 
