@@ -397,7 +397,8 @@ def check_model_and_data(args: Args) -> Iterator[str]:
         try:
             read_quantization(args)
         except (OSError, ValueError) as error:
-            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see configs/quantization/"
+            example = "configs/quantization/nf4.json"
+            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see {example}"
     if settings and args.do_fp8_training:
         yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
     if settings and args.stream_blocks:
@@ -414,7 +415,7 @@ def check_model_and_data(args: Args) -> Iterator[str]:
 def read_quantization(args: Args) -> dict[str, Any]:
     """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
     settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or [settings.get(f"load_in_{bits}bit") for bits in (4, 8)].count(True) != 1:
+    if not isinstance(settings, dict) or sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
         raise ValueError('it must be an object with one of "load_in_4bit" and "load_in_8bit" true')
     return settings
 

@@ -56,13 +56,15 @@ def started(script: ModuleType, folder: Path, *flags: Any, model: str = "dev") -
 
     architecture = json.loads(json.dumps(bare_training.read_architecture(model)))
     architecture["transformer"] |= SIZES
-    with pretended_gpu():
+    try:
+        with pretended_gpu():
+            accelerate.state.AcceleratorState._reset_state(True)
+            base = ("--resolution", 256, "--max_sequence_length", 64, *flags)
+            run = bare_training.start_run(script, architecture, folder / "run", *base)
+            assert run.device.type == "cuda"
+            yield run
+    finally:
         accelerate.state.AcceleratorState._reset_state(True)
-        base = ("--resolution", 256, "--max_sequence_length", 64, *flags)
-        run = bare_training.start_run(script, architecture, folder / "run", *base)
-        assert run.device.type == "cuda"
-        yield run
-    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "dev", streams: int = 1) -> Watch:

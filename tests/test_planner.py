@@ -75,7 +75,7 @@ def test_a_storage_counts_once_until_its_last_view_is_gone():
 def test_the_weights_of_klein_are_those_that_its_checkpoint_has():
     """3,875,544,576 parameters in bf16, and the adapter with two moments in fp32; blocks as their Linears say."""
     training = count_training(Job("klein-4B", 512), "bf16", 1.0)
-    adapter = 3 * 4 * training.lora_parameters + 2 * 512 * 7680  # and one prompt
+    adapter = 3 * 4 * training.lora_parameters + 2 * 2 * 512 * 7680  # and a prompt, in the loader and in the batch
     assert training.resident == pytest.approx(2 * 3_875_544_576 + adapter, rel=1e-3)
     assert training.blocks == 2 * (5 * 245_367_296 + 20 * 122_683_648)
     assert training.resident < training.peak < training.resident + 2e9
