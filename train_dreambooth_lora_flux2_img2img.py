@@ -1287,41 +1287,34 @@ def digest(*parts: Any) -> str:
 # Rejected: the image folders of `datasets`, which leave out AVIF and silently drop a subfolder called `test`.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
+Captions = tuple[str, ...]  # of one image
 MAX_PIXELS = 100_000_000
-warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decode_image refuses by its own limit
+PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has more than twice as many, and warns of the rest
+warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
 DECODE_POLICY = 2  # raise it when decode_image changes: checked images are checked again
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB (see `to_rgb`).
-
-    Raises ValueError with the reason for what cannot be trained on: empty, truncated, animated, over 100 MP, float.
-    """
+    """Decodes one image as a person sees it: upright, in sRGB. Raises ValueError: why it cannot be trained on."""
     if not data:
         raise ValueError("empty file (0 bytes)")
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise PIL.Image.DecompressionBombError
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"animated or multi-page ({image.n_frames} frames)")
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
         raise ValueError("not an image in a known format") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
-    except ValueError:
-        raise
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
+    if frames > 1:
+        raise ValueError(f"animated or multi-page ({frames} frames)")
     return to_rgb(image)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """sRGB pixels of a decoded image: 16-bit grey scaled to 8, transparency on white, the colour profile applied.
-
-    Raises ValueError for pixels without a fixed range, and for a profile that cannot be read or does not fit them.
-    """
+    """16-bit grey scaled to 8, the colour profile applied, transparency on white. Raises ValueError where it cannot."""
     profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
@@ -1358,8 +1351,7 @@ def image_to_pixels(
 ) -> torch.Tensor:
     """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
 
-    Sizes are (height, width). `crop` places the window: two numbers in [0, 1) from top and left, None is the centre.
-    The operations are those of the pipelines' image processor.
+    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre. As the pipelines do.
     """
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
@@ -1376,53 +1368,26 @@ def image_to_pixels(
 
 def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
     """The bucket whose aspect ratio is nearest (in logarithm), among equals the one nearest in area."""
-    distances = []
-    for height, width in buckets:
-        aspect = abs(math.log(height / width) - math.log(size[0] / size[1]))
-        area = abs(math.log(height * width) - math.log(size[0] * size[1]))
-        distances.append((round(aspect, 9), area, (height, width)))
-    return min(distances)[2]
+    shape, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
+    return min((round(abs(math.log(h / w) - shape), 9), abs(math.log(h * w) - area), (h, w)) for h, w in buckets)[2]
 
 
 @dataclass(frozen=True)
 class Image:
-    """One image: a file, or a cell of a data set. Sizes are (height, width) in pixels.
-
-    As listed, nothing is opened; `inspect_images` fills in `sha256` and `size`, `make_samples` the `target`.
-    """
+    """One image: a file, or a cell of a data set. It is listed without being opened."""
 
     name: str
     path: Path | None = None
-    table: Any = None
-    row: int = -1
-    column: str = ""
-    roots: tuple[Path, ...] = ()  # folders that a cell of a table from the Hub may name a file of
-    folder: Path = Path()  # where a table of this machine lies: its cells may name files from there
-    item: int | None = None  # which one of a cell that holds a list
-    sha256: str = ""  # of the file's bytes
-    size: Size = (0, 0)
-    target: Size = (0, 0)  # what it is encoded at
+    cell: Callable[[], bytes] | None = None
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills it in
+    size: Size = (0, 0)  # so too
+    target: Size = (0, 0)  # what it is encoded at, see `make_samples`
+    fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
 
-    def read(self) -> bytes:
-        """The file's bytes. Raises OSError."""
-        if self.path is not None:
-            return self.path.read_bytes()
-        cell = self.table[self.row][self.column]  # bytes, or the path of a file
-        cell = cell if self.item is None else cell[self.item]
-        if not cell or (cell["bytes"] is None and not cell["path"]):
-            return b""
-        if cell["bytes"] is not None:
-            return cell["bytes"]
-        if "://" in cell["path"]:
-            raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
-        path = Path(os.path.normpath(cell["path"]))
-        path = next((found for found in (self.folder / path, path) if found.is_file()), path)
-        if self.roots and not any(path.is_relative_to(root) for root in self.roots):
-            raise OSError(f"its path leads out of the data set, to {path}")
-        return path.read_bytes()
+    def read(self) -> bytes:  # raises OSError
+        return self.cell() if self.cell else self.path.read_bytes()
 
     def decoded(self) -> PIL.Image.Image:
-        """The image in sRGB. Raises UserError with its name if it is no longer what was checked."""
         try:
             return decode_image(self.read())
         except (OSError, ValueError) as error:
@@ -1431,11 +1396,6 @@ class Image:
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
         return image_to_pixels(self.decoded(), self.target, crop, flip)
-
-    @property
-    def fit(self) -> str:
-        """Names the way to `target` in cache keys: two ways must not share a file."""
-        return "centre"
 
 
 # endregion shared: data
@@ -1461,11 +1421,6 @@ class Reference(Image):
 
     pair_size: Size | None = None  # --align_cond_image: the size of its target image, whose crop it gets
 
-    @property
-    def fit(self) -> str:
-        """Names the way to `target` in cache keys."""
-        return f"aligned {self.pair_size}" if self.pair_size else "reference"
-
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         """(3, H, W) in [-1, 1]; mirrored when its target is, so that mirroring is not learned."""
         image = self.decoded()
@@ -1481,23 +1436,20 @@ class Sample:
     """What is drawn together: the target image, the instructions and the references; without any, text-to-image."""
 
     image: Image
-    captions: tuple[str, ...]  # one of them is drawn at each visit
+    captions: Captions  # one of them is drawn at each visit
     origin: str = ""  # where the captions come from, for the report
     references: tuple[Image, ...] = ()
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """The target, then the references."""
         return self.image, *self.references
 
     @property
-    def geometry(self) -> tuple[Size, ...]:
-        """What the samples of one batch have in common: their position ids are the same."""
+    def geometry(self) -> tuple[Size, ...]:  # of all samples of a batch: they have the same position ids
         return tuple(image.target for image in self.images)
 
     @property
-    def content(self) -> tuple[Any, ...]:
-        """What a resumed run must find unchanged."""
+    def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
         return self.image.sha256, *self.captions, self.image.target, *references
 
@@ -1507,6 +1459,10 @@ Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
+NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
+}
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
@@ -1516,14 +1472,13 @@ def plain(name: str | Path) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first five names, for a message."""
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
-def as_lines(problems: Iterable[str], most: int = 20) -> str:
-    """Problems as lines of a message: the first ones, and how many more there are."""
-    lines = [f"\n    {problem}" for problem in problems]
-    return "".join(lines[:most]) + f"\n    and {len(lines) - most} more" * (len(lines) > most)
+def as_lines(problems: list[str]) -> str:
+    """The first twenty problems as lines of a message, and how many more there are."""
+    rest = [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+    return "".join(f"\n    {line}" for line in (*problems[:20], *rest))
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -1532,8 +1487,7 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def list_images(files: list[Path]) -> list[Path]:
-    """The images among the files; a link to nothing is one, to be told by name."""
+def list_images(files: list[Path]) -> list[Path]:  # a link to nothing is one, to be told by name
     return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
@@ -1547,33 +1501,14 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
     for kind, names in kinds.items():
         log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
     if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg in --instance_data_dir, or in the metadata.jsonl, else "
-                 "metadata.csv, of a folder in it")  # fmt: skip
+        log.info("data: captions are NAME.txt beside NAME.jpg, or in a folder's metadata.jsonl, else metadata.csv")
 
 
-def tell_names(args: Args, folder: Path, images: list[Path]) -> None:
-    """Warns of file and folder names that mean something to other trainers, and nothing here."""
-    masks = [path.name for path in images if re.search(r"[-_. ]mask(label)?$", path.stem, re.IGNORECASE)
-             or path.parent.name.lower() in ("mask", "masks")]  # fmt: skip
-    if masks:
-        log.warning(f"data: {len(masks)} image(s) look like masks; move them elsewhere, or they are trained on as "
-                    f"images: {some(masks)}")  # fmt: skip
-    parents = dict.fromkeys(part for path in images for part in path.relative_to(folder.parent).parts[:-1])
-    if classes := [part for part in parents if re.fullmatch(r"(?i)(reg|class|regulari[sz]ation)([-_ ]images)?", part)]:
-        log.warning("data: images of the whole class, by the name of their folder, are trained on as images of yours; "
-                    f"move them elsewhere: {some(classes)}")  # fmt: skip
-    for match in filter(None, (re.fullmatch(r"(\d+)_(.+)", part) for part in parents)):
-        if int(match[1]) != args.repeats:
-            log.warning(f"data: folder '{match[0]}': repeats and prompt in its name are not read, as they are by other "
-                        f"trainers; give --repeats {match[1]} --instance_prompt '{match[2]}'")  # fmt: skip
-
-
-def file_image(folder: Path, path: Path) -> Image:
-    """An image below `folder`, named by its path in it."""
+def file_image(folder: Path, path: Path) -> Image:  # named by its path in the folder
     return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
 
 
-def caption_files(files: list[Path], images: Iterable[Path]) -> dict[Path, Path]:
+def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
     """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending.
 
     The very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's.
@@ -1587,19 +1522,15 @@ def caption_files(files: list[Path], images: Iterable[Path]) -> dict[Path, Path]
     return {path: text for path, text in found.items() if text}
 
 
-def read_caption(path: Path) -> tuple[str, ...]:
-    """The text of a caption file as one caption, none if it is empty. Raises UserError if it is not UTF-8."""
+def read_text(path: Path) -> str:
     try:
-        return caption_texts(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
 
 
-def caption_texts(cell: Any, classes: Iterable[str] = ()) -> tuple[str, ...]:
-    """The captions in a cell: none, one, or a list of several; `classes` are the names behind its numbers.
-
-    Raises UserError for what is no text.
-    """
+def caption_texts(cell: Any, classes: Iterable[str] = ()) -> Captions:
+    """The captions in a cell, a list perhaps; `classes` are the names behind its numbers. Raises UserError."""
     values = cell if isinstance(cell, list) else [cell]
     if classes:
         values = [[*classes, None][value] for value in values if value is not None]  # -1 is no class
@@ -1612,43 +1543,30 @@ def caption_texts(cell: Any, classes: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def read_metadata(path: Path) -> Table:
-    """The rows of a metadata file by the line they end at. Raises UserError with the line."""
-    line = 0
+    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    rows, line, content = {}, 1, read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
-            return read_csv(path, text)
-        rows: Table = {}
-        for line, row in enumerate(text.split("\n"), start=1):
-            rows |= {line: json.loads(row)} if row.strip() else {}
-            if not isinstance(rows.get(line, {}), dict):
-                raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
-        return rows
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg}, column {error.colno}"
-        raise UserError(f"{path}: line {line} is not readable as one JSON object ({reason})") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:]} ({error})") from None
-
-
-def read_csv(path: Path, text: str) -> Table:
-    """The rows of a CSV file by the line they end at. Raises UserError where cells would be lost."""
-    reader, rows = csv.DictReader(io.StringIO(text)), {}
-    header = reader.fieldnames or [""]
-    if other := re.search(r"[;\t]", header[0]):
-        raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
-    for row in reader:
+            reader = csv.DictReader(io.StringIO(content))
+            header = reader.fieldnames or [""]
+            if other := re.search(r"[;\t]", header[0]):
+                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+            for row in reader:
+                rows[reader.line_num] = row
+        else:
+            for line, text in enumerate(content.split("\n"), start=1):
+                rows |= {line: json.loads(text)} if text.strip() else {}
+    except (json.JSONDecodeError, csv.Error) as error:
+        reason = getattr(error, "msg", error)
+        raise UserError(f"{path}: line {line} is not readable as one JSON object or CSV row ({reason})") from None
+    for line, row in rows.items():
+        if not isinstance(row, dict):
+            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
         if None in row:
-            raise UserError(f"{path}: line {reader.line_num} has more cells than columns; quote texts with commas")
-        rows[reader.line_num] = row
+            raise UserError(f"{path}: line {line} has more cells than columns; quote texts with commas")
     return rows
-
-
-def columns_of(rows: Table) -> list[str]:
-    """All columns of a metadata file."""
-    return list(dict.fromkeys(key for row in rows.values() for key in row))
 
 
 def find_column(columns: list[str], *names: str) -> str | None:
@@ -1665,21 +1583,20 @@ def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[
     return column
 
 
-def tell_columns(origin: Any, count: int, columns: list[str], images: list[str], caption: str | None) -> None:
-    """Logs the number of rows, which columns are used, and which are not."""
+def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
+    """The column of captions. Logs the number of rows, which columns are used, and which are not."""
+    caption = choose_column("caption_column", args.caption_column, origin, columns, *USUAL_CAPTIONS)
     unused = ", ".join(column for column in columns if column not in (*images, caption))
-    level = log.warning if unused and caption is None else log.info
-    captions = f"captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused)
     target, *references = images
-    pairs = f", references from {', '.join(references)}" * bool(references)
-    level(f"data: {origin}: {count} rows, images from {target}{pairs}, {captions}")
+    log.log(logging.WARNING if unused and caption is None else logging.INFO,
+            f"data: {origin}: {count} rows, images from {target}"
+            + f", references from {', '.join(references)}" * bool(references)
+            + f", captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused))  # fmt: skip
+    return caption
 
 
-def inside(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
-    """The file `name` of a metadata row in `folder`, one of `names` where it is written a little otherwise.
-
-    Raises UserError if it is no name, leads out of `root` or to no file.
-    """
+def named_file(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
+    """The file `name` of a metadata row in `folder`, among `names` where it is written otherwise. Raises UserError."""
     if not name or not isinstance(name, str):
         raise UserError("every row needs a 'file_name'")
     path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
@@ -1689,70 +1606,79 @@ def inside(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
     return path
 
 
-def metadata_rows(
-    args: Args, root: Path, path: Path, rows: Table, columns: list[str], names: dict[str, Path]
-) -> list[tuple[list[Path], tuple[str, ...]]]:
-    """(files, captions) of each row of a metadata file: of `columns` the first must name a file, the others may.
+Row = tuple[list[Path], Captions, str]  # images of a row of metadata, their captions, the file's name
 
-    Raises UserError with all rows that cannot be used.
-    """
-    caption = choose_column("caption_column", args.caption_column, path, columns_of(rows), *USUAL_CAPTIONS)
+
+def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) -> tuple[list[str], list[str], list[Row]]:
+    """All columns of a metadata file, those with images, and its rows: the first image must be there, others may."""
+    rows = read_metadata(path)
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    if not rows:
+        return [], [], []
+    images = metadata_columns(args, path, columns, rows)
+    caption = caption_column(args, path, len(rows), columns, images)
     found, problems = [], []
     for line, row in rows.items():
-        first, *others = (row.get(column) for column in columns)
+        first, *others = (row.get(column) for column in images)
         cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
         try:
-            files = [inside(root, path.parent, name, names) for name in cells]
-            found.append((files, caption_texts(row.get(caption))))
+            files = [named_file(root, path.parent, name, names) for name in cells]
+            found.append((files, caption_texts(row.get(caption)), path.name))
         except UserError as error:
             problems.append(f"line {line}: {error}")
     if problems:
         raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
-    tell_columns(path.relative_to(root), len(rows), columns_of(rows), columns, caption)
-    return found
+    return columns, images, found
 
 
-def list_folder(args: Args) -> list[tuple[list[Image], tuple[str, ...], str]]:
-    """(images, captions, where these come from) of each row of the metadata below --instance_data_dir, or each image.
+def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
+    """(images, captions, where these come from) of each row of the metadata in --instance_data_dir, or of each image.
 
-    Where metadata give an image no caption it is read from a file beside it. Raises UserError.
+    Captions that metadata do not give are read from files beside the images. What is not used is told by name.
     """
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
     files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
     names = {plain(path): path for path in files}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
-    tables = {path: rows for path in metadata.values() if (rows := read_metadata(path))}
+    tables = {path: list_metadata(args, folder, path, names) for path in metadata.values()}
     for name in ("image_column", "caption_column", "cond_image_column"):
-        if vars(args).get(name) not in (None, "image") and not tables:
+        if vars(args).get(name) not in (None, "image") and not any(columns for columns, *_ in tables.values()):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
-    columns = {path: metadata_columns(args, path, rows) for path, rows in tables.items()}
-    found = [(images, texts, path.name) for path, rows in tables.items()
-             for images, texts in metadata_rows(args, folder, path, rows, columns[path], names)]  # fmt: skip
-    single = all(plain(first) == "file_name" and not more for first, *more in columns.values())
+    found = [row for *_, rows in tables.values() for row in rows]
+    single = all([plain(image) for image in images] in ([], ["file_name"]) for _, images, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        merged = dict.fromkeys(list_images(files), ((), ""))
+        captions = dict.fromkeys(list_images(files), ((), ""))
         for [image], texts, origin in found:
-            merged[image] = merged.get(image, ((), ""))[0] + texts, origin
-        found = [([image], texts, origin) for image, (texts, origin) in merged.items()]
+            captions[image] = captions.get(image, ((), ""))[0] + texts, origin
+        found = [([image], *texts) for image, texts in captions.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    beside, listed, used, empty = caption_files(files, [images[0] for images, *_ in found]), [], [*tables], []
+    targets = [images[0] for images, *_ in found]
+    beside, listed, empty = caption_files(files, targets), [], []
+    used = [path for path, (columns, *_) in tables.items() if columns]
     for images, texts, origin in found:
-        if not texts and images[0] in beside:
-            texts, origin = read_caption(beside[images[0]]), "caption files"
-            used.append(beside[images[0]])
-            empty += [] if texts else [str(beside[images[0]].relative_to(folder))]
+        if not texts and (file := beside.get(images[0])):
+            texts, origin = caption_texts(read_text(file)), "caption files"
+            used.append(file)
+            empty += [] if texts else [str(file.relative_to(folder))]
         used += images
         listed.append(([file_image(folder, image) for image in images], texts, origin))
     tell_unused(folder, files, used)
     if empty:
         log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
-    tell_names(args, folder, [images[0] for images, *_ in found])
-    there = {path: columns_of(rows) for path, rows in tables.items()}
-    missed = any(single or len(there[path]) > len(columns[path]) for path in tables)
+    inner = [path.relative_to(folder.parent).as_posix() for path in targets]
+    for pattern, meaning in NAMES_ELSEWHERE.items():
+        if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
+            log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
+    for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
+        if int(number) != args.repeats:
+            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; give "
+                        f"--repeats {number} --instance_prompt '{prompt}'")  # fmt: skip
+    missed = [f"{path}: {', '.join(columns)}" for path, (columns, images, _) in tables.items()
+              if columns and (single or len(columns) > len(images))]  # fmt: skip
     if missed and not any(texts for _, texts, _ in listed):
-        lines = "".join(f"\n    {path}: {', '.join(names)}" for path, names in there.items())
-        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
+        raise UserError("there is metadata, but no caption; give --caption_column, or remove the file:"
+                        + as_lines(missed))  # fmt: skip
     return listed
 
 
@@ -1761,9 +1687,7 @@ def open_dataset(args: Args) -> Any:
     import datasets  # only now: it costs a second and most runs use a folder
 
     name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
-    options = {"cache_dir": args.cache_dir, "split": split, "token": args.hub_token}
-    options |= {"data_files": name} if path.is_file() else {}
-    builder = TABLE_FILES.get(path.suffix.lower(), name) if path.is_file() else name
+    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
     try:
         if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             saved = datasets.load_from_disk(name)
@@ -1771,7 +1695,8 @@ def open_dataset(args: Args) -> Any:
             if split not in splits:
                 raise ValueError(f"it has {', '.join(splits)}")
             return splits[split]
-        return datasets.load_dataset(builder, args.dataset_config_name, **options)
+        return datasets.load_dataset(builder, args.dataset_config_name, data_files=files, split=split,
+                                     cache_dir=args.cache_dir, token=args.hub_token)  # fmt: skip
     except Exception as error:  # the readers of files and of the Hub have no common base of errors
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__
@@ -1781,37 +1706,41 @@ def open_dataset(args: Args) -> Any:
         raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
 
 
-def dataset_places(args: Args) -> tuple[tuple[Path, ...], Path]:
-    """(folders that its cells may name files of, folder that they name them from).
-
-    A table from the Hub must not name other files of this machine than downloads; () for the user's own.
-    """
+def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bool = False) -> list[Image]:
+    """One image per row of the column, whose cells may hold `lists` of them. Raises UserError if it has none."""
     import datasets
 
-    path = Path(os.path.abspath(args.dataset_name))
-    if path.exists():
-        return (), path.parent if path.is_file() else path
-    caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
-    return tuple(Path(os.path.abspath(root)) for root in caches if root), Path()
-
-
-def column_images(args: Args, table: Any, flag_name: str, column: str) -> list[Image]:
-    """One image per row of the column. Raises UserError if it holds none."""
-    import datasets
-
+    kind = datasets.Image(decode=False)
     try:
-        images = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        cells = table.select_columns(column).cast_column(column, datasets.List(kind) if lists else kind)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
-    places = dataset_places(args)
-    return [Image(f"row {row}", None, images, row, column, *places) for row in range(len(table))]
+    path, caches = Path(os.path.abspath(args.dataset_name)), ()
+    if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
+        caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
+    roots = [Path(os.path.abspath(root)) for root in caches if root]
+    read = functools.partial(read_cell, cells, column, path.parent if path.is_file() else path, roots)
+    return [Image(f"row {row}", cell=functools.partial(read, row)) for row in range(len(table))]
 
 
-def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[tuple[str, ...]]]:
+def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
+    """The image in a cell, or the one that it names: in `folder` or below one of `roots`, if any. Raises OSError."""
+    cell = table[row][column] if item is None else table[row][column][item]
+    if not cell or cell["bytes"] is not None or not cell["path"]:
+        return (cell and cell["bytes"]) or b""
+    if "://" in cell["path"]:
+        raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
+    path = Path(os.path.normpath(cell["path"]))
+    path = next((found for found in (folder / path, path) if found.is_file()), path)
+    if roots and not any(path.is_relative_to(root) for root in roots):
+        raise OSError(f"its path leads out of the data set, to {path}")
+    return path.read_bytes()
+
+
+def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[Captions]]:
     """(where they are from, captions of each row) of a data set whose image columns are `images`."""
-    name, columns = args.dataset_name, table.column_names
-    column = choose_column("caption_column", args.caption_column, name, columns, *USUAL_CAPTIONS)
-    tell_columns(name, len(table), columns, images, column)
+    name = args.dataset_name
+    column = caption_column(args, name, len(table), table.column_names, images)
     if column is None:
         if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
             log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
@@ -1846,15 +1775,15 @@ def list_samples(args: Args) -> list[Sample]:
     return samples
 
 
+USUAL_REFERENCES = (
+    r"(cond|condition|conditioning|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
+)
+
+
 def find_file_column(columns: list[str], name: str) -> str | None:
     """The column `name` of a metadata file, by what the Hub's image folders make of it: `image` is file_name there."""
     usual = ["file_name"] if name == "image" else []
     return find_column(columns, name, f"{name}_file_name", f"{name}_file_names", *usual)
-
-
-USUAL_REFERENCES = (
-    r"(cond|condition|conditioning|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
-)
 
 
 def names_images(rows: Table, column: str) -> bool:
@@ -1865,13 +1794,12 @@ def names_images(rows: Table, column: str) -> bool:
 
 
 # differs: metadata files of the text-to-image script name no references
-def metadata_columns(args: Args, path: Path, rows: Table) -> list[str]:
+def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
     """The column of the targets of a metadata file, then those of the references.
 
     The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
     References are --cond_image_column, else every other `*_file_name` column and usual names. Raises UserError.
     """
-    columns = columns_of(rows)
     references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
     wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
     if args.image_column == "image":
@@ -1892,7 +1820,7 @@ def metadata_columns(args: Args, path: Path, rows: Table) -> list[str]:
     return [targets[0], *(references.values() or usual)]
 
 
-def by_stem(folder: Path, paths: list[Path]) -> dict[str, Path]:
+def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
     """Images below `folder` by their path in it without the ending. Raises UserError where two share one."""
     stems: dict[str, Path] = {}
     for path in paths:
@@ -1907,26 +1835,23 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
 
     Raises UserError listing images without a reference, and references without an image.
     """
-    folder = Path(os.path.abspath(args.instance_data_dir))
-    others = [Path(os.path.abspath(other)) for other in args.cond_data_dir]
-    listed = {sample.image.path: sample for sample in samples}
+    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
     if any(sample.references for sample in samples):
         raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
-    files = {other: list_files(other) for other in others}
-    images, found = by_stem(folder, list(listed)), [by_stem(other, list_images(files[other])) for other in others]
+    listed, found = {sample.image.path: sample for sample in samples}, []
+    targets = by_stem(folder, listed)
     for other in others:
-        tell_unused(other, files[other], list_images(files[other]))
-    without = [str(path) for stem, path in images.items() if not any(stem in stems for stems in found)]
-    without += [str(path) for stems in found for stem, path in stems.items() if stem not in images]
+        images = list_images(files := list_files(other))
+        tell_unused(other, files, images)
+        found.append(by_stem(other, images))
+    without = [str(path) for stem, path in targets.items() if not any(stem in stems for stems in found)]
+    without += [str(path) for stems in found for stem, path in stems.items() if stem not in targets]
     if without:
         raise UserError(f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove "
                         f"them (rows without references: see metadata.jsonl):{as_lines(without)}")  # fmt: skip
-    paired = []
-    for stem, path in images.items():
-        partners = [stems[stem] for stems in found if stem in stems]
-        references = tuple(Image(printable(str(partner)), partner) for partner in partners)
-        paired.append(replace(listed[path], references=references))
-    return paired
+    partners = {path: [stems[stem] for stems in found if stem in stems] for stem, path in targets.items()}
+    return [replace(listed[path], references=tuple(Image(printable(str(partner)), partner) for partner in paths))
+            for path, paths in partners.items()]  # fmt: skip
 
 
 def list_dataset(args: Args) -> list[Sample]:
@@ -1936,11 +1861,12 @@ def list_dataset(args: Args) -> list[Sample]:
     table = open_dataset(args)
     name, there = args.dataset_name, table.column_names
     target = choose_column("image_column", args.image_column, name, there)
-    usual = [name for name, feature in table.features.items() if name != target
-             and re.fullmatch(USUAL_REFERENCES, plain(name))
-             and isinstance(getattr(feature, "feature", feature), datasets.Image)]  # fmt: skip
-    given = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
-    columns = given or usual
+    columns = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
+    columns = columns or [
+        name for name, feature in table.features.items() if name != target
+        and re.fullmatch(USUAL_REFERENCES, plain(name))
+        and isinstance(getattr(feature, "feature", feature), datasets.Image)
+    ]  # fmt: skip
     if target in columns:
         raise UserError(f"--image_column {target}: is a --cond_image_column too; columns: {', '.join(there)}")
     origin, captions = dataset_captions(args, table, [target, *columns])
@@ -1951,23 +1877,19 @@ def list_dataset(args: Args) -> list[Sample]:
 
 def column_references(args: Args, table: Any, column: str) -> list[list[Image]]:
     """The references of each row in one column: none where the cell is empty, several where it holds a list."""
-    import datasets
-
-    cells = table.data.column(column)  # lengths and gaps from the table itself: no image is read
-    if not hasattr(table.features[column], "feature"):
-        images = column_images(args, table, "cond_image_column", column)
-        named = [replace(image, name=f"{image.name}, {column}") for image in images]
-        filled: list[bool] = []
-        for chunk in cells.chunks:  # some writers leave a struct of nulls, bytes and path, instead of none
+    lists, counts = hasattr(table.features[column], "feature"), []
+    for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
+        if lists:
+            counts += chunk.value_lengths().to_pylist()
+        else:  # some writers leave a struct of nulls, bytes and path, instead of none
             fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
-            filled += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
-        return [[image] if full else [] for image, full in zip(named, filled, strict=True)]
-    lengths = [length for chunk in cells.chunks for length in chunk.value_lengths().to_pylist()]
-    lists = table.select_columns(column).cast_column(column, datasets.List(datasets.Image(decode=False)))
-    references: list[list[Image]] = [[] for _ in lengths]
-    places = dataset_places(args)
-    for row, item in ((row, item) for row, length in enumerate(lengths) for item in range(length or 0)):
-        references[row].append(Image(f"row {row}, {column} {item}", None, lists, row, column, *places, item))
+            counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
+    images = column_images(args, table, "cond_image_column", column, lists)
+    references = []
+    for image, count in zip(images, counts, strict=True):
+        image = replace(image, name=f"{image.name}, {column}")
+        items = [(f"{image.name} {item}", functools.partial(image.cell, item)) for item in range(count or 0)]
+        references.append([Image(name, cell=cell) for name, cell in items] if lists else [image] * count)
     return references
 
 
@@ -1982,31 +1904,27 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
     if max(size) > MAX_REFERENCE_ASPECT * min(size):
         return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
     if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
-        return (f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}: "
-                "no --align_cond_image pair")  # fmt: skip
+        return (
+            f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}: no --align_cond_image pair"
+        )
     return None
 
 
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
-    """Fills missing captions with --instance_prompt and replaces [trigger]; reports where captions come from.
-
-    Raises UserError if an --instance_prompt is needed.
-    """
+    """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
+    prompt = args.instance_prompt
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
-    prompt = args.instance_prompt
-    if (missing or triggered) and not prompt:
-        names, reason = (missing, "no caption") if missing else (triggered, "[trigger] in the caption")
+    if not prompt and (names := missing or triggered):
+        reason = "no caption" if missing else "[trigger] in the caption"
         raise UserError(f"--instance_prompt: needed, {len(names)} image(s) have {reason}: {some(names)}")
     if prompt and not missing and not triggered:
         log.warning("data: every image has a caption, --instance_prompt is not used")
-    elif missing and len(missing) < len(samples):
+    if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    filled = []
-    for sample in samples:
-        texts = tuple(text.replace("[trigger]", prompt or "") for text in sample.captions or (prompt,))
-        filled.append(replace(sample, captions=texts, origin=sample.origin if sample.captions else "--instance_prompt"))
+    given = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
+    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt or "") for text in s.captions)) for s in given]
     counts = Counter(sample.origin for sample in filled)
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
@@ -2022,47 +1940,40 @@ def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Imag
 
     `checked_images.json` in the cache says what was found at an earlier start, so that only what is new is decoded.
     """
-    index, images = cache_dir / "checked_images.json", list(dict.fromkeys(images))
-    files: dict[str, list] = {}  # path -> [size, mtime_ns, sha256]
-    contents: dict[str, list] = {}  # sha256 -> [height, width, None or the reason of the refusal]
+    index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
+    files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
-        stored = json.loads(index.read_text(encoding="utf-8"))
-        if stored["policy"] == DECODE_POLICY:
-            files, contents = stored["files"], stored["images"]
-    known, checked = (dict(files), len(contents)), {}
+        files, contents = json.loads(index.read_text(encoding="utf-8"))[policy]
+    known, checked = (len(files), len(contents)), {}
     inspect = functools.partial(inspect_image, files, contents)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
         for image, found in zip(images, pool.map(inspect, images), strict=True):
             checked[image] = found
             progress.advance()
-    if known != (files, len(contents)):
-        content = {"policy": DECODE_POLICY, "files": files, "images": contents}
-        write_atomically(index, json.dumps(content).encode())
+    if known != (len(files), len(contents)):
+        write_atomically(index, json.dumps({policy: [files, contents]}).encode())
     log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
     return checked
 
 
-def inspect_image(files: dict[str, list], contents: dict[str, list], image: Image) -> Image | str:
-    """One image with its hash and size, or why it cannot be used; adds what is new to the index.
-
-    A file of the same size and time is not read again, content with the same SHA-256 is not decoded again.
-    """
+def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image) -> Image | str:
+    """A file of the same size and time is not read again, content of the same SHA-256 is not decoded again."""
     try:
-        stamp = [image.path.stat().st_size, image.path.stat().st_mtime_ns] if image.path else []
-        *known, sha256 = files.get(str(image.path), [None])
-        if known != stamp or sha256 not in contents:
+        stat = image.path.stat() if image.path else None
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else ""
+        if (sha256 := files.get(stamp)) not in contents:
             data = image.read()
             sha256 = hashlib.sha256(data).hexdigest()
     except OSError as error:
         reason = error.strerror if image.path and error.strerror else error  # the name of a cell is no path
         return f"cannot be read ({reason})"
     if stamp:
-        files[str(image.path)] = [*stamp, sha256]
+        files[stamp] = sha256
     if sha256 not in contents:
         try:
             decoded = decode_image(data)
             contents[sha256] = [decoded.height, decoded.width, None]
-        except (ValueError, MemoryError) as error:
+        except ValueError as error:
             contents[sha256] = [0, 0, str(error)]
     *size, reason = contents[sha256]
     return reason or replace(image, sha256=sha256, size=tuple(size))
@@ -2070,7 +1981,7 @@ def inspect_image(files: dict[str, list], contents: dict[str, list], image: Imag
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
     """Raises UserError with one list of all bad images, or says with --on_bad_image skip what is left out."""
-    problems = as_lines(f"{name}: {reason}" for name, reason in bad.items())
+    problems = as_lines([f"{name}: {reason}" for name, reason in bad.items()])
     if bad and (args.on_bad_image == "error" or not good):
         raise UserError(f"{len(bad)} image(s) cannot be trained on; mend or remove them, or --on_bad_image skip:"
                         + problems)  # fmt: skip
@@ -2094,10 +2005,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_left_overs(run: Run) -> None:
-    """Removes half-written files of killed runs.
-
-    The output folder is this run's alone; other runs may write to a cache elsewhere, but not for an hour at one file.
-    """
+    """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
     class_dir = vars(run.args).get("class_data_dir")
     for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
         for path in folder.rglob(".*.tmp"):
@@ -2107,7 +2015,7 @@ def remove_left_overs(run: Run) -> None:
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
-    """A CPU generator for one purpose, the same on every machine and process: seeded by blake2b(seed, purpose)."""
+    """A CPU generator for one purpose, the same on every machine and process."""
     key = "\x1f".join(map(str, (seed, *purpose))).encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
 
@@ -2132,20 +2040,15 @@ def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...])
 class SampleStream:
     """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
 
-    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples
-    and keys noise, sigma, crop, flip, caption and its dropout. Buckets come in proportion to their size. Each bucket
-    goes through permutation after permutation, and a batch may reach into the next one: nothing is dropped.
+    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples.
+    Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
+    into the next one: nothing is dropped.
     """
 
-    def __init__(
-        self, geometries: list[Any], batch: int, seed: int, stream: str, first: int = 0, process_index: int = 0,
-        processes: int = 1,
-    ) -> None:  # fmt: skip
+    def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
         """`geometries` are those of the samples, which sort: a batch holds samples of one geometry."""
-        groups: dict[Any, list[int]] = {}
-        for index, geometry in enumerate(geometries):
-            groups.setdefault(geometry, []).append(index)
-        self.buckets = [groups[geometry] for geometry in sorted(groups)]
+        order = sorted(range(len(geometries)), key=geometries.__getitem__)
+        self.buckets = [list(group) for _, group in itertools.groupby(order, key=geometries.__getitem__)]
         common = math.gcd(*map(len, self.buckets))
         self.shares = tuple(len(bucket) // common for bucket in self.buckets)
         self.batch, self.seed, self.stream, self.first = batch, seed, stream, first
@@ -2220,36 +2123,40 @@ def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), buckets)
     report_samples(run, samples)
     check_references(run, samples)
+    for row, prompt in enumerate(run.args.validation_prompt or final_prompts(run.args)):
+        sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
+        given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
+        log.info(f"validation: '{prompt}' has {given}")
     return samples, buckets
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
     """A checked image as a reference: in its own shape, in whole tokens, or with the crop of its `target`."""
     height, width = capped_size(image.size)
-    whole = height // cell * cell, width // cell * cell
-    more = {"target": target.target, "pair_size": target.size} if target else {"target": whole}
-    return Reference(**vars(image) | more)
+    fitted = {"target": (height // cell * cell, width // cell * cell), "fit": "reference"}
+    if target:
+        fitted = {"target": target.target, "fit": f"aligned {target.size}", "pair_size": target.size}
+    return Reference(**vars(image) | fitted)
 
 
 # differs: samples of the text-to-image script have no references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
     """The samples whose images are good: the target in its bucket, references as at inference."""
     checked = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
-    samples, bad, align = [], {}, run.args.align_cond_image
+    samples, bad = [], {}
     for sample in listed:
-        image, *others = found = [checked[image] for image in sample.images]
-        problems = {
-            image.name: reason for image, reason in zip(sample.images, found, strict=True) if isinstance(reason, str)
-        }
+        found = [(image.name, checked[image]) for image in sample.images]
+        problems = {name: reason for name, reason in found if isinstance(reason, str)}
         if not problems:
-            sizes = {other.name: reference_problem(other.size, image.size if align else None) for other in others}
-            problems = {name: reason for name, reason in sizes.items() if reason}
+            image, *others = (image for _, image in found)
+            image = replace(image, target=nearest_bucket(image.size, buckets))
+            pair = image if run.args.align_cond_image else None
+            reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
+            problems = {name: reason for name, reason in reasons.items() if reason}
+        if not problems:
+            references = tuple(as_reference(other, run.cell, pair) for other in others)
+            samples.append(replace(sample, image=image, references=references))
         bad |= problems
-        if problems:
-            continue
-        image = replace(image, target=nearest_bucket(image.size, buckets))
-        references = tuple(as_reference(other, run.cell, image if align else None) for other in others)
-        samples.append(replace(sample, image=image, references=references))
     refuse_bad_images(run.args, bad, len(listed), len(samples))
     return samples
 
@@ -2269,28 +2176,30 @@ class TrainingSet(Dataset):
         `references` is [] where there are none, or they are dropped.
         """
         index, position = visit
-        run, sample, channels = self.run, self.samples[index], self.space.channels
-        height, width = (side // run.cell for side in sample.image.target)  # in tokens
-        number = int(self.draw("caption", position) * len(sample.captions)) % len(sample.captions)
-        dropped = self.draw("caption dropout", position) < run.args.caption_dropout
-        caption = "" if dropped else sample.captions[number]
+        args, sample, channels = self.run.args, self.samples[index], self.space.channels
+        generator = functools.partial(make_generator, self.run.seed, self.stream)
+        names = ("caption", "caption dropout", "cond dropout", "flip")
+        chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
+        crop = None if args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        flip = args.random_flip and chance["flip"] < 0.5
+        caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
+        caption = "" if chance["caption dropout"] < args.caption_dropout else caption
+        references = () if chance["cond dropout"] < args.cond_dropout else sample.references
+        height, width = (side // self.run.cell for side in sample.image.target)  # in tokens
         item = {
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
             "caption": caption,
             "prompt_embeds": self.prompts.load(caption),
-            "noise": torch.randn(height * width, channels, generator=self.generator("noise", position)),
-            "u": draw_u(run.args, self.generator("sigma", position)),
+            "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
+            "u": draw_u(args, generator("sigma", position)),
+            "moments" if args.cache_latents else "pixels": self.view(sample.image, crop, flip),
+            "references": [self.view(image, crop, flip) for image in references],
         }
-        if run.args.vae_encode_mode == "sample":
+        if args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
-            item["posterior_noise"] = torch.randn(shape, generator=self.generator("posterior", position))
-        crop = None if run.args.center_crop else torch.rand(2, generator=self.generator("crop", position)).tolist()
-        flip = run.args.random_flip and self.draw("flip", position) < 0.5
-        item["moments" if run.args.cache_latents else "pixels"] = self.view(sample.image, crop, flip)
-        dropped = self.draw("cond dropout", position) < run.args.cond_dropout
-        item["references"] = [] if dropped else [self.view(image, crop, flip) for image in sample.references]
+            item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
         return item
 
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
@@ -2299,49 +2208,31 @@ class TrainingSet(Dataset):
             return load_file(self.space.path(image, flip))["moments"]
         return image.pixels(crop, flip)
 
-    def generator(self, purpose: str, position: int) -> torch.Generator:
-        """The generator of one purpose at one position of this set's stream."""
-        return make_generator(self.run.seed, self.stream, purpose, position)
-
-    def draw(self, purpose: str, position: int) -> float:
-        """A uniform number in [0, 1)."""
-        return torch.rand(1, generator=self.generator(purpose, position)).item()
-
 
 def check_references(run: Run, samples: list[Sample]) -> None:
-    """Logs groups and lengths, warns of what would be learned by accident, decodes the validation images."""
-    large = [s.image.target for s in samples if s.references and math.prod(s.image.target) > REFERENCE_AREA]
-    if large and run.args.align_cond_image:
-        raise UserError(
-            f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as "
-            f"{large[0]}; the pipelines bring such references down, out of line: choose smaller sizes"
-        )
-    if same := [s.image.name for s in samples if s.image.sha256 in {image.sha256 for image in s.references}]:
+    """Logs groups and lengths; warns of what would be learned by accident."""
+    args, batch = run.args, run.args.train_batch_size
+    paired = [sample for sample in samples if sample.references]
+    large = [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]
+    if large and args.align_cond_image:
+        raise UserError(f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, "
+                        f"such as {large[0]}; the pipelines shrink such references: choose smaller sizes")  # fmt: skip
+    if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
-    if not any(sample.references for sample in samples) and (run.args.align_cond_image or run.args.cond_dropout):
+    if not paired and (args.align_cond_image or args.cond_dropout):
         log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
-    elif run.args.cond_dropout == 1:
-        log.warning("data: --cond_dropout 1: no reference is ever trained on")
-    groups, batch = Counter(sample.geometry for sample in samples), run.args.train_batch_size
+    groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
-    longest = max(groups, key=lambda sizes: sum(map(math.prod, sizes)))
-    target, *references = (math.prod(size) // run.cell**2 for size in longest)
+    target, *references = max(([math.prod(size) // run.cell**2 for size in sizes] for sizes in groups), key=sum)
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
-        log.warning(
-            f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other noise; "
-            "--train_batch_size 1 with --gradient_accumulation_steps mixes rows"
-        )
-    images = [sample.image for sample in samples if sample.references]
+        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other "
+                    "noise; --train_batch_size 1 with --gradient_accumulation_steps mixes rows")  # fmt: skip
+    images = [sample.image for sample in paired]
     cut = [i for i in images if math.prod(i.target) < 0.9 * math.prod(cover_size(i.size, i.target))]
-    if cut and not run.args.align_cond_image:
+    if cut and not args.align_cond_image:
         log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
                     "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
-    prompts = run.args.validation_prompt or final_prompts(run.args)
-    for row, prompt in enumerate(prompts):
-        sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
-        given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
-        log.info(f"validation: '{prompt}' has {given}")
 
 
 def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:

@@ -375,7 +375,7 @@ def test_a_refusal_is_remembered_too(script, tmp_path, counted):
     assert counted == {"read": 2, "decoded": 2}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy": -1, "files": {}, "images": {}}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy -1": [{}, {}]}'])
 def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
     (tmp_path / "checked_images.json").write_bytes(content)
@@ -450,8 +450,8 @@ def test_class_images_among_the_images_are_told_by_their_folder(script, tmp_path
     with log_lines(logging.WARNING) as lines:
         listed(script, tmp_path)
     assert [line for line in lines if "class" in line] == [
-        "data: images of the whole class, by the name of their folder, are trained on as images of yours; "
-        f"move them elsewhere: {name}"
+        "data: 1 image(s) lie in a folder for class images and are trained on as yours; "
+        f"move them away: {tmp_path.name}/{name}/b.jpg"
     ]
 
 
