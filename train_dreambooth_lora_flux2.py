@@ -1974,15 +1974,15 @@ class TrainingSet(Dataset):
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
         """noise (L, C) and u of the visit, its prompt embedding, and cached latent moments or pixels (3, H, W)."""
         index, position = visit
-        args, sample, channels = self.run.args, self.samples[index], self.space.channels
-        generator = functools.partial(make_generator, self.run.seed, self.stream)
+        run, sample, channels = self.run, self.samples[index], self.space.channels
+        generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
-        flip = args.random_flip and chance["flip"] < 0.5
+        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
-        caption = "" if chance["caption dropout"] < args.caption_dropout else caption
-        height, width = (side // self.run.cell for side in sample.image.target)  # in tokens
+        caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
+        height, width = (side // run.cell for side in sample.image.target)  # in tokens
         item = {
             "name": sample.image.name,
             "position": position,
@@ -1990,10 +1990,10 @@ class TrainingSet(Dataset):
             "caption": caption,
             "prompt_embeds": self.prompts.load(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
-            "u": draw_u(args, generator("sigma", position)),
-            "moments" if args.cache_latents else "pixels": self.view(sample.image, crop, flip),
+            "u": draw_u(run.args, generator("sigma", position)),
+            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
         }
-        if args.vae_encode_mode == "sample":
+        if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
         return item

@@ -2176,16 +2176,16 @@ class TrainingSet(Dataset):
         `references` is [] where there are none, or they are dropped.
         """
         index, position = visit
-        args, sample, channels = self.run.args, self.samples[index], self.space.channels
-        generator = functools.partial(make_generator, self.run.seed, self.stream)
+        run, sample, channels = self.run, self.samples[index], self.space.channels
+        generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
-        flip = args.random_flip and chance["flip"] < 0.5
+        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
-        caption = "" if chance["caption dropout"] < args.caption_dropout else caption
-        references = () if chance["cond dropout"] < args.cond_dropout else sample.references
-        height, width = (side // self.run.cell for side in sample.image.target)  # in tokens
+        caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
+        references = () if chance["cond dropout"] < run.args.cond_dropout else sample.references
+        height, width = (side // run.cell for side in sample.image.target)  # in tokens
         item = {
             "name": sample.image.name,
             "position": position,
@@ -2193,11 +2193,11 @@ class TrainingSet(Dataset):
             "caption": caption,
             "prompt_embeds": self.prompts.load(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
-            "u": draw_u(args, generator("sigma", position)),
-            "moments" if args.cache_latents else "pixels": self.view(sample.image, crop, flip),
+            "u": draw_u(run.args, generator("sigma", position)),
+            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
             "references": [self.view(image, crop, flip) for image in references],
         }
-        if args.vae_encode_mode == "sample":
+        if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
         return item
@@ -2211,15 +2211,15 @@ class TrainingSet(Dataset):
 
 def check_references(run: Run, samples: list[Sample]) -> None:
     """Logs groups and lengths; warns of what would be learned by accident."""
-    args, batch = run.args, run.args.train_batch_size
+    batch, align = run.args.train_batch_size, run.args.align_cond_image
     paired = [sample for sample in samples if sample.references]
     large = [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]
-    if large and args.align_cond_image:
+    if large and align:
         raise UserError(f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, "
                         f"such as {large[0]}; the pipelines shrink such references: choose smaller sizes")  # fmt: skip
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
-    if not paired and (args.align_cond_image or args.cond_dropout):
+    if not paired and (align or run.args.cond_dropout):
         log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
@@ -2230,7 +2230,7 @@ def check_references(run: Run, samples: list[Sample]) -> None:
                     "noise; --train_batch_size 1 with --gradient_accumulation_steps mixes rows")  # fmt: skip
     images = [sample.image for sample in paired]
     cut = [i for i in images if math.prod(i.target) < 0.9 * math.prod(cover_size(i.size, i.target))]
-    if cut and not args.align_cond_image:
+    if cut and not align:
         log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
                     "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
 

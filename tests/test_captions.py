@@ -259,7 +259,7 @@ def test_metadata_without_captions_is_no_error_beside_caption_files(script, tmp_
 def test_broken_jsonl_names_the_line(script, tmp_path):
     fill(tmp_path, "a.jpg")
     write(tmp_path, "metadata.jsonl", '{"file_name": "a.jpg"}\n\n{"file_name": "b.jpg"\n')
-    with pytest.raises(script.UserError, match=r"metadata\.jsonl: line 3 is not readable as one JSON object.*Expecting"):
+    with pytest.raises(script.UserError, match=r"metadata\.jsonl: line 3 is not readable as one JSON.*Expecting"):
         listed(script, tmp_path)
 
 

@@ -870,7 +870,7 @@ def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
         (),
         (reference, reference),
         (replace(reference, sha256="0"),),
-        (replace(reference, pair_size=(1, 1)),),
+        (replace(reference, fit="aligned (1, 1)"),),
     ):
         changed = [replace(samples[0], references=other), *samples[1:]]
         assert i2i.fingerprint(run, [i2i.Stream("instance", changed)])[key] != before
