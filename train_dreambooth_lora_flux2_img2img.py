@@ -1415,10 +1415,7 @@ def capped_size(size: Size) -> Size:
 
 @dataclass(frozen=True)
 class Reference(Image):
-    """A reference as the pipelines prepare it at inference: its own shape, at most 1 MP, the centre in whole tokens.
-
-    It depends on no target and is never cropped at random, unless it is one of a pixel-aligned pair.
-    """
+    """A reference as the pipelines prepare it at inference: its own shape, at most 1 MP, the centre in whole tokens."""
 
     pair_size: Size | None = None  # --align_cond_image: the size of its target image, whose crop it gets
 
@@ -1510,10 +1507,8 @@ def file_image(folder: Path, path: Path) -> Image:  # named by its path in the f
 
 
 def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
-    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending.
-
-    The very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's.
-    """
+    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending."""
+    # the very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's
     texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
     same = {path.with_suffix(""): path for path in reversed(texts)}
     found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
@@ -1530,16 +1525,16 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
 
 
-def caption_texts(cell: Any, classes: Iterable[str] = ()) -> Captions:
+def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Captions:
     """The captions in a cell, a list perhaps; `classes` are the names behind its numbers. Raises UserError."""
     values = cell if isinstance(cell, list) else [cell]
     if classes:
         values = [[*classes, None][value] for value in values if value is not None]  # -1 is no class
     if wrong := [value for value in values if not isinstance(value, str | None)]:
-        raise UserError(f"the caption is of type {type(wrong[0]).__name__}, it must be text or a list of texts")
+        raise UserError(f"{where}the caption is of type {type(wrong[0]).__name__}, it must be text or a list of texts")
     texts = [text.strip() for text in values if text and text.strip()]
     if wrong := [text for text in texts if re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)]:
-        raise UserError(f"the caption is a list that was written as text: {wrong[0][:60]}; use metadata.jsonl")
+        raise UserError(f"{where}the caption is a list that was written as text: {wrong[0][:60]}; use metadata.jsonl")
     return tuple(texts)
 
 
@@ -1633,10 +1628,7 @@ def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) ->
 
 
 def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
-    """(images, captions, where these come from) of each row of the metadata in --instance_data_dir, or of each image.
-
-    Captions that metadata do not give are read from files beside the images. What is not used is told by name.
-    """
+    """(images, captions, where these come from) of each row of metadata, or image; what is not used is told by name."""
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
     files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
     names = {plain(path): path for path in files}
@@ -1659,7 +1651,7 @@ def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
     used = [path for path, (columns, *_) in tables.items() if columns]
     for images, texts, origin in found:
         if not texts and (file := beside.get(images[0])):
-            texts, origin = caption_texts(read_text(file)), "caption files"
+            texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used.append(file)
             empty += [] if texts else [str(file.relative_to(folder))]
         used += images
@@ -1746,14 +1738,11 @@ def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, li
         if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
             log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
         return "", [()] * len(table)
-    feature, captions = table.features[column], []
+    feature, rows = table.features[column], enumerate(table[column][:])
     classes = getattr(getattr(feature, "feature", feature), "names", ())
-    for row, cell in enumerate(table[column][:]):
-        try:
-            captions.append(caption_texts(cell, classes))
-        except UserError as error:
-            raise UserError(f"{name}: row {row}, column {column}: {error}") from None
-    return f"column {column}", captions
+    return f"column {column}", [
+        caption_texts(cell, f"{name}: row {row}, column {column}: ", classes) for row, cell in rows
+    ]
 
 
 # endregion shared: listing
@@ -1777,7 +1766,7 @@ def list_samples(args: Args) -> list[Sample]:
 
 
 USUAL_REFERENCES = (
-    r"(cond|condition|conditioning|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
+    r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
 )
 
 
@@ -1796,10 +1785,10 @@ def names_images(rows: Table, column: str) -> bool:
 
 # differs: metadata files of the text-to-image script name no references
 def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
-    """The column of the targets of a metadata file, then those of the references.
+    """The column of the targets of a metadata file, then those of the references. Raises UserError.
 
     The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
-    References are --cond_image_column, else every other `*_file_name` column and usual names. Raises UserError.
+    References are --cond_image_column, else every other `*_file_name` column and usual names.
     """
     references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
     wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
@@ -1832,10 +1821,7 @@ def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
-    """Samples of --instance_data_dir with the references of the same stem in --cond_data_dir, folder by folder.
-
-    Raises UserError listing images without a reference, and references without an image.
-    """
+    """Samples with the references of the same stem in each --cond_data_dir. Raises UserError where one has none."""
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
     if any(sample.references for sample in samples):
         raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
@@ -1895,10 +1881,7 @@ def column_references(args: Args, table: Any, column: str) -> list[list[Image]]:
 
 
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
-    """Why a reference of (height, width) cannot be used, or None; the pipelines refuse the same.
-
-    With --align_cond_image it also needs the shape of its `target`.
-    """
+    """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
     height, width = size
     if min(size) < MIN_REFERENCE_SIDE:
         return f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
@@ -1937,10 +1920,8 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 
 
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
-    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used.
-
-    `checked_images.json` in the cache says what was found at an earlier start, so that only what is new is decoded.
-    """
+    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used."""
+    # `checked_images.json` says what was found at an earlier start, so that only what is new is decoded
     index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
     files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
@@ -1966,8 +1947,7 @@ def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image
             data = image.read()
             sha256 = hashlib.sha256(data).hexdigest()
     except OSError as error:
-        reason = error.strerror if image.path and error.strerror else error  # the name of a cell is no path
-        return f"cannot be read ({reason})"
+        return f"cannot be read ({error.strerror if image.path and error.strerror else error})"
     if stamp:
         files[stamp] = sha256
     if sha256 not in contents:
@@ -1982,12 +1962,11 @@ def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
     """Raises UserError with one list of all bad images, or says with --on_bad_image skip what is left out."""
-    problems = as_lines([f"{name}: {reason}" for name, reason in bad.items()])
+    lines, count = as_lines([f"{name}: {reason}" for name, reason in bad.items()]), f"{len(bad)} image(s)"
     if bad and (args.on_bad_image == "error" or not good):
-        raise UserError(f"{len(bad)} image(s) cannot be trained on; mend or remove them, or --on_bad_image skip:"
-                        + problems)  # fmt: skip
+        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{lines}")
     if bad:
-        log.warning(f"data: {len(bad)} image(s) are skipped, and with them {listed - good} of {listed} rows:{problems}")
+        log.warning(f"data: {count} are skipped, and with them {listed - good} of {listed} rows:{lines}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -2029,10 +2008,8 @@ def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, how often it came before in this cycle) of each micro-step of a cycle.
-
-    A bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle.
-    """
+    """(bucket, how often it came before in this cycle) of each micro-step of a cycle."""
+    # a bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
@@ -2116,10 +2093,7 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
 
 # differs: samples of the text-to-image script have no references
 def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
-    """Reads and decodes every image once, fills in captions and buckets, prints the plan; loads no weights.
-
-    Returns the samples and the (height, width) sizes to train at. Raises UserError with everything that is wrong.
-    """
+    """The samples, every image decoded once and every caption final, and the (height, width) sizes to train at."""
     buckets = choose_buckets(run)
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), buckets)
     report_samples(run, samples)
@@ -2172,10 +2146,7 @@ class TrainingSet(Dataset):
         self.space, self.samples, self.stream, self.prompts = space, samples, stream, PromptCache(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
-        """noise (L, C), u and prompt embedding of the visit, and latent moments or pixels (3, H, W) of each image.
-
-        `references` is [] where there are none, or they are dropped.
-        """
+        """noise (L, C), u and prompt embedding of the visit, and latent moments or pixels (3, H, W) of each image."""
         index, position = visit
         run, sample, channels = self.run, self.samples[index], self.space.channels
         generator = functools.partial(make_generator, run.seed, self.stream)
