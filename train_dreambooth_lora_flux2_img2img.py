@@ -1888,9 +1888,7 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
     if max(size) > MAX_REFERENCE_ASPECT * min(size):
         return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
     if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
-        return (
-            f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}: no --align_cond_image pair"
-        )
+        return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
     return None
 
 
