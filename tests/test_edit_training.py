@@ -11,7 +11,7 @@ import torch
 from conftest import draw_photo
 from diffusers import Flux2Pipeline
 from PIL import Image
-from runs import LORA, assert_close_runs, assert_same_run, column, files_of, forbid, lora, metrics, spy
+from runs import LORA, assert_close_runs, assert_same_run, column, forbid, lora, metrics, spy
 
 pytestmark = pytest.mark.e2e
 
