@@ -3604,40 +3604,46 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
 # endregion shared: sheets
 
 
-def prepare_class_samples(run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size]) -> list[Sample]:
-    """The class images of prior preservation, generated first where too few are there."""
-    folder, at_once = Path(run.args.class_data_dir).absolute(), run.args.sample_batch_size
-    present = len(list_images(list_files(folder)))
-    free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
-    missing = list(itertools.islice(free_numbers, max(0, run.args.num_class_images - present)))
-    log.info(f"class images: {present} in {folder.name}, {len(missing)} to generate")
-    batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
-    with shared_out(run, batches, lockstep=run.sharding is not None) as mine:
-        if mine:
-            generate_class_images(run, space, prompts, buckets, folder, mine)
-    files = list_files(folder)
-    images = list_images(files)
-    tell_unused(folder, files, images)
-    return make_samples(run, [Sample(file_image(folder, path), (run.args.class_prompt,)) for path in images], buckets)
+# differs: the image-to-image script has references and no class images
+def prepare_streams(run: Run, parts: TrainingParts, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+    """What is learned, and all the images to encode. With prior preservation the class stands beside it.
+
+    Its images are generated first where too few are there.
+    """
+    streams = [Stream("instance", samples)]
+    if run.args.with_prior_preservation:
+        folder, at_once = Path(run.args.class_data_dir).absolute(), run.args.sample_batch_size
+        present = len(list_images(list_files(folder)))
+        free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
+        missing = list(itertools.islice(free_numbers, max(0, run.args.num_class_images - present)))
+        log.info(f"class images: {present} in {folder.name}, {len(missing)} to generate")
+        batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+        with shared_out(run, batches, lockstep=run.sharding is not None) as mine:
+            if mine:
+                generate_class_images(run, parts, folder, mine)
+        files = list_files(folder)
+        images = list_images(files)
+        tell_unused(folder, files, images)
+        listed = [Sample(file_image(folder, path), (run.args.class_prompt,)) for path in images]
+        streams.append(Stream("class", make_samples(run, listed, parts.buckets), run.args.prior_loss_weight))
+    return streams, [sample.image for stream in streams for sample in stream.samples]
 
 
-def generate_class_images(
-    run: Run, space: LatentSpace, prompts: PromptCache, buckets: list[Size], folder: Path, batches: list[list[int]]
-) -> None:
+def generate_class_images(run: Run, parts: TrainingParts, folder: Path, batches: list[list[int]]) -> None:
     """Class images of these numbers by the bare base model. Each number has its own seed: a new start only goes on."""
     dtypes = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, None: run.dtype}
-    base_run = replace(run, dtype=dtypes[run.args.prior_generation_precision])
+    base_run, prompt = replace(run, dtype=dtypes[run.args.prior_generation_precision]), run.args.class_prompt
     transformer = place_transformer(base_run, load_transformer(base_run)).eval()
-    parts = TrainingParts(space, prompts, transformer, load_vae(run), [], buckets)
-    pipeline = make_pipeline(base_run, parts)
+    base = replace(parts, transformer=transformer, vae=load_vae(run))
+    pipeline = make_pipeline(base_run, base)
     with Progress("generate class images", sum(map(len, batches))) as progress:
         for numbers in batches:
             seeds = [("class picture", number) for number in numbers]
-            images = generate(base_run, parts, pipeline, run.args.class_prompt, seeds, buckets[0])
+            images = generate(base_run, base, pipeline, prompt, seeds, parts.buckets[0])
             for number, image in zip(numbers, images, strict=True):
-                write_image(image, folder / f"class-{number:05d}.png", class_prompt=run.args.class_prompt)
+                write_image(image, folder / f"class-{number:05d}.png", class_prompt=prompt)
                 progress.advance()
-    del pipeline, parts, transformer
+    del pipeline, base, transformer
     release_memory()
 
 
@@ -3645,10 +3651,10 @@ def generate_class_images(
 # What a run leaves: its settings, numbers and trackers on the way; then the LoRA, images drawn from the saved file, a
 # card whose snippet runs, and the upload. The LoRA is on disk first; what fails after that is a warning.
 # differs: the image-to-image script has an image to give
-def card_inputs(run: Run) -> tuple[str, dict[str, Any]]:
+def card_inputs(run: Run) -> tuple[str, str]:
     """(import lines, arguments) of the card's snippet that are this script's."""
     (height, width), _ = validation_inputs(run, 0, choose_buckets(run))
-    return "", {"height": height, "width": width}
+    return "", f"height={height}, width={width}"
 
 
 # region shared: results
@@ -3688,11 +3694,11 @@ def warn_once(run: Run, subject: str, problem: Any) -> None:
 
 
 def track(run: Run, send: Callable, *what: Any, **options: Any) -> None:
-    """Calls something of the trackers; whatever one of them raises does not stop the run."""
+    """Calls a method of the trackers; whatever one of them raises does not stop the run."""
     try:
         send(*what, **options)
     except Exception as error:
-        warn_once(run, "trackers", f"{send.__name__} failed at step {options.get('step', 'the end')} ({error})")
+        warn_once(run, "trackers", f"{send.__name__} failed ({error})")
 
 
 def write_metrics(run: Run, values: dict[str, Any]) -> None:
@@ -3736,48 +3742,14 @@ def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.P
     return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
-CARD = """---
-{head}
----
-# {title}
-A LoRA for {base_text}, trained with `{script}`; the settings are in `config.args`.
-
-<Gallery />
-
-{table}
-
-```python
-import gc
-
-import torch
-from diffusers import {pipeline}
-from transformers import {encoder}
-{imports}
-base, dtype = {base!r}, torch.{dtype}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-
-# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
-encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
-pipeline = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None)
-with torch.no_grad():
-    text = {text}
-del encoder, pipeline
-gc.collect()
-torch.cuda.empty_cache()
-
-# the transformer as it was trained
-parts = {{"text_encoder": None, "tokenizer": None{quantization}}}
-pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
-pipeline.load_lora_weights({repo!r}, weight_name={file!r})
-pipeline(**text, {arguments}).images[0].save("image.png")
-```
-"""
-
-
 def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs."""
+    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
+
+    The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
+    """
     base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
     data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
+    pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
     head = huggingface_hub.ModelCardData(
         base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
         library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
@@ -3787,24 +3759,53 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
     facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
              "steps": state.step, "seed": run.seed, "base in": run.base_format,
              "resolution": run.args.resolution}  # fmt: skip
-    rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
-    encode = f"device=device, max_sequence_length={run.args.max_sequence_length}"
-    if run.args.text_encoder_out_layers:
-        encode += f", text_encoder_out_layers={run.text_layers}"
+    table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
+    layers = f', "text_encoder_out_layers": {run.text_layers}' if run.args.text_encoder_out_layers else ""
     prompts = {"prompt_embeds": next(iter(final_prompts(run.args)), trigger or "a photo")}
-    if run.family.pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
+    if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
         prompts["negative_prompt_embeds"] = ""
-    text = [f"{name!r}: pipeline.encode_prompt({words!r}, {encode})[0].to(dtype)" for name, words in prompts.items()]
-    (imports, options), (more_imports, quantization) = card_inputs(run), card_quantization(run)
-    options |= {"num_inference_steps": run.args.num_inference_steps}
-    options |= {"guidance_scale": run.args.validation_guidance_scale}
-    card = CARD.format(
-        head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), title=escape_markdown(Path(repo).name),
-        base_text=escape_markdown(base), script=Path(__file__).name, base=base, repo=repo, file=LORA_FILE,
-        pipeline=run.family.pipeline, encoder=run.family.text_encoder, dtype=str(run.dtype).removeprefix("torch."),
-        text=f"{{{', '.join(text)}}}", imports=more_imports + imports, quantization=quantization,
-        arguments=", ".join(f"{name}={value}" for name, value in options.items()),
-    )  # fmt: skip
+    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
+    (imports, inputs), (more_imports, quantization) = card_inputs(run), card_quantization(run)
+    card = f"""---
+{head.to_yaml()}
+---
+# {escape_markdown(Path(repo).name)}
+A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
+
+<Gallery />
+
+| | |
+|---|---|
+{table}
+
+```python
+import gc
+
+import torch
+from diffusers import {pipeline}
+from transformers import {encoder}
+{more_imports}{imports}
+base, dtype = {base!r}, {run.dtype}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
+encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
+encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
+options = {{"device": device, "max_sequence_length": {run.args.max_sequence_length}{layers}}}
+with torch.no_grad():
+    text = {{{text}}}
+del encoder, encode
+gc.collect()
+torch.cuda.empty_cache()
+
+# the transformer as it was trained
+parts = {{"text_encoder": None, "tokenizer": None{quantization}}}
+pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
+pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+steps = {{"num_inference_steps": {run.args.num_inference_steps}, "guidance_scale": {guidance}}}
+pipeline(**text, **steps, {inputs}).images[0].save("image.png")
+```
+"""
     try:
         write_atomically(run.output_dir / "README.md", card.encode())
     except OSError as error:  # a card is not worth a run
@@ -3873,7 +3874,7 @@ def push(run: Run) -> None:
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
         names = " ".join(f"--include {shlex.quote(name)}" for name in wanted)
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {shlex.quote(str(run.output_dir))} . {names}")  # fmt: skip
+                    f"    hf upload {run.hub_repo} {shlex.quote(str(run.output_dir))} {names}")  # fmt: skip
 
 
 # endregion shared: results
@@ -3902,8 +3903,8 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
         log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
                     "is left to train; raise --max_train_steps")  # fmt: skip
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
-        share = f"{steps / warm_up:.0%} of its peak"
-        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at {share}")
+        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at "
+                    f"{steps / warm_up:.0%} of its peak")  # fmt: skip
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
 
 
@@ -4139,18 +4140,6 @@ def print_results(run: Run, state: TrainState) -> None:
 # endregion shared: training
 
 
-# differs: the image-to-image script has references and no class images
-def prepare_streams(
-    run: Run, space: LatentSpace, prompts: PromptCache, samples: list[Sample], buckets: list[Size]
-) -> tuple[list[Stream], list[Image]]:
-    """What is learned, with prior preservation the class beside it; and all the images to encode."""
-    streams = [Stream("instance", samples)]
-    if run.args.with_prior_preservation:
-        class_samples = prepare_class_samples(run, space, prompts, buckets)
-        streams.append(Stream("class", class_samples, run.args.prior_loss_weight))
-    return streams, [sample.image for stream in streams for sample in stream.samples]
-
-
 # region shared: main
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
@@ -4163,8 +4152,9 @@ def main(args: Args) -> None:
         run = begin_output(run)
         space = open_latent_space(run)
         prompts = encode_prompts(run, all_prompts(run, samples))
-        streams, images = prepare_streams(run, space, prompts, samples, buckets)
-        parts = TrainingParts(space, prompts, None, encode_images(run, space, images), streams, buckets)
+        parts = TrainingParts(space, prompts, None, None, [], buckets)
+        parts.streams, images = prepare_streams(run, parts, samples)
+        parts.vae = encode_images(run, space, images)
         state = set_up_training(run, parts)
         with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
             with keep_progress(run, state):
