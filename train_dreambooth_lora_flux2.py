@@ -164,11 +164,11 @@ SHARED_FLAGS = [
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
     "LoRA",
-    flag("rank", COUNT, 16, "rank r of the LoRA matrices", resume=True),
-    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank"),
+    flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
+    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
     flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
     flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
-    flag("init_lora_from", to_path, None, "start from this .safetensors LoRA of the same rank and modules"),
+    flag("init_lora_from", to_path, None, "start from this .safetensors LoRA, with its rank, alpha and modules"),
     "Flow matching",
     flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
     flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
@@ -666,6 +666,7 @@ class Run:
     family: ModelFamily
     text_layers: tuple[int, ...]
     cell: int  # pixels per token side
+    lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
     output_dir: Path
     cache_dir: Path
@@ -930,7 +931,7 @@ def start_accelerator(args: Args) -> Run:
         args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        quantization=find_quantization(args, model),
+        lora=find_lora(args, model), quantization=find_quantization(args, model),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
     )  # fmt: skip
@@ -2528,20 +2529,15 @@ def translate_flux1_name(name: str) -> str:
     return next(found, name)
 
 
-def listed_layers(asked: str | None) -> list[str]:
-    """The entries of --lora_layers, of the preset that it names, or of the default."""
-    text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
-    return [part.strip() for part in text.split(",") if part.strip()] or [text]
-
-
 def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
     """Full names of the Linear modules that get a LoRA.
 
     `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
     `final:proj_out` the last layer. Raises UserError for an entry that matches nothing, with the nearest names.
     """
+    text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
     chosen: set[str] = set()
-    for entry in listed_layers(asked):
+    for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
         whole = entry.startswith("final:")
         name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
         if not whole and name != entry:
@@ -2567,10 +2563,6 @@ class LoraLinear(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.weight.to(hidden.dtype))
-
-
-def lora_alpha(args: Args) -> float:
-    return args.rank if args.lora_alpha is None else args.lora_alpha
 
 
 FP8 = torch.float8_e4m3fn
@@ -2883,9 +2875,7 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
     lora_A is drawn from N(0, 1/rank) as in the diffusers examples, keyed by its name, and lora_B is 0, so the first
     step starts from the base model.
     """
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    targets = resolve_lora_layers(linears, run.args.lora_layers)
-    rank, alpha = run.args.rank, lora_alpha(run.args)
+    rank, alpha, targets = run.lora.rank, run.lora.alpha, [*run.lora.targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
     transformer.add_adapter(config)
     for layer in (module for module in transformer.modules() if isinstance(module, LoraLayer)):
@@ -2931,31 +2921,41 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], float]:
     return {name.removeprefix("transformer."): matrix for name, matrix in converted.items()}, alpha
 
 
-def check_start(run: Run, linears: dict[str, nn.Linear], targets: list[str]) -> None:
-    """Raises UserError unless --init_lora_from fits the model and the flags; says which flags would fit."""
-    path = Path(run.args.init_lora_from)
-    matrices, found_alpha = read_lora(path)
+@dataclass(frozen=True)
+class LoraShape:
+    """`targets` are the Linear modules with a LoRA; the update of each is alpha / rank times lora_B times lora_A."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def find_lora(args: Args, model: ModelFiles) -> LoraShape:
+    """The LoRA that the flags ask for, or the one of --init_lora_from. Raises UserError where these differ."""
+    linears, path = linear_modules(model.config("transformer")), args.init_lora_from
+    if not path:
+        rank = args.rank or 16
+        return LoraShape(rank, args.lora_alpha or rank, tuple(resolve_lora_layers([*linears], args.lora_layers)))
+    matrices, alpha = read_lora(Path(path))
     modules = {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in matrices}
     for module in sorted(modules):
         pair, linear = [matrices.get(f"{module}.lora_{part}.weight") for part in "AB"], linears.get(module)
         fits = linear is not None and all(matrix is not None for matrix in pair)
         if not fits or (pair[0].shape[1], pair[1].shape[0]) != (linear.in_features, linear.out_features):
-            raise UserError(f"{path}: is for another model, its {module} does not fit {run.model.name}")
-    (found_rank, _), rank, alpha = pair[0].shape, run.args.rank, lora_alpha(run.args)
-    if (found_rank, found_alpha, modules) == (rank, alpha, {*targets}):
-        return
-    endings = {re.sub(r"^.*transformer_blocks\.\d+\.", "", name) for name in modules}
-    for names in (endings, modules):  # the endings of the names, if they mean no other modules
-        layers = ",".join(sorted("final:proj_out" if name == "proj_out" else name for name in names))
-        if {*resolve_lora_layers([*linears], layers)} == modules:
-            break
-    raise UserError(f"{path}: has rank {found_rank} and alpha {found_alpha:g} on {len(modules)} modules, this run "
-                    f"rank {rank} and alpha {alpha:g} on {len(targets)}. The flags that fit it:\n"
-                    f"    --rank {found_rank} --lora_alpha {found_alpha:g} --lora_layers {layers}")  # fmt: skip
+            raise UserError(f"{path}: is for another model, its {module} does not fit {model.name}")
+    found = LoraShape(len(pair[0]), alpha, tuple(name for name in linears if name in modules))
+    asked = {"rank": (args.rank, found.rank), "lora_alpha": (args.lora_alpha, found.alpha)}
+    for name, (value, there) in asked.items():
+        if value not in (None, there):
+            raise UserError(f"--{name} {value:g}: it is {there:g} in --init_lora_from {path}; leave the flag out")
+    if args.lora_layers and {*resolve_lora_layers([*linears], args.lora_layers)} != modules:
+        raise UserError(f"--lora_layers {args.lora_layers}: --init_lora_from {path} has {len(modules)} other modules, "
+                        f"such as {found.targets[0]}; leave the flag out")  # fmt: skip
+    return found
 
 
 def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies a LoRA file that fits, as `check_start` has found, into the adapter."""
+    """Copies a LoRA file that fits, as `find_lora` has found, into the adapter."""
     matrices, _ = read_lora(path)
     for name, parameter in parameters.items():
         parameter.data.copy_(matrices[name])
@@ -2968,9 +2968,9 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> No
     """
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
     tensors = {f"transformer.{name}": parameter.detach().to("cpu", dtype) for name, parameter in parameters.items()}
-    targets = sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in parameters})
     # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
-    adapter = {"r": run.args.rank, "lora_alpha": lora_alpha(run.args), "target_modules": targets, "rank_pattern": {}}
+    adapter = {"r": run.lora.rank, "lora_alpha": run.lora.alpha, "rank_pattern": {}}
+    adapter["target_modules"] = sorted(run.lora.targets)
     header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
     header = {"format": "pt", "lora_adapter_metadata": header, **describe_lora(run)}
     write_atomically(folder / LORA_FILE, safetensors_bytes(tensors, header))
@@ -3027,7 +3027,7 @@ def save_comfyui_lora(run: Run, parameters: dict[str, nn.Parameter]) -> None:
     """Writes comfyui_lora.safetensors: for ComfyUI and others, which know BFL's names and read no alpha in a header."""
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
     matrices = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-    tensors = bfl_lora(matrices, lora_alpha(run.args) / run.args.rank)
+    tensors = bfl_lora(matrices, run.lora.alpha / run.lora.rank)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     header = {"format": "pt", **describe_lora(run)}
     write_atomically(run.output_dir / COMFYUI_FILE, safetensors_bytes(tensors, header))
@@ -3331,8 +3331,9 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     """
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
     result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {
-        "lora_alpha": lora_alpha(run.args), "learning_rate": peak_learning_rate(run), "seed": run.seed,
-        "lora_layers": sorted({*map(translate_flux1_name, listed_layers(run.args.lora_layers))}),
+        "rank": run.lora.rank, "lora_alpha": run.lora.alpha, "learning_rate": peak_learning_rate(run), "seed": run.seed,
+        "lora_layers": sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets}),
+        "LoRA modules": len(run.lora.targets),
         "prodigy_beta3": math.sqrt(run.args.adam_beta2) if beta3 is None else beta3,
         "timestep_shift": shift if shift.isalpha() else float(shift),
         "text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization,
@@ -3357,7 +3358,7 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     for key in changed:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
-    if {"rank", "lora_alpha", "lora_layers", "transformer"}.isdisjoint(changed):
+    if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         lines += ("\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
                   f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}")  # fmt: skip
     if changed:
@@ -3756,7 +3757,7 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
         tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
     )  # fmt: skip
-    facts = {"base model": base, "trigger": trigger or "-", "rank": run.args.rank, "alpha": f"{lora_alpha(run.args):g}",
+    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}",
              "steps": state.step, "seed": run.seed, "base in": run.base_format,
              "resolution": run.args.resolution}  # fmt: skip
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
@@ -3886,26 +3887,22 @@ def push(run: Run) -> None:
 # a smaller batch is another run.
 # region shared: training
 def check_plan(run: Run, samples: list[Sample]) -> None:
-    """The last checks before anything heavy: LoRA targets, resume, disk space; with --dry_run this is the plan."""
-    config, steps, warm_up = run.model.config("transformer"), total_steps(run, len(samples)), run.args.lr_warmup_steps
-    linears = linear_modules(config)
-    targets = resolve_lora_layers(list(linears), run.args.lora_layers)
-    if run.args.init_lora_from:
-        check_start(run, linears, targets)
+    """The last checks before anything heavy: resume, disk space, steps; with --dry_run this is the plan."""
     if run.resume:
         check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
-    prompts = all_prompts(run, samples)
-    need = len(set(prompts)) * run.args.max_sequence_length * config["joint_attention_dim"] * run.dtype.itemsize
+    prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
+    need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
     if run.args.remote_text_encoder:
         probe_remote_encoder(run, prompts)
+    steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
         log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
                     "is left to train; raise --max_train_steps")  # fmt: skip
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
         log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at "
                     f"{steps / warm_up:.0%} of its peak")  # fmt: skip
-    log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(targets)} modules, {steps} steps")
+    log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
 
 
 def begin_output(run: Run) -> Run:

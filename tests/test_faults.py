@@ -396,7 +396,7 @@ def test_a_drive_without_fsync_can_be_saved_to(script, quick, monkeypatch, numbe
 
 
 @pytest.mark.parametrize("call", ["log", "finish"])
-def test_a_tracker_that_fails_after_its_start_is_one_warning_and_the_lora_is_that_of_a_quiet_run(
+def test_a_tracker_that_fails_while_training_is_one_warning_and_the_lora_is_that_of_a_quiet_run(
     quick, monkeypatch, capsys, call
 ):
     """Its service is down, or its disk is full."""

@@ -523,7 +523,7 @@ def start_from(script, tiny, photos, tmp_path, monkeypatch):
         for name in ("load_text_encoder", "load_vae", "load_transformer"):
             monkeypatch.setattr(script, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
         words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, "--instance_prompt", "a toy"]
-        words += ["--resolution", "64", "--rank", "4", "--output_dir", tmp_path / "dry", "--report_to", "none"]
+        words += ["--resolution", "64", "--output_dir", tmp_path / "dry", "--report_to", "none"]
         words += ["--init_lora_from", path, "--dry_run", *flags]
         script.main(script.parse_args([str(word) for word in words]))
 
@@ -537,15 +537,35 @@ FLAGS_OF_FILES = [
 
 
 @pytest.mark.parametrize("flags", FLAGS_OF_FILES, ids=" ".join)
-def test_a_lora_that_does_not_fit_is_refused_with_the_flags_that_fit(script, tiny, tmp_path, start_from, flags):
-    """Rank, alpha and modules of the file, before anything is loaded; the flags that are named do fit."""
+def test_rank_alpha_and_modules_come_from_the_file(script, tiny, tmp_path, start_from, flags):
+    """Without a flag, and with those that say the same."""
     run, _, parameters = trained(script, tiny, tmp_path, *flags)
     file = tmp_path / script.LORA_FILE
-    with pytest.raises(script.UserError) as error:
-        start_from(file)
-    facts = f"has rank {run.args.rank} and alpha {script.lora_alpha(run.args):g} on {len(parameters) // 2} modules"
-    assert f"{file}: {facts}, this run rank 4 and alpha 4" in str(error.value)
-    start_from(file, *str(error.value).splitlines()[-1].split())
+    start_from(file)
+    start_from(file, *flags)
+    again = start_run(script, tiny, tmp_path / "second", "--init_lora_from", str(file))
+    assert again.lora == run.lora and len(run.lora.targets) == len(parameters) // 2
+    assert {**script.fingerprint(again, []), "x": 0} == {**script.fingerprint(run, []), "x": 0}
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--rank", "8"), "--rank 8: it is 4 in --init_lora_from {file}; leave the flag out"),
+    (("--lora_alpha", "1.5"), "--lora_alpha 1.5: it is 2 in --init_lora_from {file}; leave the flag out"),
+    (("--lora_layers", "fal"), "--lora_layers fal: --init_lora_from {file} has 8 other modules"),
+], ids=lambda value: value[0] if isinstance(value, tuple) else "")  # fmt: skip
+def test_a_flag_that_differs_from_the_file_is_refused_by_name(script, tiny, tmp_path, start_from, flags, message):
+    """Before anything is loaded: the numbers of the file mean nothing under another alpha, rank or module."""
+    trained(script, tiny, tmp_path, "--lora_alpha", "2", "--lora_layers", "attention")
+    file = tmp_path / script.LORA_FILE
+    with pytest.raises(script.UserError, match=re.escape(message.format(file=file))):
+        start_from(file, *flags)
+
+
+def test_without_a_file_the_rank_is_16_and_alpha_the_rank(script, tiny, tmp_path):
+    (tmp_path / "data").mkdir()
+    args = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", tmp_path / "data", "--instance_prompt", "x"]
+    run = script.start_accelerator(script.parse_args([str(word) for word in [*args, "--output_dir", tmp_path / "out"]]))
+    assert (run.lora.rank, run.lora.alpha) == (16, 16)
 
 
 BFL_NAMES = {"to_qkv_mlp_proj": "linear1", "to_out": "linear2", "to_out.0": "img_attn.proj"}
@@ -600,12 +620,13 @@ def test_a_lora_of_another_trainer_is_started_from_with_the_same_numbers(
         alpha = "2"
     file = tmp_path / f"{form}.safetensors"
     save_file(tensors, file)
+    start_from(file)
     start_from(file, "--lora_layers", FOREIGN_LAYERS, "--lora_alpha", alpha)
     matrices, found = script.read_lora(file)
     ours = load_file(foreign)
     assert found == float(alpha) and {f"transformer.{name}" for name in matrices} == ours.keys()
     assert all(matrix.equal(ours[f"transformer.{name}"]) for name, matrix in matrices.items())
-    with pytest.raises(script.UserError, match=f"(?s)has rank 4 and alpha {alpha} .*--lora_alpha {alpha} "):
+    with pytest.raises(script.UserError, match=f"--lora_alpha 3: it is {alpha} in --init_lora_from"):
         start_from(file, "--lora_alpha", "3")
 
 

@@ -19,7 +19,8 @@ def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any
     data = folder / "no-data"
     data.mkdir(parents=True, exist_ok=True)
     words = ["--pretrained_model_name_or_path", model, "--output_dir", folder / "out", "--overwrite_output_dir"]
-    words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--seed", "0", "--rank", "4"]
+    words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--seed", "0"]
+    words += [] if "--init_lora_from" in flags else ["--rank", "4"]
     words += ["--max_sequence_length", "64", "--report_to", "none", "--dataloader_num_workers", "0"]
     if "--dataset_name" not in flags and "--instance_data_dir" not in flags:
         words += ["--instance_data_dir", data]
