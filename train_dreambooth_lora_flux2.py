@@ -764,7 +764,8 @@ def start_run(args: Args) -> Iterator[Run]:
     except tuple(EXIT_CODES) as error:
         if __name__ != "__main__":
             raise
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log file on a full disk
+            print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))) from None
 
 

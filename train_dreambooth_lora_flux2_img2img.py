@@ -782,7 +782,8 @@ def start_run(args: Args) -> Iterator[Run]:
     except tuple(EXIT_CODES) as error:
         if __name__ != "__main__":
             raise
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log file on a full disk
+            print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))) from None
 
 
@@ -3387,7 +3388,8 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
         tensors["moments"] = encode_pixels(parts.vae_on_device(run), tensors["pixels"])
     clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
     references = encode_references(run, parts, [views for views in batch["references"] if views])
-    parts.rest_vae(run.args)
+    if not run.args.cache_latents:
+        parts.rest_vae(run.args)
 
     # what the transformer makes of the mix, against what it should
     sigmas_B11 = sigmas_B.view(-1, 1, 1)

@@ -62,7 +62,16 @@ def test_the_image_to_image_command_of_the_guide_leaves_the_promised_files(relig
     process, folder, _ = relighting
     assert process.returncode == 0, process.stdout
     present = {path.name for path in folder.iterdir()}
-    assert present == {WEIGHTS, "README.md", "config.args", "metrics.jsonl", "checkpoint-2", "cache", "logs"}
+    assert present == {
+        WEIGHTS,
+        "comfyui_lora.safetensors",
+        "README.md",
+        "config.args",
+        "metrics.jsonl",
+        "checkpoint-2",
+        "cache",
+        "logs",
+    }
     assert len(losses_of(folder)) == 2
 
 

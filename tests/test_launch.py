@@ -222,7 +222,7 @@ def test_a_command_of_the_guide_leaves_the_promised_files(guide):
     assert process.returncode == 0, process.stdout
     present = {path.name for path in folder.iterdir()}
     assert present >= {WEIGHTS, "README.md", "config.args", "samples", "metrics.jsonl", "checkpoint-2"}
-    assert "comfyui_lora.safetensors" not in present  # alpha is the rank
+    assert "comfyui_lora.safetensors" in present
     assert len(losses_of(folder)) == 2
     assert (folder / "samples" / "contact_sheet.png").is_file()
     assert [path.name for path in (folder / "samples" / "step-000000").iterdir()] == ["prompt-0_image-0.png"]
@@ -235,7 +235,7 @@ def test_a_command_of_the_guide_uploads_its_result_to_a_private_repository(guide
     assert [(body["name"], body["visibility"]) for body in hub.created] == [(folder.name, "private")]
     assert hub.files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
     top = {name.split("/")[0] for name in hub.files}
-    assert top == {WEIGHTS, "README.md", "config.args", "samples"}
+    assert top == {WEIGHTS, "comfyui_lora.safetensors", "README.md", "config.args", "samples"}
 
 
 def test_a_command_of_the_guide_asks_the_remote_encoder_for_two_prompts(guide):
