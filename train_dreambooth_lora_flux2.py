@@ -3869,10 +3869,10 @@ def push(run: Run) -> None:
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
+        url = hub.upload_folder(folder_path=run.output_dir, allow_patterns=wanted, **target).commit_url
         settings = write_config(run, basenames=True).encode()
         hub.upload_file(path_or_fileobj=settings, path_in_repo="config.args", **target)
-        commit = hub.upload_folder(folder_path=run.output_dir, allow_patterns=wanted, **target)
-        log.info(f"hub: uploaded: {commit.commit_url}")
+        log.info(f"hub: uploaded: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
         names = " ".join(f"--include {shlex.quote(name)}" for name in wanted)
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
