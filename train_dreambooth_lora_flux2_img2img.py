@@ -16,7 +16,7 @@
 Rows without a reference train as plain text-to-image in the same run.
 
 The file reads in the order of a run: Arguments, The run, Model families, Data, Text and latents (encoded once), Models
-and LoRA, Flow matching (the loss), Optimizer and schedule, Checkpoints, Validation and results, Training, main.
+and LoRA, Flow matching (the loss), The step, Checkpoints, Images while training, Results, Main.
 
 examples/minimal_flux2_lora.py is the same training in 261 lines without references, to read first.
 
@@ -3267,7 +3267,7 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
 
-# ----------------------------------------------------------------------------------------------- Optimizer and schedule
+# ------------------------------------------------------------------------------------------------------------- The step
 # region shared: optimizer
 def samples_per_step(run: Run) -> int:
     return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
@@ -3300,6 +3300,112 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Opti
 
         return AdamW8bit(parameters, **shared)
     return torch.optim.AdamW(parameters, **shared)
+
+
+def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
+    """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
+
+    A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
+    The host waits for the device once, before the update, for all that it wants to know. So `lora_norm` is the norm of
+    lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
+    """
+    started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
+    parameters, rows, weights, names = list(state.parameters.values()), [], [], []
+
+    # the gradient of each stream's mean loss, summed over streams, averaged over micro-batches by accelerate's backward
+    for micro in range(accumulation):
+        for stream, batch in zip(parts.streams, next(batches), strict=True):
+            if run.args.lora_dropout > 0:
+                # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
+                key = (state.step * accumulation + micro, len(rows) * run.processes + run.process_index)
+                torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
+            losses_B, sigmas_B = batch_losses(run, parts, batch)
+            run.accelerator.backward(stream.weight * losses_B.mean())
+            rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
+            weights += [stream.weight] * len(sigmas_B)
+            names += batch["name"]
+
+    # averaged over processes, each of which learns (loss, sigma) of every sample, and whether one got a signal
+    received = (state.stop and state.stop.received) or 0
+    rows_N3 = average_over_processes(run, parameters, nn.functional.pad(torch.cat(rows), (0, 1), value=received))
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
+    lora_norm = torch.stack(torch._foreach_norm(lora_ups(state))).norm()
+    last_update = torch.zeros_like(lora_norm) if state.update_norm is None else state.update_norm
+    norms = torch.stack([grad_norm, lora_norm, last_update])
+    *numbers, grad_norm, lora_norm, last_update = torch.cat([rows_N3.flatten(), norms]).tolist()
+    losses, sigmas, signals = numbers[0::3], numbers[1::3], numbers[2::3]
+    state.signal = int(max(signals))
+
+    # what is minimised: the weighted mean over the global batch
+    loss = sum(losses) / samples_per_step(run)
+    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values |= {"lora_norm": lora_norm, "update_ratio": last_update / lora_norm if lora_norm else 0.0}
+    values |= loss_by_sigma(losses, sigmas, weights * run.processes)
+    state.whole = False
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        apply_update(state)
+        state.skipped = 0
+    else:
+        state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
+        state.skipped += 1
+        name_bad_samples(run, state.step + 1, names, losses, sigmas)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.schedule.step()
+    state.step += 1
+    state.whole = True
+    return {**values, "seconds": time.perf_counter() - started}
+
+
+def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch.Tensor) -> torch.Tensor:
+    """Averages the LoRA's gradients, and returns the rows of all processes in their order, with one all-reduce.
+
+    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
+    nothing else has to be synchronised, under FSDP neither.
+    """
+    if run.processes == 1:
+        return rows
+    slots = rows.new_zeros(run.processes, *rows.shape)
+    slots[run.process_index] = rows
+    gradients = [parameter.grad for parameter in parameters]
+    pieces = [*gradients, slots]
+    flat = torch.cat([piece.flatten() for piece in pieces])
+    torch.distributed.all_reduce(flat)
+    *sums, slots = flat.split([piece.numel() for piece in pieces])
+    for gradient, total in zip(gradients, sums, strict=True):
+        gradient.copy_(total.view_as(gradient) / run.processes)
+    return slots.view(-1, rows.shape[1])
+
+
+def lora_ups(state: TrainState) -> list[torch.Tensor]:
+    """All lora_B, without autograd: what the LoRA has moved, since they start from 0."""
+    return [parameter.detach() for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
+
+
+def apply_update(state: TrainState) -> None:
+    """The optimizer's step; keeps the norm of the update on the device."""
+    before = [up.clone() for up in lora_ups(state)]
+    state.optimizer.step()
+    state.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(lora_ups(state), before))).norm()
+
+
+def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
+    """Logs a skipped step with this process's samples whose loss is not finite, or all if only the gradient is not."""
+    own = slice(run.process_index * len(names), (run.process_index + 1) * len(names))
+    told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
+    bad = [name for name, loss in zip(told, losses[own], strict=True) if not math.isfinite(loss)]
+    bad = bad or told * all(map(math.isfinite, losses))
+    where = f" (process {run.process_index})" * (run.processes > 1)
+    if bad or run.is_main:
+        log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")
+
+
+def loss_by_sigma(losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
+    """Mean loss, without its weight, of the samples in each tenth of sigma: `loss_sigma_0.3` is 0.3 to 0.4."""
+    tenths: dict[int, list[float]] = {}
+    for loss, sigma, weight in zip(losses, sigmas, weights, strict=True):
+        if weight:
+            tenths.setdefault(min(9, int(sigma * 10)), []).append(loss / weight)
+    return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
 
 
 # endregion shared: optimizer
@@ -3519,15 +3625,18 @@ def restore(run: Run, state: TrainState) -> None:
 # endregion shared: checkpoints
 
 
-# ----------------------------------------------------------------------------------------------- Validation and results
+# ------------------------------------------------------------------------------------------------ Images while training
+# The pipeline of diffusers around the transformer that is being trained: what you see is what its users get. An image
+# costs --num_inference_steps forward passes; the processes share the images out. Seeds are fixed, so that images differ
+# by training alone, and no random number of training moves. Images are not worth a run: a failure is a warning, except
+# under sharding, where the other processes wait for this one's part of the weights.
 # region shared: validation
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
     """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
-    modules = {"transformer": parts.transformer, "vae": parts.vae_on_device(run)}
-    modules["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
-    if run.family.pipeline == "Flux2KleinPipeline":
-        modules["is_distilled"] = run.model.is_distilled
-    pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=None, tokenizer=None, **modules)
+    klein = {"is_distilled": run.model.is_distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
+    models = {"transformer": parts.transformer, "vae": parts.vae_on_device(run), "text_encoder": None}
+    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, tokenizer=None, **models, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -3546,8 +3655,8 @@ def generate(
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
     if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
         tokens_BLC = tokens_from_moments(parts.space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
-    rows, columns = (side // parts.space.cell for side in size)
-    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, rows, columns)
+    height, width = (side // parts.space.cell for side in size)
+    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, height, width)
 
 
 # endregion shared: validation
@@ -3570,31 +3679,12 @@ def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, di
     return size, {"image": images} if images else {}
 
 
-# differs: the text-to-image script has nothing to show beside its images
-def sheet_columns(
-    run: Run, parts: TrainingParts, prompts: list[str], drawn: list[tuple[str, Path]]
-) -> list[tuple[str, Path]]:
-    """The columns (title, folder) of a contact sheet: the references, then what was drawn."""
-    given, folders = run.output_dir / "samples" / "given", {}
-    shutil.rmtree(given, ignore_errors=True)  # of other prompts, before a resumed run changed them
-    for row in range(len(prompts)):
-        for k, image in enumerate(validation_references(run.args, row), start=1):
-            folders[f"reference {k}"] = folder = given / f"reference-{k}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_image(image, folder / f"prompt-{row}_image-0.png")
-    return [*sorted(folders.items()), *drawn]
-
-
 # region shared: sheets
 def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> None:
-    """Draws --num_validation_images of each prompt with fixed seeds into `folder`.
-
-    The processes share the work, in lock-step where the weights are sharded.
-    """
+    """Draws --num_validation_images of each prompt into `folder`, by all processes, in lock-step where they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
     with shared_out(run, everything, lockstep=run.sharding is not None) as todo:
         pipeline = make_pipeline(run, parts)
-        folder.mkdir(parents=True, exist_ok=True)
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
                 size, inputs = validation_inputs(run, row, parts.buckets)
@@ -3613,21 +3703,24 @@ def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> None:
-    """A contact sheet: one row per prompt, one column per folder of images (title, folder), the first of each."""
-    cells = {}
-    for (x, (_, folder)), y in itertools.product(enumerate(columns), range(len(rows))):
+def draw_sheet(run: Run, parts: TrainingParts, prompts: list[str], folders: list[Path], path: Path) -> None:
+    """A contact sheet: a row per prompt, with its references and the first image that each folder has of it."""
+    given = [validation_inputs(run, row, parts.buckets)[1].get("image", []) for row in range(len(prompts))]
+    titles = [f"reference {number + 1}" for number in range(max(map(len, given)))]
+    cells = {(x, y): image for y, images in enumerate(given) for x, image in enumerate(images)}
+    for (x, folder), y in itertools.product(enumerate(folders, start=len(titles)), range(len(prompts))):
         if (file := folder / f"prompt-{y}_image-0.png").is_file():
             cells[x, y] = PIL.Image.open(file).convert("RGB")
+    titles += [folder.name for folder in folders]
     widest, highest = (max(image.size[side] for image in cells.values()) for side in (0, 1))
     scale = 256 / max(widest, highest)
     width, height = round(widest * scale), round(highest * scale)
-    sheet = PIL.Image.new("RGB", (len(columns) * (width + 8) + 8, len(rows) * (height + 28) + 24), "white")
+    sheet = PIL.Image.new("RGB", (len(titles) * (width + 8) + 8, len(prompts) * (height + 28) + 24), "white")
     draw = PIL.ImageDraw.Draw(sheet)
-    for x, (title, _) in enumerate(columns):
+    for x, title in enumerate(titles):
         draw.text((8 + x * (width + 8), 6), title, fill="black")
-    for y, prompt in enumerate(rows):
-        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(columns) * width // 7], fill="black")
+    for y, prompt in enumerate(prompts):
+        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(titles) * width // 7], fill="black")
     for (x, y), image in cells.items():
         filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
         fitted = PIL.ImageOps.contain(image, (width, height), filter)
@@ -3638,44 +3731,29 @@ def draw_sheet(rows: list[str], columns: list[tuple[str, Path]], path: Path) -> 
 @torch.no_grad()
 def validation_loss(run: Run, parts: TrainingParts) -> float:
     """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed = TrainingSet(run, parts.space, parts.samples, "validation")
-    losses = []
-    for number in range(8):
-        batch = collate([fixed[(number % min(4, len(parts.samples)), number)]])
-        losses += batch_losses(run, parts, batch)[0].tolist()
+    fixed, few = TrainingSet(run, parts.space, parts.samples, "validation"), min(4, len(parts.samples))
+    losses = [batch_losses(run, parts, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
     return sum(losses) / len(losses)
-
-
-def track_images(run: Run, folder: Path, step: int) -> None:
-    """Sends the first image of each prompt in `folder` to the trackers; one that fails does not stop the rest."""
-    try:
-        images = [PIL.Image.open(path).convert("RGB") for path in sorted(folder.glob("prompt-*_image-0.png"))]
-        for tracker in run.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for row, image in enumerate(images):  # one by one: their sizes may differ
-                    named = {f"validation/{row}": np.asarray(image)[None]}
-                    tracker.log_images(named, step=step, dataformats="NHWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": images}, step=step)
-    except Exception as error:  # whatever a tracker raises
-        warn_once(run, "trackers", f"images of step {step} were not logged ({error})")
 
 
 def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
     """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
+    folder = samples_dir / f"step-{state.step:06d}"
     parts.transformer.eval()
     try:
-        samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
-        folder = samples_dir / f"step-{state.step:06d}"
         draw_samples(run, parts, prompts, folder)
         if run.is_main:
-            steps = sorted(path for path in samples_dir.glob("step-*") if path.is_dir())
-            columns = sheet_columns(run, parts, prompts, [(f"step {int(s.name[5:])}", s) for s in steps])
-            draw_sheet(prompts, columns, samples_dir / "contact_sheet.png")
-            track_images(run, folder, state.step)
+            draw_sheet(run, parts, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+            images = [np.asarray(PIL.Image.open(path)) for path in sorted(folder.glob("prompt-*_image-0.png"))]
+            for tracker in run.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    named = {f"validation/{row}": image[None] for row, image in enumerate(images)}  # sizes may differ
+                    track(run, tracker.log_images, named, step=state.step, **options)
         return {"validation_loss": validation_loss(run, parts)}
-    except Exception as error:  # images are not worth a run
-        if run.sharding:  # the other processes wait for this one's part of the weights
+    except Exception as error:
+        if run.sharding:
             raise
         log.error(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
     finally:
@@ -3688,42 +3766,45 @@ def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, flo
 # endregion shared: sheets
 
 
+# differs: the text-to-image script has class images and no references
+def prepare_streams(run: Run, parts: TrainingParts, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+    """What is learned, and all the images to encode: targets and references."""
+    return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
+
+
+# -------------------------------------------------------------------------------------------------------------- Results
+# What a run leaves: its settings, numbers and trackers on the way; then the LoRA, images drawn from the saved file, a
+# card whose snippet runs, and the upload. The LoRA is on disk first; what fails after that is a warning.
 # differs: the text-to-image script has no image to give
-def card_inputs(run: Run) -> tuple[str, dict[str, Any]]:
+def card_inputs(run: Run) -> tuple[str, str]:
     """(import lines, arguments) of the card's snippet that are this script's."""
     height, width = parse_sizes(run.args.validation_size)[0] if run.args.validation_size else choose_buckets(run)[0]
-    reference, options = 'load_image("reference.png")', {}
+    image = 'image=[load_image("reference.png")]'
     if run.args.align_cond_image:  # trained at one size with its image
-        reference, options = f"{reference}.resize(({width}, {height}))", {"height": height, "width": width}
-    return "from diffusers.utils import load_image\n", {"image": f"[{reference}]", **options}
+        image = f'image=[load_image("reference.png").resize(({width}, {height}))], height={height}, width={width}'
+    return "from diffusers.utils import load_image\n", image
 
 
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
-    """The resolved command line, one flag per line, no secrets: `@config.args` reproduces the run.
+    """The resolved command line, a flag per line in shell quoting, no secrets: `@config.args` reproduces the run.
 
     With `basenames` paths lose their folders: this is the copy that leaves the machine.
     """
-    precision = "bf16" if run.dtype == torch.bfloat16 else "no"
-    values = {**vars(run.args), "seed": run.seed, "mixed_precision": precision}
-    for name in (*ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run"):
-        values[name] = None
-    return CONFIG_HEAD + "".join(f"{line}\n" for line in flag_lines(values, basenames))
-
-
-def flag_lines(values: dict[str, Any], basenames: bool = False) -> Iterator[str]:
-    """`--name value` in shell quoting for each flag that is not None and no secret."""
-    for name, value in values.items():
-        if name in SECRET_FLAGS or value is None:
+    precision, lines = "bf16" if run.dtype == torch.bfloat16 else "no", [CONFIG_HEAD]
+    left_out = (*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
+    for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
+        if name in left_out or value is None:
             continue
         if isinstance(value, bool):
-            yield from [f"--{name}"] if value else [f"--no-{name}"] * (DEFAULTS[name] is True)
+            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is True)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
             words = [without_folders(word) for word in words]
-        quoted = " ".join(map(shlex.quote, words))
-        yield f"--{name}={quoted}" if len(words) == 1 and words[0].startswith("-") else f"--{name} {quoted}"
+        between = "=" if len(words) == 1 and words[0].startswith("-") else " "
+        lines.append(f"--{name}{between}{shlex.join(words)}\n")
+    return "".join(lines)
 
 
 def without_folders(path: str) -> str:
@@ -3731,6 +3812,149 @@ def without_folders(path: str) -> str:
     if "," in path and not os.path.exists(path):
         return ",".join(Path(part).name for part in path.split(","))
     return Path(path).name if os.path.exists(path) or path[:1] in "/.~" else path
+
+
+def warn_once(run: Run, subject: str, problem: Any) -> None:
+    """A warning of what is not worth a run, the first time that it happens."""
+    if subject not in run.told:
+        run.told.add(subject)
+        log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
+
+
+def track(run: Run, send: Callable, *what: Any, **options: Any) -> None:
+    """Calls a method of the trackers; whatever one of them raises does not stop the run."""
+    try:
+        send(*what, **options)
+    except Exception as error:
+        warn_once(run, "trackers", f"{send.__name__} failed ({error})")
+
+
+def write_metrics(run: Run, values: dict[str, Any]) -> None:
+    """Adds a step to metrics.jsonl and to the trackers; a failure is a warning."""
+    try:
+        if run.is_main:
+            with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
+    except OSError as error:
+        warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
+    track(run, run.accelerator.log, values, step=values["step"])
+
+
+def trim_metrics(run: Run, step: int) -> None:
+    """Drops the lines after `step`, which a resumed run writes again, and lines that a power failure has damaged."""
+    path, kept = run.output_dir / "metrics.jsonl", []
+    if path.is_file():
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(path, b"".join(kept))
+
+
+def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Images from the saved file, read back into the resident adapter: (prompt, path) of each for the card."""
+    prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
+    if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
+        return []
+    parts.transformer.eval()
+    try:
+        load_lora(parameters, run.output_dir / LORA_FILE)
+        draw_samples(run, parts, prompts, final)
+        if run.is_main:
+            draw_sheet(run, parts, prompts, [final], final / "contact_sheet.png")
+    except Exception as error:
+        if run.sharding:
+            raise
+        log.warning(f"final images: failed ({type(error).__name__}: {error}); the LoRA is saved")
+        return []
+    numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
+    return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
+
+
+def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
+    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
+
+    The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
+    """
+    base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
+    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
+    pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
+    head = huggingface_hub.ModelCardData(
+        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
+        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
+        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
+    )  # fmt: skip
+    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}",
+             "steps": state.step, "seed": run.seed, "base in": run.base_format,
+             "resolution": run.args.resolution}  # fmt: skip
+    table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
+    layers = f', "text_encoder_out_layers": {run.text_layers}' if run.args.text_encoder_out_layers else ""
+    prompts = {"prompt_embeds": next(iter(final_prompts(run.args)), trigger or "a photo")}
+    if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
+        prompts["negative_prompt_embeds"] = ""
+    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
+    (imports, inputs), (more_imports, quantization) = card_inputs(run), card_quantization(run)
+    card = f"""---
+{head.to_yaml()}
+---
+# {escape_markdown(Path(repo).name)}
+A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
+
+<Gallery />
+
+| | |
+|---|---|
+{table}
+
+```python
+import gc
+
+import torch
+from diffusers import {pipeline}
+from transformers import {encoder}
+{more_imports}{imports}
+base, dtype = {base!r}, {run.dtype}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
+encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
+encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
+options = {{"device": device, "max_sequence_length": {run.args.max_sequence_length}{layers}}}
+with torch.no_grad():
+    text = {{{text}}}
+del encoder, encode
+gc.collect()
+torch.cuda.empty_cache()
+
+# the transformer as it was trained
+parts = {{"text_encoder": None, "tokenizer": None{quantization}}}
+pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
+pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+steps = {{"num_inference_steps": {run.args.num_inference_steps}, "guidance_scale": {guidance}}}
+pipeline(**text, **steps, {inputs}).images[0].save("image.png")
+```
+"""
+    try:
+        write_atomically(run.output_dir / "README.md", card.encode())
+    except OSError as error:  # a card is not worth a run
+        log.warning(f"card: {error}")
+
+
+def card_quantization(run: Run) -> tuple[str, str]:
+    """(import lines, argument) of the card's snippet for the base as it was trained on; a stored format needs none."""
+    if run.args.do_fp8_training:  # the weights alone: products are in the compute dtype there
+        classes, more_imports = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
+        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run)})"
+    elif run.args.bnb_quantization_config_path:
+        classes, more_imports = "BitsAndBytesConfig", ""
+        config = f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in bnb_settings(run).items())})"
+    else:
+        return "", ""
+    imports = f"from diffusers import {classes}, PipelineQuantizationConfig\n{more_imports}"
+    return (
+        imports,
+        f',\n    "quantization_config": PipelineQuantizationConfig(quant_mapping={{"transformer": {config}}})',
+    )
 
 
 def base_license(run: Run) -> dict[str, str]:
@@ -3742,190 +3966,14 @@ def base_license(run: Run) -> dict[str, str]:
     return run.family.license
 
 
-CARD = """---
-{head}
----
-# {title}
-A LoRA for {base_text}, trained with `{script}`; the settings are in `config.args`.
-
-<Gallery />
-
-{table}
-
-```python
-import gc
-
-import torch
-from diffusers import Flux2Transformer2DModel, {pipeline}
-from transformers import {encoder}
-{imports}
-base, dtype = {base!r}, torch.{dtype}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-
-# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
-encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
-pipeline = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None)
-with torch.no_grad():
-    text = {text}
-del encoder, pipeline
-gc.collect()
-torch.cuda.empty_cache()
-
-# the transformer as it was trained
-transformer = Flux2Transformer2DModel.from_pretrained(
-    base, subfolder="transformer", torch_dtype=dtype{quantization}
-)
-parts = {{"transformer": transformer, "text_encoder": None, "tokenizer": None}}
-pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
-pipeline.load_lora_weights({repo!r}, weight_name={file!r})
-pipeline(**text, {arguments}).images[0].save("image.png")
-```
-"""
-
-
-def card_quantization(run: Run) -> tuple[str, str]:
-    """(import lines, argument) with which the card's snippet gets the base that the LoRA was trained on.
-
-    What is stored quantised needs neither. FP8 is the weights' format alone there: products are in the compute dtype.
-    """
-    if not run.args.do_fp8_training and not run.args.bnb_quantization_config_path:
-        return "", ""
-    if run.args.do_fp8_training:
-        imports = "from diffusers import TorchAoConfig\nfrom torchao.quantization import Float8WeightOnlyConfig\n"
-        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run)})"
-    else:
-        words = ", ".join(f"{name}={value!r}" for name, value in bnb_settings(run).items())
-        imports, config = "from diffusers import BitsAndBytesConfig\n", f"BitsAndBytesConfig({words})"
-    return imports, f",\n    quantization_config={config},"
-
-
-def card_text(run: Run, prompt: str) -> str:
-    """The dictionary of prompt embeddings in the card's snippet."""
-    options = f"device=device, max_sequence_length={run.args.max_sequence_length}"
-    if run.args.text_encoder_out_layers:
-        options += f", text_encoder_out_layers={run.text_layers}"
-    prompts = {"prompt_embeds": prompt}
-    if run.family.pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
-        prompts["negative_prompt_embeds"] = ""
-    items = [f"{name!r}: pipeline.encode_prompt({text!r}, {options})[0].to(dtype)" for name, text in prompts.items()]
-    return f"{{{', '.join(items)}}}"
-
-
-def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
-
-    If it cannot be written, that is a warning.
-    """
-    base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
-    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
-    head = huggingface_hub.ModelCardData(
-        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
-        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
-        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
-    )  # fmt: skip
-    dtype = str(run.dtype).removeprefix("torch.")
-    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}",
-             "steps": state.step, "seed": run.seed, "base in": run.base_format,
-             "resolution": run.args.resolution}  # fmt: skip
-    rows = [f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items()]
-    imports, options = card_inputs(run)
-    more_imports, quantization = card_quantization(run)
-    options |= {
-        "num_inference_steps": run.args.num_inference_steps,
-        "guidance_scale": run.args.validation_guidance_scale,
-    }
-    prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
-    title, base_text, script = escape_markdown(Path(repo).name), escape_markdown(base), Path(__file__).name
-    text = CARD.format(
-        head=head.to_yaml(), table="\n".join(["| | |", "|---|---|", *rows]), pipeline=run.family.pipeline, base=base,
-        dtype=dtype, repo=repo, file=LORA_FILE, text=card_text(run, prompt), title=title, base_text=base_text,
-        script=script, encoder=run.family.text_encoder, quantization=quantization, imports=more_imports + imports,
-        arguments=", ".join(f"{name}={value}" for name, value in options.items()),
-    )  # fmt: skip
-    try:
-        write_atomically(run.output_dir / "README.md", text.encode())
-    except OSError as error:  # a card is not worth a run
-        log.warning(f"card: {error}")
-
-
 def printable(text: str) -> str:
     """`text` with control characters escaped; line breaks and the joiners of scripts that need them stay."""
     kept = "\n\xa0\u200d\u3000"
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
-def escape_markdown(text: str) -> str:
-    """Text of the user's that cannot end a table cell, a line or a block."""
+def escape_markdown(text: str) -> str:  # it cannot end a table cell, a line or a block
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(printable(text).split()))
-
-
-def warn_once(run: Run, subject: str, problem: Any) -> None:
-    """A warning of what is not worth a run, the first time that it happens."""
-    if subject not in run.told:
-        run.told.add(subject)
-        log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
-
-
-def track(run: Run, values: dict[str, Any], step: int) -> None:
-    """Sends numbers to the trackers; one that fails does not stop training."""
-    try:
-        run.accelerator.log(values, step=step)
-    except Exception as error:  # whatever a tracker raises
-        warn_once(run, "trackers", f"step {step} was not logged ({error})")
-
-
-def end_trackers(run: Run) -> None:
-    """Closes the trackers; what one of them fails to send now does not stop the run."""
-    try:
-        run.accelerator.end_training()
-    except Exception as error:  # whatever a tracker raises
-        log.warning(f"trackers: not closed ({error})")
-
-
-def write_metrics(run: Run, values: dict[str, Any]) -> None:
-    """Adds a line to metrics.jsonl; a failure is a warning."""
-    try:
-        with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
-    except OSError as error:
-        warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
-
-
-def trim_metrics(run: Run, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again, and lines that are damaged."""
-    path, kept = run.output_dir / "metrics.jsonl", []
-    try:
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                kept += [line] if json.loads(line)["step"] <= step else []
-        if path.is_file():
-            write_atomically(path, b"".join(line + b"\n" for line in kept))
-    except OSError as error:
-        warn_once(run, "metrics.jsonl", error)
-
-
-def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
-    """Images from the saved file, read back into the resident adapter.
-
-    Returns (prompt, path) for the card's gallery; a failure is a warning, the LoRA is already saved.
-    """
-    prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
-    if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
-        return []
-    try:
-        load_lora(parameters, run.output_dir / LORA_FILE)
-        parts.transformer.eval()
-        draw_samples(run, parts, prompts, final)
-        if run.is_main:
-            draw_sheet(prompts, sheet_columns(run, parts, prompts, [("LoRA", final)]), final / "contact_sheet.png")
-    except Exception as error:  # whatever it is, the LoRA is on disk and the run has more to do
-        if run.sharding:  # the other processes wait for this one's part of the weights
-            raise
-        log.warning(f"final images: failed ({type(error).__name__}: {error}); the LoRA is saved")
-        return []
-    numbers = itertools.product(enumerate(prompts), range(run.args.num_validation_images))
-    return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
 HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
@@ -3938,36 +3986,120 @@ def open_hub(args: Args) -> huggingface_hub.HfApi:
 
 
 def push(run: Run) -> None:
-    """With --push_to_hub uploads weights, card, samples and settings in one commit; never checkpoints, logs, caches.
+    """With --push_to_hub uploads settings, weights, card and images; never checkpoints, logs, caches.
 
     A failure is a warning with the line that does it by hand: the result is on disk.
     """
     if not run.args.push_to_hub:
         return
-    folder = run.output_dir
+    hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
+    target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
-        files = [path for name in (LORA_FILE, COMFYUI_FILE, "README.md") if (path := folder / name).is_file()]
-        # samples/given holds copies of the user's own images: they stay here
-        files += sorted(
-            path for path in (folder / "samples").rglob("*.png") if "given" not in path.relative_to(folder).parts
-        )
-        add = huggingface_hub.CommitOperationAdd
-        operations = [add(path.relative_to(folder).as_posix(), path) for path in files]
-        operations.append(add("config.args", write_config(run, basenames=True).encode()))
-        url = open_hub(run.args).create_commit(run.hub_repo, operations, commit_message="FLUX.2 LoRA").commit_url
-        log.info(f"hub: uploaded {len(operations)} files: {url}")
+        url = hub.upload_folder(folder_path=run.output_dir, allow_patterns=wanted, **target).commit_url
+        settings = write_config(run, basenames=True).encode()
+        hub.upload_file(path_or_fileobj=settings, path_in_repo="config.args", **target)
+        log.info(f"hub: uploaded: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
-        names = " ".join(f"--include {name}" for name in (LORA_FILE, COMFYUI_FILE, "README.md", "'samples/**'"))
-        names += " --exclude 'samples/given/**'"
+        names = " ".join(f"--include {shlex.quote(name)}" for name in wanted)
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {shlex.quote(str(folder))} {names}")  # fmt: skip
+                    f"    hf upload {run.hub_repo} {shlex.quote(str(run.output_dir))} {names}")  # fmt: skip
 
 
 # endregion shared: results
 
 
-# ------------------------------------------------------------------------------------------------------------- Training
+# ----------------------------------------------------------------------------------------------------------------- Main
+# A run from its plan to its last line. A checkpoint that does not fit the disk on the way is tried again; when training
+# breaks off, the last whole step is saved; the last save must succeed. Nothing is tried again after a lack of memory:
+# a smaller batch is another run.
 # region shared: training
+def check_plan(run: Run, samples: list[Sample]) -> None:
+    """The last checks before anything heavy: resume, disk space, steps; with --dry_run this is the plan."""
+    if run.resume:
+        check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
+    prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
+    need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
+    check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
+    if run.args.remote_text_encoder:
+        probe_remote_encoder(run, prompts)
+    steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
+    if run.resume and run.resume.state["step"] >= steps:
+        log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
+                    "is left to train; raise --max_train_steps")  # fmt: skip
+    if run.args.lr_scheduler != "constant" and warm_up >= steps:
+        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at "
+                    f"{steps / warm_up:.0%} of its peak")  # fmt: skip
+    log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
+
+
+def begin_output(run: Run) -> Run:
+    """Makes the repository, writes the settings, which make the rest ours, and starts the trackers with them.
+
+    What a killed run left goes, with --overwrite_output_dir all that an earlier one left, but never the cache. Neither
+    secrets nor folders go to the trackers. Returns the run with its repository.
+    """
+    hub_repo = create_hub_repo(run.args) if run.is_main else None
+    if run.is_main:
+        write_atomically(run.output_dir / "config.args", write_config(run).encode())
+        doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
+        if run.args.overwrite_output_dir and not run.resume:
+            doomed += [path for path in results_in(run.output_dir) if path.name != "config.args"]
+        for path in doomed:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove_left_overs(run)
+        set_aside_newer(run)
+    flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
+    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
+    settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
+    try:
+        run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+    except Exception as error:  # whatever a tracker raises
+        raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
+    run.accelerator.wait_for_everyone()
+    return replace(run, hub_repo=hub_repo)
+
+
+def check_agreement(run: Run, now: dict[str, Any]) -> None:
+    """Raises UserError unless all processes see the same data, settings and checkpoint.
+
+    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
+    """
+    own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
+    flags = {name: value for name, value in vars(run.args).items() if name not in own}
+    seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
+    numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
+    if others := [str(index) for index, number in enumerate(numbers) if number != numbers[0]]:
+        raise UserError(f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0: "
+                        "start all with the same command, data and --output_dir on a shared drive")  # fmt: skip
+
+
+def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
+    """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
+    now, steps = fingerprint(run, parts.streams), total_steps(run, len(parts.samples))
+    if run.resume:
+        check_resume(run.resume, now)
+    check_agreement(run, now)
+    transformer = parts.transformer = load_transformer(run)
+    parameters = add_lora(run, transformer)
+    if run.args.init_lora_from:
+        load_lora(parameters, Path(run.args.init_lora_from))
+    recompute_in_backward(transformer, checkpointed_share(run))
+    geometries = {sample.geometry for stream in parts.streams for sample in stream.samples}
+    compile_blocks(transformer, several_sizes=len(geometries) > 1)
+    place_transformer(run, transformer)
+    optimizer = make_optimizer(run, list(parameters.values()))
+    schedule = get_scheduler(  # in optimizer steps; stepped by us, never prepared by accelerate
+        run.args.lr_scheduler, optimizer, num_warmup_steps=run.args.lr_warmup_steps, num_training_steps=steps,
+        num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
+    )  # fmt: skip
+    state = TrainState(parameters, optimizer, schedule, now)
+    if run.resume:
+        restore(run, state)
+    if run.is_main:
+        trim_metrics(run, state.step)
+    return state
+
+
 def start_worker(_worker: int) -> None:
     """Workers log as we do, and outlive a signal to the process group: the main process answers it and ends them."""
     set_up_logging()
@@ -3977,147 +4109,26 @@ def start_worker(_worker: int) -> None:
 
 def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
     """Endless micro-batches from micro-step `first` on, each a tuple with one batch per stream."""
-    loaders = []
+    loaders, place = [], (run.process_index, run.processes)
     for stream in parts.streams:
         geometries = [sample.geometry for sample in stream.samples]
-        place = run.process_index, run.processes
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
-        options = {"num_workers": run.args.dataloader_num_workers, "pin_memory": run.device.type == "cuda"}
-        options["worker_init_fn"] = start_worker
-        dataset = TrainingSet(run, parts.space, stream.samples, stream.name)
-        loaders.append(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options))
+        loaders.append(DataLoader(
+            TrainingSet(run, parts.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
+            num_workers=run.args.dataloader_num_workers, pin_memory=run.device.type == "cuda",
+            worker_init_fn=start_worker,
+        ))  # fmt: skip
     return zip(*loaders, strict=True)
-
-
-def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
-    """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
-
-    A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
-    The host waits for the device once, before the update, for all that it wants to know. So `lora_norm` is the norm of
-    lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
-    """
-    started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    rows, weights, names = [], [], []
-    for micro in range(accumulation):
-        for stream, batch in zip(parts.streams, next(batches), strict=True):
-            if run.args.lora_dropout > 0:
-                # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
-                key = (state.step * accumulation + micro, len(rows) * run.processes + run.process_index)
-                torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
-            losses_B, sigmas_B = batch_losses(run, parts, batch)
-            run.accelerator.backward(stream.weight * losses_B.mean())
-            rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
-            weights += [stream.weight] * len(sigmas_B)
-            names += batch["name"]
-    rows.append(
-        torch.full_like(rows[0][:1], state.stop.received or 0 if state.stop else 0)
-    )  # a signal, for all to know
-    rows_N2 = average_over_processes(run, list(state.parameters.values()), torch.cat(rows))
-    norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), run.args.max_grad_norm)
-    *numbers, grad_norm, lora_norm, update = torch.cat([rows_N2.flatten(), norm[None], norms_of(state)]).tolist()
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))  # of each process its samples, and its signal
-    state.signal = int(max(pairs[len(names) :: len(names) + 1])[0])
-    del pairs[len(names) :: len(names) + 1]
-    row_losses, sigmas = (list(column) for column in zip(*pairs, strict=True))
-    # mean over the global batch of the weighted sum of the streams' means: what is minimised
-    loss = sum(row_losses) / samples_per_step(run)
-    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
-    values |= {"lora_norm": lora_norm, "update_ratio": update / lora_norm if lora_norm else 0.0}
-    values |= loss_by_sigma(row_losses, sigmas, weights * run.processes)
-    state.whole = False
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(state)
-        state.skipped = 0
-    else:
-        state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
-        state.skipped += 1
-        name_bad_samples(run, state.step + 1, names, row_losses, sigmas)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
-    state.step += 1
-    state.whole = True
-    return {**values, "seconds": time.perf_counter() - started}
-
-
-def average_over_processes(run: Run, parameters: list[nn.Parameter], rows_N2: torch.Tensor) -> torch.Tensor:
-    """Averages the LoRA's gradients, and collects the rows (loss, sigma) of all processes, in one all-reduce.
-
-    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
-    nothing else has to be synchronised, under FSDP neither.
-    """
-    if run.processes == 1:
-        return rows_N2
-    slots = rows_N2.new_zeros(run.processes, rows_N2.numel())
-    slots[run.process_index] = rows_N2.flatten()
-    gradients = [parameter.grad for parameter in parameters]
-    pieces = [*gradients, slots]
-    flat = torch.cat([piece.flatten() for piece in pieces])
-    torch.distributed.all_reduce(flat)
-    *sums, slots = flat.split([piece.numel() for piece in pieces])
-    for gradient, total in zip(gradients, sums, strict=True):
-        gradient.copy_(total.view_as(gradient) / run.processes)
-    return slots.view(-1, 2)
-
-
-def name_bad_samples(run: Run, step: int, names: list[str], row_losses: list[float], sigmas: list[float]) -> None:
-    """Logs a skipped step with this process's samples whose loss is not finite, or all if only the gradient is not."""
-    own = slice(run.process_index * len(names), (run.process_index + 1) * len(names))
-    told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
-    bad = [name for name, loss in zip(told, row_losses[own], strict=True) if not math.isfinite(loss)]
-    bad = bad or told * all(map(math.isfinite, row_losses))
-    where = f" (process {run.process_index})" * (run.processes > 1)
-    if bad or run.is_main:
-        log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")
-
-
-def lora_ups(state: TrainState) -> list[nn.Parameter]:
-    """All lora_B: what the LoRA has moved, since they start from 0."""
-    return [parameter for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
-
-
-@torch.no_grad()
-def norms_of(state: TrainState) -> torch.Tensor:
-    """(norm of all lora_B, norm of their last update since this start), on the device."""
-    norm = torch.stack(torch._foreach_norm(lora_ups(state))).norm()
-    return torch.stack([norm, torch.zeros_like(norm) if state.update_norm is None else state.update_norm])
-
-
-def apply_update(state: TrainState) -> None:
-    """The optimizer's step; keeps the norm of the update on the device."""
-    before = [parameter.detach().clone() for parameter in lora_ups(state)]
-    state.optimizer.step()
-    with torch.no_grad():
-        state.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(lora_ups(state), before))).norm()
-
-
-def loss_by_sigma(row_losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
-    """Mean loss, without its weight, of the samples in each tenth of sigma: `loss_sigma_0.3` is 0.3 to 0.4."""
-    tenths: dict[int, list[float]] = {}
-    for loss, sigma, weight in (row for row in zip(row_losses, sigmas, weights, strict=True) if row[2]):
-        tenths.setdefault(min(9, int(sigma * 10)), []).append(loss / weight)
-    return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
-
-
-def peak_memory(run: Run) -> dict[str, float]:
-    """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
-    if run.device.type == "cuda":
-        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
-    if importlib.util.find_spec("resource") is None:
-        return {}
-    import resource  # POSIX only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
-    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
 
 
 def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    n, repeats, per_step, batch = len(parts.samples), run.args.repeats, samples_per_step(run), run.args.train_batch_size
-    accumulation, visits = run.args.gradient_accumulation_steps, steps * per_step
-    log.info(f"train: {n} images x {repeats} repeats = {n * repeats} samples per epoch")
-    processes = f"{run.processes} process" + "es" * (run.processes > 1)
+    images, repeats, per_step = len(parts.samples), run.args.repeats, samples_per_step(run)
+    batch, accumulation, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
+    processes = f"{run.processes} process{'es' * (run.processes > 1)}"
+    log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
     log.info(f"train: batch {batch} x accumulation {accumulation} x {processes} = {per_step} samples per step")
-    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (n * repeats):.1f} epochs")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if homes := parts.transformer.stream.homes:
@@ -4138,13 +4149,22 @@ def validation_is_due(run: Run, samples: int, step: int) -> bool:
     """
     if not run.args.validation_prompt or run.args.num_validation_images == 0:
         return False
-    if step == 0:
-        return True
-    if run.args.validation_steps:
-        return step % run.args.validation_steps == 0
-    period = samples * run.args.repeats * run.args.validation_epochs
-    now, before = (s * samples_per_step(run) // period for s in (step, step - 1))
-    return now > before
+    if step == 0 or run.args.validation_steps:
+        return step == 0 or step % run.args.validation_steps == 0
+    per_step, period = samples_per_step(run), samples * run.args.repeats * run.args.validation_epochs
+    return step * per_step // period > (step - 1) * per_step // period
+
+
+def peak_memory(run: Run) -> dict[str, float]:
+    """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
+    if run.device.type == "cuda":
+        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
+    if importlib.util.find_spec("resource") is None:
+        return {}
+    import resource  # POSIX only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
 
 
 def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
@@ -4152,7 +4172,7 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
     steps, samples, state.stop = total_steps(run, len(parts.samples)), len(parts.samples), stop
     announce_training(run, parts, steps)
     if state.step == 0 and validation_is_due(run, samples, 0):
-        track(run, validate(run, parts, state), 0)
+        track(run, run.accelerator.log, validate(run, parts, state), step=0)
     batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
     parts.transformer.train()
     with Progress("train", steps, done=state.step) as progress:
@@ -4166,184 +4186,65 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
             stop.agree(run, state.signal)
             if stop.agreed is None and validation_is_due(run, samples, state.step):
                 values |= validate(run, parts, state)
-            values |= peak_memory(run)
-            if run.is_main:
-                write_metrics(run, values)
-            track(run, values, state.step)
-            watch(state, values)
+            write_metrics(run, values | peak_memory(run))
+            if state.skipped >= 10:
+                raise NotFinite(f"step {state.step}: ten steps in a row were not finite. Look at the samples named "
+                                "above; if they are good, start anew with a lower --learning_rate")  # fmt: skip
+            if state.step == 50 and values["lora_norm"] == 0.0:
+                log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
             due = state.step % run.args.checkpointing_steps == 0 or (state.unsaved and state.step % 10 == 0)
             if due and state.step < steps and stop.agreed is None:
                 try_save_checkpoint(run, state)
 
 
-def watch(state: TrainState, values: dict[str, Any]) -> None:
-    """Raises NotFinite after ten skipped steps in a row; says loudly when the LoRA does not move."""
-    if state.skipped >= 10:
-        raise NotFinite(f"step {state.step}: ten steps in a row were not finite. Look at the samples named above; if "
-                        "they are good, start anew with a lower --learning_rate")  # fmt: skip
-    if state.step == 50 and values.get("lora_norm") == 0.0:
-        log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
+def try_save_checkpoint(run: Run, state: TrainState) -> None:
+    """Saves; if that fails, training goes on, every tenth step tries again, and the last save must succeed."""
+    try:
+        if run.is_main:
+            log.info(f"checkpoint: step {state.step} is kept in {save_checkpoint(run, state)}")
+        state.unsaved = False
+    except Exception as error:
+        state.unsaved = True
+        log.warning(f"checkpoint: step {state.step} was not saved ({error})")
 
 
 @contextlib.contextmanager
 def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
-    """Saves the last whole step as a checkpoint when training breaks off by an exception, and lets that go on."""
+    """Saves the last whole step when training breaks off by an exception, which goes on."""
     try:
         yield
     except Exception:
-        saved = run.output_dir / f"checkpoint-{state.step}"
-        if run.is_main and state.whole and state.step and verify_checkpoint(saved):
-            try:
-                log.info(f"checkpoint: training broke off, step {state.step} is kept in {save_checkpoint(run, state)}")
-            except Exception as error:  # the failure that is told at the end must be the first one
-                log.warning(f"checkpoint: step {state.step} was not saved ({error})")
+        if state.whole and state.step:
+            try_save_checkpoint(run, state)
         raise
-
-
-def try_save_checkpoint(run: Run, state: TrainState) -> None:
-    """Saves; if the disk refuses, training goes on and every tenth step tries again."""
-    if not run.is_main:
-        return
-    try:
-        log.info(f"checkpoint: {save_checkpoint(run, state)}")
-        state.unsaved = False
-    except OSError as error:
-        state.unsaved = True
-        log.warning(f"checkpoint: step {state.step} was not saved ({error}); the run goes on, and soon tries again")
 
 
 def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
     """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
-    if run.is_main:
-        write_results(run, state, finished=stop.agreed is None)
-    run.accelerator.wait_for_everyone()
-    if stop.agreed is not None:
-        end_trackers(run)
-        raise Stopped(128 + stop.agreed)
-
-
-def write_results(run: Run, state: TrainState, finished: bool) -> None:
-    """What the main process saves at the end. Raises SaveFailed."""
+    finished = stop.agreed is None
     try:
-        folder = save_checkpoint(run, state)
-        if finished:
+        if run.is_main:
+            folder = save_checkpoint(run, state)
+        if run.is_main and finished:
             save_lora(run, state.parameters, run.output_dir)
             flush_to_disk(run.output_dir / LORA_FILE)
             if run.args.comfyui_lora:
                 save_comfyui_lora(run, state.parameters)
+            write_card(run, state, [])
     except OSError as error:
-        kept = keep_lora(run, state) if finished else []
-        kept += [str(folder) for folder in list_checkpoints(run.output_dir)[-1:]]
+        kept = [str(path) for path in list_checkpoints(run.output_dir)[-1:]]
+        with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
+            if finished:
+                save_lora(run, state.parameters, run.output_dir)
+                kept.insert(0, str(run.output_dir / LORA_FILE))
         raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
                          f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
-    if not finished:
-        log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
-        return
-    write_card(run, state, [])
-
-
-def keep_lora(run: Run, state: TrainState) -> list[str]:
-    """Writes the LoRA alone, a fraction of the checkpoint that did not fit; returns its path, or nothing."""
-    try:
-        save_lora(run, state.parameters, run.output_dir)
-        return [str(run.output_dir / LORA_FILE)]
-    except OSError:
-        return []
-
-
-def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
-    """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
-    now = fingerprint(run, parts.streams)
-    if run.resume:
-        check_resume(run.resume, now)
-    check_agreement(run, now)
-    transformer = parts.transformer = load_transformer(run)
-    parameters = add_lora(run, transformer)
-    if run.args.init_lora_from:
-        load_lora(parameters, Path(run.args.init_lora_from))
-    recompute_in_backward(transformer, checkpointed_share(run))
-    geometries = {sample.geometry for stream in parts.streams for sample in stream.samples}
-    compile_blocks(transformer, several_sizes=len(geometries) > 1)
-    place_transformer(run, transformer)
-    optimizer, steps = make_optimizer(run, list(parameters.values())), total_steps(run, len(parts.samples))
-    lengths = {"num_warmup_steps": run.args.lr_warmup_steps, "num_training_steps": steps}
-    shape = {"num_cycles": run.args.lr_num_cycles, "power": run.args.lr_power}
-    # in optimizer steps; stepped by us, never prepared by Accelerate
-    schedule = get_scheduler(run.args.lr_scheduler, optimizer, **lengths, **shape)
-    state = TrainState(parameters, optimizer, schedule, now)
-    if run.resume:
-        restore(run, state)
-    if run.is_main:
-        trim_metrics(run, state.step)
-    return state
-
-
-def check_agreement(run: Run, now: dict[str, Any]) -> None:
-    """Raises UserError unless all processes see the same data, settings and checkpoint.
-
-    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
-    """
-    own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
-    flags = {name: value for name, value in vars(run.args).items() if name not in own}
-    seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
-    numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
-    if differing := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
-        raise UserError(
-            f"process(es) {', '.join(map(str, differing))} see other images, settings or checkpoints than process 0: "
-            "start all machines with the same command, and the same data and --output_dir on a shared file system"
-        )
-
-
-def prepare_output(run: Run) -> Run:
-    """Makes the output folder, writes the settings, starts the trackers with them: no secrets, no folders in them.
-
-    With --overwrite_output_dir an earlier run's files go first, never the cache. Returns the run with its repository.
-    """
-    hub_repo = None
-    if run.is_main:
-        hub_repo = create_hub_repo(run.args)
-        begin_output(run)
-    public = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
-    settings = {name: value for name, value in public.items() if isinstance(value, (str, int, float, bool))}
-    settings |= {name: Path(settings[name]).name for name in PATH_FLAGS if name in settings}
-    try:
-        run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
-    except Exception as error:  # whatever a tracker raises
-        raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
     run.accelerator.wait_for_everyone()
-    return replace(run, hub_repo=hub_repo)
-
-
-def begin_output(run: Run) -> None:
-    """Writes the settings, which make the rest ours; removes what a killed or, if asked, an earlier run left."""
-    write_atomically(run.output_dir / "config.args", write_config(run).encode())
-    doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
-    if run.args.overwrite_output_dir and not run.resume:
-        doomed += [path for path in results_in(run.output_dir) if path.name != "config.args"]
-    for path in doomed:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    remove_left_overs(run)
-    set_aside_newer(run)
-
-
-def check_plan(run: Run, samples: list[Sample]) -> None:
-    """The last checks before anything heavy: resume, disk space, steps; with --dry_run this is the plan."""
-    width = run.model.config("transformer")["joint_attention_dim"]
-    if run.resume:
-        check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
-    prompts = len(set(all_prompts(run, samples)))
-    need = prompts * run.args.max_sequence_length * width * run.dtype.itemsize
-    check_space(run.cache_dir, need, f"the cache of {prompts} prompts", "--latents_cache_dir")
-    if run.args.remote_text_encoder:
-        probe_remote_encoder(run, all_prompts(run, samples))
-    steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
-    if run.resume and run.resume.state["step"] >= steps:
-        log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
-                    "is left to train; raise --max_train_steps")  # fmt: skip
-    if run.args.lr_scheduler != "constant" and warm_up >= steps:
-        share = f"{steps / warm_up:.0%} of its peak"
-        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at {share}")
-    log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
+    if not finished:
+        if run.is_main:
+            log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
+        track(run, run.accelerator.end_training)
+        raise Stopped(128 + stop.agreed)
 
 
 def print_results(run: Run, state: TrainState) -> None:
@@ -4363,14 +4264,6 @@ def print_results(run: Run, state: TrainState) -> None:
 # endregion shared: training
 
 
-# differs: the text-to-image script has class images and no references
-def prepare_streams(
-    run: Run, space: LatentSpace, prompts: PromptCache, samples: list[Sample], buckets: list[Size]
-) -> tuple[list[Stream], list[Image]]:
-    """What is learned, and all the images to encode: targets and references."""
-    return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
-
-
 # region shared: main
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
@@ -4380,18 +4273,19 @@ def main(args: Args) -> None:
         check_plan(run, samples)
         if args.dry_run:
             return
-        run = prepare_output(run)
+        run = begin_output(run)
         space = open_latent_space(run)
         prompts = encode_prompts(run, all_prompts(run, samples))
-        streams, images = prepare_streams(run, space, prompts, samples, buckets)
-        parts = TrainingParts(space, prompts, None, encode_images(run, space, images), streams, buckets)
+        parts = TrainingParts(space, prompts, None, None, [], buckets)
+        parts.streams, images = prepare_streams(run, parts, samples)
+        parts.vae = encode_images(run, space, images)
         state = set_up_training(run, parts)
         with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
             with keep_progress(run, state):
                 train(run, parts, state, stop)
             save_results(run, state, stop)
         gallery = draw_final_images(run, parts, state.parameters)
-        end_trackers(run)
+        track(run, run.accelerator.end_training)
         if run.is_main:
             write_card(run, state, gallery)
             push(run)

@@ -482,7 +482,7 @@ def test_the_cards_snippet_draws_with_the_base_that_was_trained_on(
     assert encoder is not None and names["pipeline"].get_active_adapters()
     ours = {name.replace(".base_layer", ""): value for name, value in base_bytes(trained[0].result).items()}
     if rung == "fp8":
-        theirs, worst = frozen_layers(names["transformer"]), []
+        theirs, worst = frozen_layers(names["pipeline"].transformer), []
         for name, module in frozen_layers(trained[0].result).items():
             if isinstance(module, script.FP8Linear):
                 expected = module.weight.float() * module.scales

@@ -89,7 +89,7 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, draws):
 
 def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(script, quick, monkeypatch):
     """Floats in the file equal the floats in the run; two micro-batches make one line."""
-    calls = spy(monkeypatch, script, "watch")  # it gets the values that were written
+    calls = spy(monkeypatch, script, "write_metrics")
     folder = quick("--gradient_accumulation_steps", "2", "--max_train_steps", "4", "--checkpointing_steps", "1")
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
