@@ -4,8 +4,10 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import SCRIPTS
 from helpers import ROOT, load_arguments, run_python
 
@@ -77,10 +79,11 @@ def test_gradient_checkpointing_takes_true_false_and_a_share(parse, good):
         assert parse.parse_args([*good, word]).gradient_checkpointing == value
 
 
-def test_a_switch_turned_off_stands_in_no_saved_settings_and_one_turned_on_does(script, tmp_path):
+def test_a_switch_turned_off_stands_in_no_saved_settings_and_one_turned_on_does(script):
     """`@config.args` gives back what was meant."""
-    lines = [*script.flag_lines({"cache_latents": False, "push_to_hub": True, "hub_private": False})]
-    assert lines == ["--push_to_hub", "--no-hub_private"]
+    args = argparse.Namespace(cache_latents=False, push_to_hub=True, hub_private=False)
+    saved = script.write_config(SimpleNamespace(args=args, seed=3, dtype=torch.float32)).splitlines()
+    assert saved[1:] == ["--push_to_hub", "--no-hub_private", "--seed 3", "--mixed_precision no"]
 
 
 # ---- paths ----

@@ -272,7 +272,7 @@ def test_the_pickle_of_the_test_above_would_run_in_a_careless_loader(encoder, tm
 def test_a_failing_server_is_noticed_before_a_model_is_loaded_or_the_output_folder_is_begun(
     script, arguments, encoder, waits, tmp_path, monkeypatch, dry_run
 ):
-    forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "prepare_output")
+    forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "begin_output")
     forbid(monkeypatch, script, "open_latent_space")  # of a model on the Hub this downloads the VAE
     earlier = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     earlier.parent.mkdir()
