@@ -2013,23 +2013,15 @@ class TensorCache:
     def put(self, tensor: torch.Tensor, name: str, *what: Any) -> None:
         """Raises UserError with this name if the tensor is not finite: it would be read from there for ever."""
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{name}: its encoding is not finite; are the weights whole? If so, add --mixed_precision no"
-            )
+            raise UserError(f"{name}: its encoding is not finite; are the weights whole? If so, --mixed_precision no")
         write_atomically(self.path(*what), save({"tensor": tensor.cpu().contiguous()}))
 
 
 def open_prompts(run: Run) -> TensorCache:
     """The cache of prompt embeddings (L, D) by prompt."""
     encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
-    settings = (
-        *run.text_layers,
-        run.args.max_sequence_length,
-        run.dtype,
-        run.model.identity("tokenizer"),
-        SYSTEM_MESSAGE,
-    )
-    return TensorCache(run.cache_dir / "prompts", encoder, *settings)
+    template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -2040,7 +2032,7 @@ def load_tokenizer(run: Run) -> Any:
         tokenizer = getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
         ids = token_ids(run.family, tokenizer, "a photo")
         if "a photo" not in tokenizer.decode(ids) or max(ids) >= known:
-            raise ValueError(f"a prompt becomes {ids[:8]}, the text encoder knows {known} tokens")
+            raise ValueError(f"a prompt becomes {ids[:8]} of {known} tokens")
     except Exception as error:  # the libraries have no common base of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         advice = "download it again, or after a clone run `git lfs pull`"
@@ -2195,8 +2187,8 @@ def encode_prompts(run: Run, prompts: list[str], most: int | None = None) -> Ten
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
     prompts = [caption for sample in samples for caption in sample.captions]
-    prompts += final_prompts(run.args) + (run.args.validation_prompt or [])
-    prompts += filter(None, [vars(run.args).get("class_prompt")])  # of text-to-image
+    others = *final_prompts(run.args), *(run.args.validation_prompt or []), vars(run.args).get("class_prompt")
+    prompts += [prompt for prompt in others if prompt is not None]
     if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
         prompts.append("")
     return prompts
@@ -2219,11 +2211,11 @@ class LatentSpace:
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
     fetch_part(run, "vae")
-    [file], epsilon = run.model.weight_files("vae"), run.model.config("vae").get("batch_norm_eps", 1e-4)
-    with safe_open(file, "pt") as weights:
-        mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
+    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
+    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
     cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
-    return LatentSpace(mean, torch.sqrt(variance + epsilon), len(mean), run.cell, cache)
+    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2240,9 +2232,9 @@ def rest_vae(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
     return vae
 
 
-def position_ids(rows: int, columns: int, time: int = 0, length: int = 1, device: Any = None) -> torch.Tensor:
+def position_ids(height: int, width: int, time: int = 0, length: int = 1, device: Any = None) -> torch.Tensor:
     """(1, N, 4) coordinates (T, row, column, l) of tokens: of an image, whose T is 0 for the target, or of a text."""
-    ends = ((time, time + 1), (0, rows), (0, columns), (0, length))
+    ends = ((time, time + 1), (0, height), (0, width), (0, length))
     return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
 
 
@@ -2267,11 +2259,11 @@ def tokens_from_moments(
 
 @torch.no_grad()
 def decode_tokens(
-    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
+    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
 ) -> list[PIL.Image.Image]:
-    """Images from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    """Images from normalised tokens (B, height*width, C); the inverse of `tokens_from_moments` and the VAE."""
     tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
-    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
     # one at a time: at 1024 px the decoder's activations are several GB per image
     pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
     bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -2286,7 +2278,8 @@ def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> Autoenco
     vae, flips = None, (False, True) if run.args.random_flip else (False,)
     wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
     missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
-    log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
+    if wanted:
+        log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     with shared_out(run, missing) as mine:
         if mine:
             numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
