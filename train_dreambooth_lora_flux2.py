@@ -4,7 +4,7 @@
 #     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
 #     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
 #     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
-#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2",
 # ]
 # ///
 """Train a FLUX.2 LoRA on a few images of a subject or a style (DreamBooth, text-to-image).
@@ -604,8 +604,6 @@ for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops",
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from unittest import mock
-
 import accelerate
 import diffusers
 import huggingface_hub
@@ -616,6 +614,7 @@ import PIL.ImageDraw
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import psutil
+import requests
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -633,9 +632,9 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
 )
 from diffusers.training_utils import free_memory as release_memory
-from huggingface_hub.utils import http_stream_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from requests.adapters import HTTPAdapter, Retry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -711,7 +710,7 @@ class TrainingParts:
     """What the training loop works with."""
 
     space: LatentSpace
-    prompts: PromptCache
+    prompts: TensorCache
     transformer: nn.Module
     vae: Any  # None when the images are cached and nothing is drawn
     streams: list[Stream]  # the first one is what is learned
@@ -1177,10 +1176,6 @@ def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
 # what bitsandbytes stores beside a weight, and without which of it a weight of this type cannot be read
 BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
 BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
-
-
-def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
 
 
 def check_part(run: Run, part: str) -> None:
@@ -1953,7 +1948,7 @@ class TrainingSet(Dataset):
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
         """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
-        self.space, self.samples, self.stream, self.prompts = space, samples, stream, PromptCache(run)
+        self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
         """noise (L, C) and u of the visit, its prompt embedding, and cached latent moments or pixels (3, H, W)."""
@@ -1972,7 +1967,7 @@ class TrainingSet(Dataset):
             "position": position,
             "target": sample.image.target,
             "caption": caption,
-            "prompt_embeds": self.prompts.load(caption),
+            "prompt_embeds": self.prompts.get(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
             "u": draw_u(run.args, generator("sigma", position)),
             "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
@@ -1985,7 +1980,7 @@ class TrainingSet(Dataset):
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
         """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
         if self.run.args.cache_latents:
-            return load_file(self.space.path(image, flip))["moments"]
+            return self.space.cache.get(*self.space.key(image, flip))
         return image.pixels(crop, flip)
 
 
@@ -1994,23 +1989,54 @@ class TrainingSet(Dataset):
 # Each different prompt and image is encoded once, by one process, into a file named by all that it depends on; encoder
 # and VAE leave the device before the transformer is loaded. Of the encoder only the layers that are read are loaded.
 # Training reads the files in the loader's workers: kept in memory, an embedding of [dev] would take 15.7 MB.
-def load_tokenizer(run: Run) -> Any:
-    """The family's tokenizer or processor. Raises UserError unless a prompt comes through it whole.
+class TensorCache:
+    """A folder of safetensors files, a tensor in each. A file has its name from all that the tensor depends on."""
 
-    In silence transformers makes an empty one where the vocabulary is missing, and takes any text for a template.
-    """
-    trial, where, config = "a photo", f"{run.model.name}/tokenizer", run.model.config("text_encoder")
+    def __init__(self, folder: Path, *model: Any) -> None:
+        self.folder, self.key = folder, digest(*model)
+
+    def path(self, *what: Any) -> Path:
+        return self.folder / f"{digest(self.key, *what)}.safetensors"
+
+    def has(self, *what: Any) -> bool:
+        """Whether a whole file is there; one that a crash has damaged, or of another kind, is made anew."""
+        try:
+            with safe_open(self.path(*what), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def get(self, *what: Any) -> torch.Tensor:
+        [tensor] = load_file(self.path(*what)).values()
+        return tensor
+
+    def put(self, tensor: torch.Tensor, name: str, *what: Any) -> None:
+        """Raises UserError with this name if the tensor is not finite: it would be read from there for ever."""
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: its encoding is not finite; are the weights whole? If so, --mixed_precision no")
+        write_atomically(self.path(*what), save({"tensor": tensor.cpu().contiguous()}))
+
+
+def open_prompts(run: Run) -> TensorCache:
+    """The cache of prompt embeddings (L, D) by prompt."""
+    encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
+    template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
+
+
+def load_tokenizer(run: Run) -> Any:
+    """The tokenizer, tried on a prompt: transformers makes an empty one in silence where the vocabulary is missing."""
+    config = run.model.config("text_encoder")
     known = config.get("text_config", config)["vocab_size"]
     try:
         tokenizer = getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
-        ids = token_ids(run.family, tokenizer, trial)
-        whole = trial in tokenizer.decode(ids) and max(ids) < known
+        ids = token_ids(run.family, tokenizer, "a photo")
+        if "a photo" not in tokenizer.decode(ids) or max(ids) >= known:
+            raise ValueError(f"a prompt becomes {ids[:8]} of {known} tokens")
     except Exception as error:  # the libraries have no common base of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{where}: cannot be read ({reason}); download it again") from None
-    if not whole:
-        raise UserError(f"{where}: is not the text encoder's, a prompt becomes {ids[:8]} of {known} tokens; "
-                        "download it again, or after a clone run `git lfs pull`")  # fmt: skip
+        advice = "download it again, or after a clone run `git lfs pull`"
+        raise UserError(f"{run.model.name}/tokenizer: is not the text encoder's ({reason}); {advice}") from None
     return tokenizer
 
 
@@ -2027,15 +2053,12 @@ UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.
 
 
 def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, list]]:
-    """The text encoder by transformers with only the layers that are read, and its report for `refuse_misfits`.
-
-    One layer more than the last hidden state stays, because transformers puts the final norm on the last one: with
-    exactly max(layers) of them the third slice would differ from the pipeline's.
-    """
+    """The text encoder with only the layers that are read, and what `refuse_misfits` has to know of its weights."""
     kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
+        # one layer more than the last hidden state, for transformers puts the final norm on the last of all
         keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:keep]
@@ -2054,7 +2077,7 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 
 
 def load_text_encoder(run: Run) -> nn.Module:
-    """The text encoder with only the layers that are read, frozen, in the compute dtype."""
+    """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
     spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
     options = {"device_map": "auto"} if spread else {}
@@ -2067,10 +2090,10 @@ def load_text_encoder(run: Run) -> nn.Module:
     encoder.lm_head = nn.Identity()  # the head over the vocabulary and what would see images: 2 GB of [dev] in bf16
     if hasattr(encoder.model, "vision_tower"):
         encoder.model.vision_tower = encoder.model.multi_modal_projector = None
-    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
         shard(run, encoder, getattr(encoder.model, "language_model", encoder.model).layers)
+    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     return encoder if spread or stored or run.args.fsdp_text_encoder else encoder.to(run.device)
 
 
@@ -2083,26 +2106,34 @@ def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> 
     return pipeline.encode_prompt(prompt, device=run.device, **options)[0][0].to(run.dtype)
 
 
-REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer
+REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer or a wait for it
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
     """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
 
-    A busy server is asked again after a wait. The answer is a saved tensor: read with `weights_only`, capped in size,
-    packed and unpacked, checked for shape and finite numbers. Redirects are not followed, so the token stays here.
+    A busy server is asked again. Only the Hub's hosts and this machine see the token; a redirect is not followed, its
+    target would. The answer is a saved tensor, read with `weights_only`, capped in size packed and unpacked.
     """
-    url, width = run.args.remote_text_encoder_url, run.model.config("transformer")["joint_attention_dim"]
-    expected = (1, run.args.max_sequence_length, width)
-    most, headers = 4 * math.prod(expected) + 1_000_000, {"Accept-Encoding": "identity"}  # all bytes are counted
-    headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
-    # the Hub's client asks nobody when HF_HUB_OFFLINE is set, but a server of one's own is not the Hub
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE and is_hub_host(urllib.parse.urlsplit(url))
-    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": REMOTE_SILENCE, "follow_redirects": False}
+    expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
+    url, most, body = run.args.remote_text_encoder_url, 4 * math.prod(expected) + 1_000_000, bytearray()
+    scheme, host = urllib.parse.urlsplit(url).scheme, str(urllib.parse.urlsplit(url).hostname)
+    hub = scheme == "https" and host.endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
+    token = (run.args.hub_token or huggingface_hub.get_token()) if hub or host in LOOPBACK else None
+    request = {"json": {"prompt": prompt}, "headers": {"Authorization": f"Bearer {token}"} if token else {}}
+    busy = {"status_forcelist": (429, 500, 502, 503, 504), "allowed_methods": None, "retry_after_max": REMOTE_PATIENCE}
+    request |= {"timeout": REMOTE_SILENCE, "stream": True, "allow_redirects": False}
+    session = requests.Session()
+    session.mount(url, HTTPAdapter(max_retries=Retry(5, backoff_factor=1, **busy)))
     try:
-        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline):
-            with http_stream_backoff("POST", url, **request) as response:
-                body = read_answer(response, most)
+        with session, session.post(url, **request) as response:
+            if response.status_code != 200:
+                raise ValueError(f"status {response.status_code} {response.reason}")
+            end = time.monotonic() + REMOTE_PATIENCE
+            while piece := response.raw.read1(2**20):
+                body += piece
+                if len(body) > most or time.monotonic() > end:
+                    raise ValueError(f"more than {most} bytes, or only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
         with zipfile.ZipFile(io.BytesIO(body)) as archive:  # torch.load would unpack a thousand times the size
             if (size := sum(entry.file_size for entry in archive.infolist())) > most:
                 raise ValueError(f"{size} bytes when unpacked, more than {most}")
@@ -2112,92 +2143,16 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
         if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
             raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}). To encode here, leave "
-                        "--remote_text_encoder out and add --offload") from None  # fmt: skip
+        advice = "to encode here, leave --remote_text_encoder out and add --offload"
+        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
     return embedding[0].to(run.dtype)
-
-
-def read_answer(response: Any, most: int) -> bytes:
-    """The body as it comes in. Raises ValueError as soon as it is longer than `most` bytes, or late."""
-    if response.status_code != 200:
-        raise ValueError(f"status {response.status_code} {response.reason_phrase}")
-    body, end = bytearray(), time.monotonic() + REMOTE_PATIENCE
-    try:
-        for piece in response.iter_raw():
-            body += piece
-            if len(body) > most:
-                raise ValueError(f"more than {most} bytes")
-            if time.monotonic() > end:
-                raise ValueError(f"only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
-    except Exception as error:  # the HTTP library's own must not reach `http_stream_backoff` from here
-        raise ValueError(f"the answer broke off: {error or type(error).__name__}") from None
-    return bytes(body)
-
-
-def remote_token(args: Args) -> str | None:
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    seen = is_hub_host(url) or url.hostname in LOOPBACK
-    return (args.hub_token or huggingface_hub.get_token()) if seen else None
-
-
-def is_hub_host(url: urllib.parse.SplitResult) -> bool:
-    return url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
-
-
-class PromptCache:
-    """Prompt embeddings (L, D) on disk, named by everything they depend on: encoder, layers, length, dtype, prompt."""
-
-    def __init__(self, run: Run) -> None:
-        """The key holds everything but the prompt."""
-        url = run.args.remote_text_encoder_url if run.args.remote_text_encoder else None
-        encoder = url or run.model.identity("text_encoder")
-        template = run.model.identity("tokenizer"), SYSTEM_MESSAGE
-        self.key = digest(encoder, *run.text_layers, run.args.max_sequence_length, run.dtype, *template)
-        self.folder, self.device = run.cache_dir / "prompts", run.device
-
-    def path(self, prompt: str) -> Path:
-        return self.folder / f"{digest(self.key, prompt)}.safetensors"
-
-    def load(self, prompt: str) -> torch.Tensor:
-        """(L, D) on the CPU: in training the loader's workers read it."""
-        return load_file(self.path(prompt))["prompt_embeds"]
-
-    def batch(self, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([self.load(prompt) for prompt in prompts]).to(self.device, dtype)
-
-
-def is_cached(path: Path) -> bool:
-    """Whether a whole safetensors file is there; one that a crash has damaged, or of another kind, is made anew."""
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def write_cached(path: Path, name: str, tensor: torch.Tensor, what: str) -> None:
-    """Writes one tensor to the cache. Raises UserError if it is not finite: it would be read from there for ever."""
-    if not tensor.isfinite().all():
-        raise UserError(f"{what}: its encoding is not finite; are the weights whole? If so, add --mixed_precision no")
-    write_atomically(path, save({name: tensor.cpu().contiguous()}))
-
-
-def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
-    data = save(tensors)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = {"__metadata__": metadata} if metadata else {}
-    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 @contextlib.contextmanager
 def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[list[Any]]:
-    """Gives this process's part of the work; nobody starts before all know what there is, and all end together.
+    """This process's part of the work; nobody starts before all know what there is, and all end together.
 
-    Also one that fails; but in lock-step, as sharded models need it, the others wait for its part of the weights, so
-    its end has to end the run. There all parts have the same length: the last piece is done more than once.
+    In lock-step, for sharded models, the parts are equally long, and who fails does not wait: that has to end the run.
     """
     run.accelerator.wait_for_everyone()
     try:
@@ -2210,75 +2165,57 @@ def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[li
     run.accelerator.wait_for_everyone()
 
 
-def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
-    """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
-    cache = PromptCache(run)
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_cached(cache.path(prompt))]
+def encode_prompts(run: Run, prompts: list[str], most: int | None = None) -> TensorCache:
+    """Encodes the prompts, or so many of them, that the cache lacks; the encoder is loaded, used once and freed."""
+    cache = open_prompts(run)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.has(prompt)]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
-    with shared_out(run, missing, lockstep=run.args.fsdp_text_encoder) as mine:
+    with shared_out(run, missing[:most], lockstep=run.args.fsdp_text_encoder) as mine:
         if mine:
             encode = functools.partial(encode_prompt_remotely, run)
             if not run.args.remote_text_encoder:
                 encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
             with Progress("encode prompts", len(mine)) as progress:
                 for prompt in mine:
-                    write_cached(cache.path(prompt), "prompt_embeds", encode(prompt), f"prompt {prompt[:80]!r}")
+                    cache.put(encode(prompt), f"prompt {prompt[:80]!r}", prompt)
                     progress.advance()
             del encode
             release_memory()
     return cache
 
 
-def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
-    """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
-    cache = PromptCache(run)
-    encode_prompts(run, [prompt for prompt in prompts if not is_cached(cache.path(prompt))][:1])
-
-
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
     prompts = [caption for sample in samples for caption in sample.captions]
-    prompts += final_prompts(run.args) + (run.args.validation_prompt or []) + own_prompts(run.args)
+    others = *final_prompts(run.args), *(run.args.validation_prompt or []), vars(run.args).get("class_prompt")
+    prompts += [prompt for prompt in others if prompt is not None]
     if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
         prompts.append("")
     return prompts
 
 
-# endregion shared: text
-
-
-# differs: the class prompt is a text-to-image matter
-def own_prompts(args: Args) -> list[str]:
-    """Prompts that only this script encodes."""
-    return [args.class_prompt] if args.with_prior_preservation else []
-
-
-# region shared: latents
 @dataclass(frozen=True)
 class LatentSpace:
     """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
 
-    mean_C: torch.Tensor  # per channel of a token
+    mean_C: torch.Tensor
     std_C: torch.Tensor
+    channels: int  # of a token
     cell: int  # pixels per token side
-    folder: Path
-    identity: str
+    cache: TensorCache
 
-    @property
-    def channels(self) -> int:
-        return len(self.mean_C)
-
-    def path(self, image: Image, flip: bool) -> Path:
-        key = digest(image.sha256, DECODE_POLICY, *image.target, image.fit, flip, self.identity)
-        return self.folder / f"{key}.safetensors"
+    def key(self, image: Image, flip: bool) -> tuple:
+        return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
 
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
     fetch_part(run, "vae")
-    weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae").get("batch_norm_eps", 1e-4)
-    mean, std = weights["bn.running_mean"].float(), torch.sqrt(weights["bn.running_var"].float() + epsilon)
-    return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", run.model.identity("vae"))
+    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
+    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
+    cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
+    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2295,15 +2232,10 @@ def rest_vae(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
     return vae
 
 
-def position_ids(rows: int, columns: int, time: int = 0, device: torch.device | None = None) -> torch.Tensor:
-    """(1, rows*columns, 4) coordinates (T, row, column, 0) of an image's tokens; T is 0 for the target."""
-    ends = ((time, time + 1), (0, rows), (0, columns), (0, 1))
+def position_ids(height: int, width: int, time: int = 0, length: int = 1, device: Any = None) -> torch.Tensor:
+    """(1, N, 4) coordinates (T, row, column, l) of tokens: of an image, whose T is 0 for the target, or of a text."""
+    ends = ((time, time + 1), (0, height), (0, width), (0, length))
     return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
-
-
-def text_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
-    """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, 1, 1, length)))[None]
 
 
 @torch.no_grad()
@@ -2327,51 +2259,52 @@ def tokens_from_moments(
 
 @torch.no_grad()
 def decode_tokens(
-    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
+    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
 ) -> list[PIL.Image.Image]:
-    """Images from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    """Images from normalised tokens (B, height*width, C); the inverse of `tokens_from_moments` and the VAE."""
     tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
-    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
     # one at a time: at 1024 px the decoder's activations are several GB per image
     pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
     bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [PIL.Image.fromarray(array) for array in bytes_BHWC]
 
 
-def cache_latents(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """Encodes every image (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
-
-    Only the image in work is in memory. Raises UserError when the disk is too small.
-    """
-    flips = (False, True) if run.args.random_flip else (False,)
-    wanted = {space.path(image, flip): (image, flip) for image in images for flip in flips}
-    missing = [(path, *work) for path, work in wanted.items() if not is_cached(path)]
-    log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
-    with shared_out(run, missing) as mine:
-        if not mine:
-            return None
-        numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-        need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
-        check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
-        vae = load_vae(run)
-        with Progress("encode images", len(mine)) as progress:
-            for path, image, flip in mine:
-                moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                write_cached(path, "moments", moments, f"image {image.name}")
-                progress.advance()
-        return vae
-
-
 def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it.
+    """With --cache_latents encodes what is not cached, with --random_flip mirrored too. Only one image is in memory.
 
-    It waits on the CPU: the transformer may need all of the device while it is loaded and quantised.
+    Returns the VAE if training or drawing still needs it; it waits on the CPU, out of the way of the transformer.
     """
-    vae = cache_latents(run, space, images) if run.args.cache_latents else None
+    vae, flips = None, (False, True) if run.args.random_flip else (False,)
+    wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
+    missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
+    if wanted:
+        log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
+    with shared_out(run, missing) as mine:
+        if mine:
+            numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+            need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in mine)
+            check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
+            vae = load_vae(run)
+            with Progress("encode images", len(mine)) as progress:
+                for image, flip in mine:
+                    moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
+                    space.cache.put(moments, f"image {image.name}", *space.key(image, flip))
+                    progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
     release_memory()
     return vae
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
@@ -2382,7 +2315,7 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
         raise UserError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; see {remedy}")
 
 
-# endregion shared: latents
+# endregion shared: text
 
 
 # ------------------------------------------------------------------------------------------------------ Models and LoRA
@@ -2951,30 +2884,6 @@ def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
 # endregion shared: flow-matching
 
 
-# differs: the image-to-image script puts references behind the noisy tokens
-def predict_velocity(
-    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, height: int, width: int,
-) -> torch.Tensor:  # fmt: skip
-    """The transformer's velocity (B, L, C) for noisy tokens of `height` x `width`.
-
-    Called exactly as the pipeline's denoising loop does. The timestep takes the pipeline's way (1000 sigma, rounded to
-    the compute dtype, / 1000), so that bf16 sees the same grid in training as at inference.
-    """
-    dtype, device, guidance = prompt_embeds_BLD.dtype, noisy_BLC.device, None
-    if transformer.config.guidance_embeds:
-        guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
-    return transformer(
-        hidden_states=noisy_BLC.to(dtype),
-        timestep=(sigmas_B * 1000).to(dtype) / 1000,
-        guidance=guidance,
-        encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1], device),
-        img_ids=position_ids(height, width, device=device),
-        return_dict=False,
-    )[0]
-
-
 # differs: in the image-to-image script some samples have references
 def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses (B), sigmas (B)) of one micro-batch from the loader: what is minimised, from the cache to the number.
@@ -2984,10 +2893,9 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
     height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
-    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width)
-    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
-    tensors = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
-    sigmas_B, noise_BLC = tensors["sigmas"], tensors["noise"]
+    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width).to(run.device, non_blocking=True)
+    tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
+    noise_BLC, prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]
 
     # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
     if "moments" not in tensors:
@@ -2995,11 +2903,22 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
         parts.rest_vae(run.args)
     clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
 
-    # what the transformer makes of the mix, against what it should
+    # x_t, and the velocity there, by the very call of the pipelines' denoising loop: the timestep is rounded to the
+    # compute dtype as there, so that bf16 sees the same grid in training as at inference
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    prompt_embeds_BLD = tensors["prompt_embeds"]
-    velocity_BLC = predict_velocity(run.args, parts.transformer, noisy_BLC, sigmas_B, prompt_embeds_BLD, height, width)
+    timestep_B, guided = (sigmas_B * 1000).to(run.dtype) / 1000, parts.transformer.config.guidance_embeds
+    velocity_BLC = parts.transformer(
+        hidden_states=noisy_BLC.to(run.dtype),
+        timestep=timestep_B,
+        guidance=torch.full_like(sigmas_B, run.args.guidance_scale) if guided else None,
+        encoder_hidden_states=prompt_embeds_BLD,
+        txt_ids=position_ids(1, 1, length=prompt_embeds_BLD.shape[1], device=run.device),
+        img_ids=position_ids(height, width, device=run.device),
+        return_dict=False,
+    )[0]
+
+    # against what it should be
     errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
@@ -3226,7 +3145,7 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
         "timestep_shift": shift if shift.isalpha() else float(shift),
         "text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization,
         "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
-        "transformer": run.model.identity("transformer"), "text encoder and tokenizer": PromptCache(run).key,
+        "transformer": run.model.identity("transformer"), "text encoder and tokenizer": open_prompts(run).key,
     }  # fmt: skip
     if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
@@ -3387,8 +3306,8 @@ def generate(
     options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
-        options["negative_prompt_embeds"] = parts.prompts.batch([""] * len(seeds), run.dtype)
-    prompt_embeds = parts.prompts.batch([prompt] * len(seeds), run.dtype)
+        options["negative_prompt_embeds"] = torch.stack([parts.prompts.get("")] * len(seeds)).to(run.device, run.dtype)
+    prompt_embeds = torch.stack([parts.prompts.get(prompt)] * len(seeds)).to(run.device, run.dtype)
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
     if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
@@ -3781,8 +3700,8 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
-    if run.args.remote_text_encoder:
-        probe_remote_encoder(run, prompts)
+    if run.args.remote_text_encoder:  # a server that is down shows before the output folder is begun
+        encode_prompts(run, prompts, most=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
         log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "

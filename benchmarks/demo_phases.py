@@ -27,7 +27,7 @@ PHASES = {
     "check_data": "check data",
     "check_plan": "check data",
     "encode_prompts": "encode prompts",
-    "cache_latents": "encode images",
+    "encode_images": "encode images",
     "load_vae": "encode images",
     "set_up_training": "load transformer, add LoRA",
     "train": "training loop",

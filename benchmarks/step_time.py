@@ -76,11 +76,11 @@ def bare_step(run: object, parts: object, state: object, size: int) -> Callable[
     optimizer = torch.optim.AdamW(list(state.parameters.values()), lr=1e-4)
     inputs = {
         "hidden_states": torch.randn(1, cells * cells, parts.space.channels),
-        "encoder_hidden_states": parts.prompts.batch(["a photo"], run.dtype),
+        "encoder_hidden_states": parts.prompts.get("a photo")[None].to(run.device),
         "timestep": torch.full([1], 0.5),
         "guidance": torch.ones(1),
         "img_ids": script.position_ids(cells, cells),
-        "txt_ids": script.text_ids(run.args.max_sequence_length),
+        "txt_ids": script.position_ids(1, 1, length=run.args.max_sequence_length),
     }
     target = torch.randn_like(inputs["hidden_states"])
 

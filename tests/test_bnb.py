@@ -347,7 +347,7 @@ def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it
     )
     prompt = "a photo of sks toy"
     embedding = script.encode_prompt(run, script.load_tokenizer(run), whole.eval(), prompt)
-    used = script.PromptCache(script.replace(run, cache_dir=first / "cache")).load(prompt)
+    used = script.open_prompts(script.replace(run, cache_dir=first / "cache")).get(prompt)
     assert torch.equal(embedding, used)
 
 

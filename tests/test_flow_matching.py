@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from unit_parts import losses_of, start_run
+from unit_parts import losses_of, predict, start_run
 
 FAMILIES = {"dev": Flux2Pipeline, "klein": Flux2KleinPipeline}
 SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -65,10 +65,8 @@ def test_the_prediction_is_exactly_what_the_denoising_call_computes(script, mode
     run = start_run(script, models[family], tmp_path, "--guidance_scale", str(guidance), "--mixed_precision", precision)
     transformer = with_random_lora(script, run)
     for inputs, output, sigma in denoise(script, run, transformer, family, guidance, (48, 80)):
-        with torch.no_grad():
-            actual = script.predict_velocity(
-                run.args, transformer, inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"], 3, 5
-            )
+        given = inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"]
+        actual = predict(script, run.args, transformer, *given, 3, 5)
         assert actual.shape == (2, 15, 32) and actual.dtype == run.dtype
         assert (actual - output).abs().max() == 0
 
@@ -84,10 +82,8 @@ def test_every_input_of_the_transformer_is_the_pipelines(script, models, family,
     calls = denoise(script, run, transformer, family, guidance, (64, 32), steps=6)
     transformer.register_forward_pre_hook(lambda _, args, kwargs: ours.append(kwargs), with_kwargs=True)
     for inputs, _, sigma in calls:
-        with torch.no_grad():
-            script.predict_velocity(
-                run.args, transformer, inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"], 4, 2
-            )
+        given = inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"]
+        predict(script, run.args, transformer, *given, 4, 2)
     for (theirs, _, _), mine in zip(calls, ours, strict=True):
         for name in ("hidden_states", "timestep", "guidance", "encoder_hidden_states"):
             if theirs[name] is None:
@@ -105,14 +101,13 @@ def test_the_lora_and_the_sigma_and_the_prompt_matter(script, tiny, tmp_path):
     transformer = with_random_lora(script, run)
     noisy, embeds = torch.randn(1, 4, 32), torch.randn(1, 64, 96)
 
-    @torch.no_grad()
-    def predict(sigma=0.5, prompt=embeds):
-        return script.predict_velocity(run.args, transformer, noisy, torch.tensor([sigma]), prompt, 2, 2)
+    def velocity(sigma=0.5, prompt=embeds):
+        return predict(script, run.args, transformer, noisy, torch.tensor([sigma]), prompt, 2, 2)
 
-    base = predict()
-    assert not predict(sigma=0.6).allclose(base, atol=1e-4) and not predict(prompt=-embeds).allclose(base, atol=1e-4)
+    base = velocity()
+    assert not velocity(sigma=0.6).allclose(base, atol=1e-4) and not velocity(prompt=-embeds).allclose(base, atol=1e-4)
     transformer.disable_adapters()
-    assert not predict().allclose(base, atol=1e-4)
+    assert not velocity().allclose(base, atol=1e-4)
 
 
 # ---- the loss ----

@@ -14,7 +14,7 @@ import torch
 from conftest import draw_photo, draw_photos
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
-from unit_parts import caption_of, log_lines, losses_of, start_run, training_set
+from unit_parts import caption_of, log_lines, losses_of, predict, start_run, training_set
 
 FAMILIES = ("dev", "klein")
 # (width, height) of references: odd, at the limits of the pipelines, above 1 MP, exactly 1 MP.
@@ -149,9 +149,8 @@ def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i,
     references = i2i.encode_references(run, parts, [views])
     assert len(outputs) == 2
     for (inputs, output), sigma in zip(outputs, pipeline.scheduler.sigmas, strict=False):
-        with torch.no_grad():
-            velocity = i2i.predict_velocity(run.args, transformer, inputs["hidden_states"][:, :15], sigma.expand(1),
-                                            embeds, 3, 5, references)  # fmt: skip
+        noisy = inputs["hidden_states"][:, :15]
+        velocity = predict(i2i, run.args, transformer, noisy, sigma.expand(1), embeds, 3, 5, references)
         assert velocity.shape == (1, 15, 32) and (velocity - output[:, :15]).abs().max() == 0
 
 
@@ -768,7 +767,7 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     run, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first, *flags)
     space = i2i.open_latent_space(run)
     if run.args.cache_latents:
-        i2i.cache_latents(run, space, [image for sample in samples for image in sample.images])
+        i2i.encode_images(run, space, [image for sample in samples for image in sample.images])
     return training_set(i2i, run, samples)
 
 
@@ -854,7 +853,7 @@ def test_target_and_reference_of_the_same_file_have_cache_files_of_their_own(i2i
     space = i2i.open_latent_space(start_run(i2i, tiny, tmp_path))
     image = i2i.Image("x", sha256="0", size=(70, 70), target=(64, 64))
     others = [i2i.as_reference(image, 16, pair) for pair in (None, image, replace(image, size=(140, 140)))]
-    assert len({space.path(one, False) for one in [image, *others]}) == 4
+    assert len({space.key(one, False) for one in [image, *others]}) == 4
 
 
 def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
@@ -914,13 +913,12 @@ def test_references_and_their_order_reach_the_prediction(i2i, tiny, tmp_path):
     first, second, noisy = (torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(n)) for n in range(3))
     ids = [i2i.position_ids(2, 2, time=time) for time in (10, 20)]
 
-    @torch.no_grad()
-    def predict(*references):
+    def velocity(*references):
         embeds = torch.ones(1, 8, 96)
-        return i2i.predict_velocity(run.args, transformer, noisy, torch.tensor([0.5]), embeds, 2, 2, list(references))
+        return predict(i2i, run.args, transformer, noisy, torch.tensor([0.5]), embeds, 2, 2, list(references))
 
-    plain, one = predict(), predict((first, ids[0]))
-    both, swapped = predict((first, ids[0]), (second, ids[1])), predict((second, ids[0]), (first, ids[1]))
+    plain, one = velocity(), velocity((first, ids[0]))
+    both, swapped = velocity((first, ids[0]), (second, ids[1])), velocity((second, ids[0]), (first, ids[1]))
     for a, b in ((plain, one), (one, both), (both, swapped)):
         assert (a - b).abs().max() > 1e-3
 

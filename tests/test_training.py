@@ -33,6 +33,7 @@ from runs import (
     spy,
 )
 from safetensors.torch import load_file
+from unit_parts import predict
 
 pytestmark = pytest.mark.e2e
 
@@ -349,7 +350,7 @@ def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(scrip
 
 def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, captioned, reference_flags, monkeypatch):
     """NAME.txt and NAME.caption are used, [trigger] is replaced, other images get --instance_prompt."""
-    calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.PromptCache, "load")
+    calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.TensorCache, "get")
     quick("--instance_data_dir", captioned, *reference_flags, "--max_train_steps", "5")
     batches = [call.args[2] for call in calls]
     captions = {
@@ -370,7 +371,7 @@ def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, caption
 
 def test_full_caption_dropout_trains_on_the_empty_prompt_only(script, quick, monkeypatch):
     """What reaches the transformer is the embedding of "" at every step."""
-    embedded = spy(monkeypatch, script.PromptCache, "load")
+    embedded = spy(monkeypatch, script.TensorCache, "get")
     dropped = quick("--caption_dropout", "1.0", output="a")
     assert [call.args[1] for call in embedded] == [""] * 3
     kept = quick(output="b")
@@ -453,9 +454,8 @@ def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(script, 
         if "lora_B" in name:
             parameter.data.zero_()  # back to the weights of the first step
     prompts = batch["prompt_embeds"]
-    references = [script.encode_references(run, parts, batch["references"])] if "references" in batch else []
-    with torch.no_grad():
-        velocity = script.predict_velocity(run.args, parts.transformer, mixed, given, prompts, 4, 4, *references)
+    references = script.encode_references(run, parts, batch["references"]) if "references" in batch else []
+    velocity = predict(script, run.args, parts.transformer, mixed, given, prompts, 4, 4, references)
     plain = (velocity - (noise - clean)).square().mean(dim=(1, 2)).double()
     weight = {"cosmap": 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)), "sigma_sqrt": (1 / sigmas**2).clamp(max=100)}
     expected = plain * weight.get(scheme, torch.ones(4).double())

@@ -67,7 +67,7 @@ def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     if references:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
-    space, prompts = script.open_latent_space(run), script.PromptCache(run)
+    space, prompts = script.open_latent_space(run), script.open_prompts(run)
     return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
 
 
@@ -149,6 +149,6 @@ def make_batches(script: ModuleType, run: Any, parts: Any) -> Iterator[tuple[dic
     prompt = torch.randn(shape, dtype=run.dtype)
     with (
         mock.patch.object(script.TrainingSet, "view", random_moments),
-        mock.patch.object(script.PromptCache, "load", lambda *_: prompt),
+        mock.patch.object(script.TensorCache, "get", lambda *_: prompt),
     ):
         yield from script.make_loaders(run, parts, 0)
