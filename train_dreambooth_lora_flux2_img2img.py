@@ -47,7 +47,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
@@ -81,33 +80,37 @@ class CannotWrite(UserError, OSError):
     """A file that cannot be written, on a full disk for instance."""
 
 
-def parse_number(cast: type, least: float, most: float, above: bool, text: str) -> float:
-    """A number from `least` to `most`; `above` leaves out the lower end."""
+def parse_number(kind: tuple, text: str) -> float:
+    """The value of a flag whose kind is (type, least) or (type, least, most)."""
+    cast, least, most = (*kind, 1e18)[:3]
     try:
         value = cast(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid {cast.__name__} value: '{text}'") from None
-    if not least <= value <= most or (above and value == least):
-        end = f" and at most {most}" if most < sys.float_info.max else " and finite"
-        raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {least}{end}, not {text}")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
     return value
 
 
-def number(cast: type, least: float, most: float = sys.float_info.max, above: bool = False) -> Callable:
-    return functools.partial(parse_number, cast, least, most, above)
-
-
-COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0)
-SHARE, BETA, FINITE = number(float, 0, 1), number(float, 0, 1 - 2**-24), number(float, -sys.float_info.max)
+COUNT, NATURAL, POSITIVE, NOT_NEGATIVE, SHARE = (int, 1), (int, 0), (float, 1e-30), (float, 0), (float, 0, 1)
+BETA = (float, 0, 1 - 2**-24)
 
 
 def share_or_switch(text: str) -> float:
-    return SHARE({"true": "1", "false": "0"}.get(text.lower(), text))
+    return parse_number(SHARE, {"true": "1", "false": "0"}.get(text.lower(), text))
 
 
 def to_path(text: str) -> str:
     """A path, or several with commas: a shell leaves the `~` in --output_dir=~/x as it is."""
     return ",".join(map(os.path.expanduser, text.split(",")))
+
+
+def to_sizes(text: str) -> str:
+    """What `parse_sizes` reads: heights and widths in multiples of 16."""
+    grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
+    if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
+        raise argparse.ArgumentTypeError(f"'{text}': write 'height,width', several with ';' between, multiples of 16")
+    return text
 
 
 class Switch(argparse.Action):
@@ -118,7 +121,7 @@ class Switch(argparse.Action):
 
 
 def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
-    """One row of the flag table: `kind` is a type, bool for a switch, or 'a|b|c' for a closed set in any case.
+    """One row: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or that of `parse_number`.
 
     `resume` marks what a resumed run must share with the run that it goes on with.
     """
@@ -128,7 +131,7 @@ def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **
     elif isinstance(kind, str):
         options |= {"type": str.lower, "choices": kind.split("|")}
     else:
-        options |= {"type": kind}
+        options |= {"type": functools.partial(parse_number, kind) if isinstance(kind, tuple) else kind}
     return name, options
 
 
@@ -153,29 +156,29 @@ SHARED_FLAGS = [
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
     flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
-    flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+    flag("aspect_ratio_buckets", to_sizes, None, "train at these sizes, not squares: 'height,width;height,width'"),
     flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
     flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
     flag("random_flip", bool, False, "mirror half of the visits", resume=True),
     flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
     "Prior preservation",
     "Text",
-    flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template", resume=True),
+    flag("max_sequence_length", (int, 1, 512), 512, "text tokens with the template", resume=True),
     flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
-    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
-    flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
+    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
+    flag("lora_dropout", (float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
     flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
     flag("init_lora_from", to_path, None, "start from this .safetensors LoRA, with its rank, alpha and modules"),
     "Flow matching",
     flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
-    flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
+    flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
-    flag("mode_scale", FINITE, 1.29, "scale of the mode density", resume=True),
+    flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
     flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
          "empirical (as at inference) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
@@ -193,18 +196,18 @@ SHARED_FLAGS = [
     flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
     flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
     flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
-    flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
-    flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator", resume=True),
+    flag("adam_weight_decay", (float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
+    flag("adam_epsilon", (float, 1e-30, 0.01), 1e-8, "epsilon of the denominator", resume=True),
     flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
     flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay", resume=True),
     flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction", resume=True),
     flag("prodigy_safeguard_warmup", bool, True, "Prodigy: no warm-up in its step-size estimate", resume=True),
-    flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
+    flag("max_grad_norm", (float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
     flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
          "schedule of the learning rate, in optimizer steps", resume=True),
     flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up", resume=True),
     flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
-    flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial", resume=True),
+    flag("lr_power", (float, 0, 10), 1.0, "power of polynomial", resume=True),
     "Memory and speed",
     flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in every "
          "block, 0.5 in half", nargs="?", const=1.0),
@@ -232,7 +235,7 @@ SHARED_FLAGS = [
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
-    flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
+    flag("validation_size", to_sizes, None, "'height,width' of those images; None: --resolution or the first bucket"),
     flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
     flag("skip_final_inference", bool, False, "no images at the end"),
     "Logging and Hub",
@@ -253,14 +256,13 @@ SHARED_FLAGS = [
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 SECRET_FLAGS = ("hub_token",)
-DRAWN_PROMPTS = ("validation_prompt", "final_validation_prompt", "class_prompt")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
              r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
 
@@ -286,8 +288,6 @@ FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
-
-
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
@@ -295,26 +295,19 @@ LIKELY_CAUSES = {  # of argparse's own errors
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the processes of a machine one tells a mistake; the others wait, for the launcher ends all with the first."""
-
     def error(self, message: str) -> NoReturn:
+        """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
+        if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)
+            self.exit(2)
         causes = [cause for pattern, cause in LIKELY_CAUSES.items() if re.search(pattern, message)]
         self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        silent = status != 0 and is_launched() and os.environ["LOCAL_RANK"] != "0"
-        if silent:
-            time.sleep(10)
-        super().exit(status, None if silent else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the flags in their groups."""
-    summary, _, story = (__doc__ or "").partition("\n")
-    parser = Parser(
-        prog=Path(__file__).name, description=summary, epilog=story.strip("\n"), allow_abbrev=False,
-        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(Path(__file__).name, argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False)
     groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
     for row in SHARED_FLAGS + OWN_FLAGS:
         if isinstance(row, str):
@@ -335,21 +328,13 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
             parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
-    found = parser.parse_args(words)
-    for name in DRAWN_PROMPTS if found.instance_prompt else ():
-        if isinstance(text := getattr(found, name, None), str):
-            setattr(found, name, text.replace("[trigger]", found.instance_prompt))
-        elif text:
-            setattr(found, name, [prompt.replace("[trigger]", found.instance_prompt) for prompt in text])
-    return found
+    trigger = parser.parse_args(words).instance_prompt or "[trigger]"
+    return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """'height,width;height,width' as a list of (height, width). Raises ValueError on anything else."""
-    sizes = [tuple(int(side) for side in pair.split(",")) for pair in text.split(";") if pair.strip()]
-    if not sizes or any(len(size) != 2 for size in sizes):
-        raise ValueError(text)
-    return sizes
+    """'height,width;height,width' as a list of (height, width)."""
+    return [tuple(map(int, pair.split(","))) for pair in text.split(";")]
 
 
 def final_prompts(args: Args) -> list[str]:
@@ -357,73 +342,44 @@ def final_prompts(args: Args) -> list[str]:
 
 
 def check_values(args: Args) -> Iterator[str]:
-    """Problems of sizes, of --timestep_shift and of texts."""
+    """Problems of single flags, of texts, and of the flags that name the model and the data."""
+    model, settings = args.pretrained_model_name_or_path, args.bnb_quantization_config_path
+    if not model:
+        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
+    elif not os.path.isdir(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
+    if args.mixed_precision == "fp16":
+        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
+    if settings and args.do_fp8_training:
+        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
+    if settings and args.stream_blocks:
+        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
+    if bool(args.instance_data_dir) == bool(args.dataset_name):
+        yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
+        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
     if not re.fullmatch(r"linear|none|empirical|[1-9]\d?(\.\d*)?|0?\.\d?[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
-    for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
-        text = getattr(args, name)
-        try:
-            sizes = parse_sizes(text) if text is not None else []
-        except ValueError:
-            sizes = [(0, 0)]
-        if len(sizes) > most or any(min(size) < 16 or size[0] % 16 or size[1] % 16 for size in sizes):
-            several = " (several with ';' between)" * (most > 1)
-            yield f"--{name} '{text}': write it as 'height,width', multiples of 16{several}"
-    for name, value in vars(args).items():
-        text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            yield f"--{name} {ascii(text)}: is not UTF-8; rename the file, or type it anew"
-        if "[trigger]" in text and name in DRAWN_PROMPTS and not args.instance_prompt:
-            yield f"--{name}: [trigger] stands for --instance_prompt, which is missing"
-    if "[trigger]" in (args.instance_prompt or ""):
-        yield "--instance_prompt: is what replaces [trigger] elsewhere; write the words themselves, as in 'sks dog'"
     if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
         yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
-
-
-def check_model_and_data(args: Args) -> Iterator[str]:
-    """Problems of the flags that name the model and the data, as far as the disk can tell."""
-    model, folder = args.pretrained_model_name_or_path, args.instance_data_dir
-    settings = args.bnb_quantization_config_path
-    if not model:
-        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
-    elif os.path.exists(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-        yield f"--pretrained_model_name_or_path {model}: has no model_index.json; give a diffusers folder"
-    elif not os.path.exists(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
-    if args.mixed_precision == "fp16":
-        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings:
-        try:
-            read_quantization(args)
-        except (OSError, ValueError) as error:
-            example = "configs/quantization/nf4.json"
-            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see {example}"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.init_lora_from and not os.path.isfile(args.init_lora_from):
-        yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
-    if bool(folder) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if folder and not os.path.isdir(folder):
-        reason = "a file; give the folder of the images" if os.path.isfile(folder) else "no such folder"
-        yield f"--instance_data_dir {folder}: {reason}"
+    for name in (name for name, value in vars(args).items() if "[trigger]" in str(value)):
+        yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
 
 
 def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
-    settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
-        raise ValueError('it must be an object with one of "load_in_4bit" and "load_in_8bit" true')
+    """The settings in the file of --bnb_quantization_config_path. Raises UserError."""
+    path = args.bnb_quantization_config_path
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
+            raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
+    except (OSError, ValueError, AttributeError) as error:
+        example = "configs/quantization/nf4.json"
+        raise UserError(f"--bnb_quantization_config_path {path}: cannot be used ({error}); see {example}") from None
     return settings
-
-
-LAUNCH_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}  # and the values that change nothing
 
 
 def launched_with(name: str) -> bool:
@@ -433,36 +389,25 @@ def launched_with(name: str) -> bool:
 
 def process_count() -> int:
     """Processes that the launcher started, on all machines."""
-    count = os.environ.get("WORLD_SIZE", "")
-    return int(count) if count.isdigit() else 1
-
-
-def is_launched() -> bool:
-    """Whether the environment has all that a launcher tells a process."""
-    return "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCH_VARIABLES)
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_launch(args: Args) -> Iterator[str]:
     """Problems of the accelerate configuration, which arrives in the environment."""
-    left_over = [name for name, alone in LAUNCH_VARIABLES.items() if os.environ.get(name, alone) != alone]
-    if left_over and not is_launched():
-        yield f"{', '.join(left_over)}: left by another run; `unset {' '.join(left_over)}`, or use accelerate launch"
     if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
-    asked = {name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")}
-    for name in asked | {"TPU"} if os.environ.get("PJRT_DEVICE") == "TPU" else asked:
+    asked = [name for name in ("DEEPSPEED", "MEGATRON_LM") if launched_with(f"ACCELERATE_USE_{name}")]
+    for name in asked + ["TPU"] * (os.environ.get("PJRT_DEVICE") == "TPU"):
         yield f"the accelerate config asks for {name}, which is not supported; use one of configs/accelerate/"
-    if not launched_with("ACCELERATE_USE_FSDP"):
-        return
-    if args.stream_blocks:
+    sharded = launched_with("ACCELERATE_USE_FSDP")
+    if sharded and args.stream_blocks:
         yield "--stream_blocks: FSDP splits the blocks already; leave one out, or set fsdp_offload_params"
-    if process_count() == 1:
+    if sharded and process_count() == 1:
         yield "the accelerate config asks for FSDP on one process; set num_processes, or see configs/accelerate/"
-    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
-    given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
-    if policy.upper() != FSDP_POLICY or not {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS):
-        wanted = f"fsdp_auto_wrap_policy: {FSDP_POLICY}, fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}"
-        yield f"the accelerate config wraps '{given}' by '{policy}'; write {wanted}"
+    known = "TRANSFORMER_BASED_WRAP"
+    if sharded and os.environ.get("FSDP_AUTO_WRAP_POLICY", known).upper() != known:
+        blocks = "fsdp_transformer_layer_cls_to_wrap: Flux2TransformerBlock,Flux2SingleTransformerBlock"
+        yield f"the accelerate config wraps otherwise; write fsdp_auto_wrap_policy: {known}, {blocks}"
 
 
 def report_to(args: Args) -> list[str]:
@@ -472,51 +417,44 @@ def report_to(args: Args) -> list[str]:
 
 
 def check_services(args: Args) -> Iterator[str]:
-    """Problems of trackers, packages, servers and the token."""
-    trackers, settings = report_to(args), args.bnb_quantization_config_path
+    """Problems of secrets, of trackers and of what is not installed."""
+    trackers, url = report_to(args), urllib.parse.urlsplit(args.remote_text_encoder_url)
+    if url.username or url.query:  # it is written down with the other flags
+        yield "--remote_text_encoder_url: give an address without user, password and query"
     for name in sorted({*trackers} - {*TRACKERS}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
     if args.hub_token and {*trackers} - {"tensorboard", "trackio", "mlflow"}:  # may upload sys.argv
         yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
-    wanted = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
-    wanted |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
-    wanted |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
-    wanted |= {"--bnb_quantization_config_path": "bitsandbytes"} if settings else {}
-    wanted |= {"--dataset_name": "datasets"} if args.dataset_name else {}
-    for reason, package in wanted.items():
+    needed = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
+    needed |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
+    needed |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    for reason, package in needed.items():
         if importlib.util.find_spec(package) is None:
             yield f"{reason}: the package is missing, install it with `pip install {package}`"
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
-        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
 
 
 def check_folders(args: Args) -> Iterator[str]:
     """Problems of the folders that are written to: no permission, data in it, or results that nobody gave up."""
-    data = [Path(path).resolve() for path in data_folders(args)]
+    data = {Path(path).resolve() for path in data_folders(args)}
     for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
         if not (given := getattr(args, name, None)):
             continue
         path = Path(given).resolve()
-        parent = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         try:
-            tempfile.TemporaryDirectory(dir=parent).cleanup()
+            tempfile.TemporaryDirectory(dir=next(filter(os.path.exists, (path, *path.parents)))).cleanup()
         except OSError as error:
-            yield f"--{name} {given}: cannot write to {parent} ({error.strerror}); choose another folder"
+            yield f"--{name} {given}: cannot write there ({error}); choose another folder"
             return
-        if path in (Path.home(), Path("/").resolve(), *data) or not set(data).isdisjoint(path.parents):
+        if path in (Path.home(), Path("/").resolve()) or not data.isdisjoint((path, *path.parents)):
             yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
-    folder, target = Path(args.output_dir), args.resume_from_checkpoint
-    if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
-        yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
-    written, config = results_in(folder), folder / "config.args"
-    listed = ", ".join(path.name for path in written[:3])
-    own = config.is_file() and config.read_bytes().startswith(CONFIG_HEAD.encode())
+    folder, written = Path(args.output_dir), results_in(Path(args.output_dir))
+    settings, listed = folder / "config.args", ", ".join(path.name for path in written[:3])
+    own = settings.is_file() and settings.read_bytes().startswith(CONFIG_HEAD.encode())
     if not own and not all((path / "manifest.json").is_file() for path in written):  # as in our checkpoints
         yield f"--output_dir {folder}: holds {listed}, which no run of this script wrote; choose another folder"
-    elif written and not (target or args.overwrite_output_dir or args.dry_run):
-        yield (f"--output_dir {folder}: holds {listed}, of an earlier run; go on with it by --resume_from_checkpoint "
-               "latest, or remove its files, not the cache, by --overwrite_output_dir")  # fmt: skip
+    elif written and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
+        ways = "go on with --resume_from_checkpoint latest, or remove its files by --overwrite_output_dir"
+        yield f"--output_dir {folder}: holds {listed}, of an earlier run; {ways}, which leaves the cache"
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -574,25 +512,14 @@ def flag_notes(args: Args) -> list[str]:
     return [note for note, holds in notes.items() if holds]
 
 
-def is_launcher(command: bytes) -> bool:
-    """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
-    launchers = {
-        b"accelerate",
-        b"accelerate-launch",
-        b"accelerate.commands.launch",
-        b"torchrun",
-        b"torch.distributed.run",
-    }
-    return not launchers.isdisjoint(map(os.path.basename, command.split(b"\0")[:4]))  # python -X y -m module
-
-
 def end_with_launcher() -> None:
     """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
 
     Any other parent, a shell or a supervisor, may end before the run does.
     """
     command = Path(f"/proc/{os.getppid()}/cmdline")
-    if sys.platform == "linux" and command.is_file() and is_launcher(command.read_bytes()):
+    words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
+    if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
@@ -602,10 +529,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The checked command line (`sys.argv[1:]` if None); prints what is wrong with its remedy and exits with 2."""
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
-    checks = (check_values, check_model_and_data, check_launch, check_services, check_folders, check_own)
+    checks = (check_values, check_launch, check_services, check_folders, check_own)
     if problems := [problem for check in checks for problem in check(args)]:
-        listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"{parser.prog}: {len(problems)} problem(s) on the command line, nothing was loaded:\n{listed}")
+        head = f"{len(problems)} problem(s) on the command line, nothing was loaded:"
+        parser.error("\n  - ".join([head, *problems]))
     return args
 
 
@@ -677,6 +604,8 @@ class Run:
     args: Args
     accelerator: accelerate.Accelerator
     device: torch.device
+    process_index: int  # from 0, over all machines
+    processes: int  # on all machines; each has a device and a micro-batch of its own
     dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
     seed: int
     model: ModelFiles
@@ -700,14 +629,6 @@ class Run:
         four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
         blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
-
-    @property
-    def process_index(self) -> int:  # from 0, over all machines
-        return self.accelerator.process_index
-
-    @property
-    def processes(self) -> int:  # on all machines; each has a device and a micro-batch of its own
-        return self.accelerator.num_processes
 
     @property
     def is_main(self) -> bool:  # the one that writes what the run has only once
@@ -758,10 +679,6 @@ class OutOfMemory(torch.OutOfMemoryError):
     """Out of memory, with what was going on and what to do. Exit code 6."""
 
 
-class Stopped(SystemExit):
-    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
-
-
 EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, KeyboardInterrupt: 130}
 
 
@@ -788,7 +705,7 @@ def start_run(args: Args) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def output_lock(args: Args) -> Iterator[None]:
-    """Keeps other runs out of the output folder while this one goes on. Raises UserError that says who is in it.
+    """Keeps other runs out of the output folder while this one goes on. Raises UserError.
 
     The kernel gives the lock back however its process ends. Not `filelock`: workers, which may outlive a killed run,
     inherit its flock, and without locks it falls back in silence to a file that a kill leaves behind. Windows has none.
@@ -800,15 +717,16 @@ def output_lock(args: Args) -> Iterator[None]:
 
     path = Path(args.output_dir) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"--output_dir {args.output_dir}: another run is going on in it ({file.read().strip()}); "
-                            "wait for it, stop it, or choose another folder") from None  # fmt: skip
+            who = path.read_text(encoding="utf-8").strip()
+            raise UserError(
+                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
+            ) from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -876,8 +794,8 @@ class StopSignals:
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # no other may install handlers
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
+        with contextlib.suppress(ValueError):  # in any but the main thread
             self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
@@ -907,8 +825,7 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
-        log.addHandler(LogHandler())
+    log.handlers = [LogHandler()]  # of one script, where both are imported
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -923,8 +840,8 @@ def start_accelerator(args: Args) -> Run:
         raise UserError("--push_to_hub, --remote_text_encoder: no token; run `hf auth login` or set HF_TOKEN")
     for note in flag_notes(args):
         log.warning(note)
-    if is_launched() and process_count() > 1:
-        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}")
+    if process_count() > 1:
+        log.info(f"launch: {process_count()} processes meet at {os.environ.get('MASTER_ADDR')}")
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
     accelerator = accelerate.Accelerator(
@@ -946,7 +863,8 @@ def start_accelerator(args: Args) -> Run:
     drawn = int(broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)))
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
     return Run(
-        args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
+        args, accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes,
+        dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         lora=find_lora(args, model), quantization=find_quantization(args, model),
@@ -988,29 +906,25 @@ def create_hub_repo(args: Args) -> str | None:
         raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
 
 
-class Progress(contextlib.AbstractContextManager):
+class Progress(tqdm):
     """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
-
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        self.in_lines = not sys.stderr.isatty()
+        options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
+        silent = not log.isEnabledFor(logging.INFO)
+        super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
 
     def advance(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar. A terminal that was closed does not end the run."""
-        self.done += 1
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
-            self.last_line, left = now, (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+        self.set_postfix_str(note, refresh=False)
+        self.update()
+
+    def display(self, *args: Any, **options: Any) -> None:
+        if not self.in_lines:
+            super().display(*args, **options)
+        elif self.n > self.last_print_n:
+            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
+            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
 
 
 class LogHandler(logging.Handler):
@@ -4137,7 +4051,7 @@ def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
 
 
 def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
-    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
+    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or SystemExit."""
     finished = stop.agreed is None
     try:
         if run.is_main:
@@ -4161,7 +4075,7 @@ def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
         if run.is_main:
             log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
         track(run, run.accelerator.end_training)
-        raise Stopped(128 + stop.agreed)
+        raise SystemExit(128 + stop.agreed)
 
 
 def print_results(run: Run, state: TrainState) -> None:

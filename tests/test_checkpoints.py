@@ -448,7 +448,7 @@ def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpo
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
     script, quick, six_steps, monkeypatch, tmp_path, capsys, number, code
 ):
-    """Stopped carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
+    """SystemExit carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
 
     def signalled(run, parts, state, batches, original=script.train_step):
         if state.step == 2:
@@ -457,7 +457,7 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "train_step", signalled)
-        with pytest.raises(script.Stopped) as caught:
+        with pytest.raises(SystemExit) as caught:
             quick("--max_train_steps", "6")
     folder = tmp_path / "out"
     assert caught.value.code == code
@@ -470,7 +470,7 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
 
 def test_the_time_limit_saves_and_stops_like_a_signal(script, quick, six_steps, tmp_path):
     """One step is always done, and without the limit the run goes on exactly."""
-    with pytest.raises(script.Stopped) as caught:
+    with pytest.raises(SystemExit) as caught:
         quick("--max_train_steps", "6", "--max_train_minutes", "1e-6")
     folder = tmp_path / "out"
     assert caught.value.code == 143 and checkpoints(folder) == [1] and len(metrics(folder)) == 1

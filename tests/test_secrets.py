@@ -80,7 +80,7 @@ def test_tokens_in_the_environment_of_a_program_are_in_nothing_that_wandb_and_te
 @pytest.mark.e2e
 def test_the_line_that_goes_on_does_not_tell_the_token(script, train, cache, capsys):
     token = "of-a-form-that-nobody-knows"
-    with pytest.raises(script.Stopped):
+    with pytest.raises(SystemExit):
         train("--latents_cache_dir", cache, "--hub_token", token, "--max_train_minutes", "1e-6")
     printed = "".join(capsys.readouterr())
     assert "config.args', '--resume_from_checkpoint', 'latest'" in printed and token not in printed
