@@ -645,15 +645,27 @@ class Stream:
 
 
 @dataclass
-class TrainingParts:
-    """What the training loop works with."""
+class Training:
+    """What is trained, on what, and how far it is: made by `prepare_training`, changed by every step."""
 
     space: LatentSpace
-    prompts: TensorCache
-    transformer: nn.Module
-    vae: Any  # None when the images are cached and nothing is drawn
     streams: list[Stream]  # the first one is what is learned
-    buckets: list[Size]
+    vae: Any  # None when the images are cached and nothing is drawn
+    transformer: nn.Module
+    parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
+    ups: list[torch.Tensor]  # all lora_B, without autograd: what the LoRA has moved, since they start from 0
+    update_norm: torch.Tensor  # of `ups` in the last step
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    fingerprint: dict[str, Any]
+    stop: StopSignals
+    step: int = 0  # optimizer steps done
+    whole: bool = True  # False within an update: weights and moments of one step, the count of another
+    skipped: int = 0  # steps in a row that were not finite
+    smoothed_loss: float | None = None
+    signal: int = 0  # the highest that any process had received in the last step
+    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
+    seconds: float = 0.0  # that the steps since this start took
 
     @property
     def samples(self) -> list[Sample]:  # what is learned: epochs count these
@@ -893,17 +905,6 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
     if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
         raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
     return layers
-
-
-def create_hub_repo(args: Args) -> str | None:
-    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    try:
-        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
-    except Exception as error:  # the network has no common base of errors
-        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
 
 
 class Progress(tqdm):
@@ -1961,17 +1962,16 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
 
 
 # differs: samples of the text-to-image script have no references
-def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
-    """The samples, every image decoded once and every caption final, and the (height, width) sizes to train at."""
-    buckets = choose_buckets(run)
-    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), buckets)
+def check_data(run: Run) -> list[Sample]:
+    """The samples, every image decoded once and every caption final."""
+    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     check_references(run, samples)
     for row, prompt in enumerate(run.args.validation_prompt or final_prompts(run.args)):
         sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
-    return samples, buckets
+    return samples
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
@@ -2912,9 +2912,7 @@ def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
 # endregion shared: flow-matching
 
 
-def encode_references(
-    run: Run, parts: TrainingParts, views: list[list[torch.Tensor]]
-) -> list[tuple[torch.Tensor, ...]]:
+def encode_references(run: Run, training: Training, views: list[list[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
     """(tokens (B, L, C), position ids (1, L, 4)) of each reference; `views` holds those of every sample.
 
     Tokens are clean, from the mean of the VAE's distribution; reference k = 1, 2, ... of a sample has T = 10 k.
@@ -2923,15 +2921,15 @@ def encode_references(
     for number, view in enumerate(zip(*views, strict=True), start=1):
         moments = torch.stack([each.to(run.device, non_blocking=True) for each in view])
         if not run.args.cache_latents:
-            moments = encode_pixels(parts.vae_on_device(run), moments)
+            moments = encode_pixels(training.vae_on_device(run), moments)
         height, width = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
         ids = position_ids(height, width, time=10 * number, device=run.device)
-        references.append((tokens_from_moments(parts.space, moments), ids))
+        references.append((tokens_from_moments(training.space, moments), ids))
     return references
 
 
 # differs: some samples have references
-def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses (B), sigmas (B)) of one micro-batch from the loader: what is minimised, from the cache to the number.
 
     x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0. The loss of a sample is the mean of the
@@ -2939,25 +2937,25 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     transformer.
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
-    height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
+    height, width = (side // training.space.cell for side in batch["target"][0])  # in tokens
     sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width).to(run.device, non_blocking=True)
     tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
     noise_BLC, prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]
 
     # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
     if "moments" not in tensors:
-        tensors["moments"] = encode_pixels(parts.vae_on_device(run), tensors["pixels"])
-    clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
-    references = encode_references(run, parts, [views for views in batch["references"] if views])
+        tensors["moments"] = encode_pixels(training.vae_on_device(run), tensors["pixels"])
+    clean_BLC = tokens_from_moments(training.space, tensors["moments"], tensors.get("posterior_noise"))
+    references = encode_references(run, training, [views for views in batch["references"] if views])
     if not run.args.cache_latents:
-        parts.rest_vae(run.args)
+        training.rest_vae(run.args)
 
     # x_t, and the velocity there, by the very call of the pipelines' denoising loop: the timestep is rounded to the
     # compute dtype as there, so that bf16 sees the same grid in training as at inference. The sequence is target,
     # reference 1, reference 2, ...; what comes out at the references is of no meaning.
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    timestep_B, guided = (sigmas_B * 1000).to(run.dtype) / 1000, parts.transformer.config.guidance_embeds
+    timestep_B, guided = (sigmas_B * 1000).to(run.dtype) / 1000, training.transformer.config.guidance_embeds
     text_ids = position_ids(1, 1, length=prompt_embeds_BLD.shape[1], device=run.device)
     target_ids = position_ids(height, width, device=run.device)
     velocity_BLC = torch.empty_like(noise_BLC, dtype=run.dtype)
@@ -2967,7 +2965,7 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
             continue
         chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
         behind = references if given else []
-        velocity_BLC[chosen] = parts.transformer(
+        velocity_BLC[chosen] = training.transformer(
             hidden_states=torch.cat([noisy_BLC[chosen], *(tokens for tokens, _ in behind)], dim=1).to(run.dtype),
             timestep=timestep_B[chosen],
             guidance=torch.full_like(sigmas_B[chosen], run.args.guidance_scale) if guided else None,
@@ -2995,30 +2993,28 @@ def total_steps(run: Run, samples: int) -> int:
 
 
 def peak_learning_rate(run: Run) -> float:
-    """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
     rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
     return rate * (samples_per_step(run) if run.args.scale_lr else 1)
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the fp32 adapter; the optional packages are imported when they are used."""
-    shared = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2),
-              "eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}  # fmt: skip
+    options = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2)}
+    options |= {"eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}
     if run.args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        own = {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple,
-               "use_bias_correction": run.args.prodigy_use_bias_correction,
-               "safeguard_warmup": run.args.prodigy_safeguard_warmup}  # fmt: skip
-        return Prodigy(parameters, **shared, **own)
+        options |= {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple}
+        options |= {"use_bias_correction": run.args.prodigy_use_bias_correction}
+        return Prodigy(parameters, safeguard_warmup=run.args.prodigy_safeguard_warmup, **options)
     if run.args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
 
 
-def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
+def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any]:
     """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
@@ -3026,49 +3022,47 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    parameters, rows, weights, names = list(state.parameters.values()), [], [], []
+    parameters, rows, weights, names = list(training.parameters.values()), [], [], []
 
     # the gradient of each stream's mean loss, summed over streams, averaged over micro-batches by accelerate's backward
     for micro in range(accumulation):
-        for stream, batch in zip(parts.streams, next(batches), strict=True):
+        for stream, batch in zip(training.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
                 # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
-                key = (state.step * accumulation + micro, len(rows) * run.processes + run.process_index)
+                key = (training.step * accumulation + micro, len(rows) * run.processes + run.process_index)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
-            losses_B, sigmas_B = batch_losses(run, parts, batch)
+            losses_B, sigmas_B = batch_losses(run, training, batch)
             run.accelerator.backward(stream.weight * losses_B.mean())
             rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
             weights += [stream.weight] * len(sigmas_B)
             names += batch["name"]
 
     # averaged over processes, each of which learns (loss, sigma) of every sample, and whether one got a signal
-    received = (state.stop and state.stop.received) or 0
-    rows_N3 = average_over_processes(run, parameters, nn.functional.pad(torch.cat(rows), (0, 1), value=received))
+    rows_N3 = nn.functional.pad(torch.cat(rows), (0, 1), value=training.stop.received or 0)
+    rows_N3 = average_over_processes(run, parameters, rows_N3)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
-    lora_norm = torch.stack(torch._foreach_norm(lora_ups(state))).norm()
-    last_update = torch.zeros_like(lora_norm) if state.update_norm is None else state.update_norm
-    norms = torch.stack([grad_norm, lora_norm, last_update])
+    norms = torch.stack([grad_norm, torch.stack(torch._foreach_norm(training.ups)).norm(), training.update_norm])
     *numbers, grad_norm, lora_norm, last_update = torch.cat([rows_N3.flatten(), norms]).tolist()
     losses, sigmas, signals = numbers[0::3], numbers[1::3], numbers[2::3]
-    state.signal = int(max(signals))
+    training.signal = int(max(signals))
 
     # what is minimised: the weighted mean over the global batch
     loss = sum(losses) / samples_per_step(run)
-    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values = {"step": training.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": training.schedule.get_last_lr()[0]}
     values |= {"lora_norm": lora_norm, "update_ratio": last_update / lora_norm if lora_norm else 0.0}
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
-    state.whole = False
+    training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(state)
-        state.skipped = 0
+        apply_update(training)
+        training.skipped = 0
     else:
-        state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
-        state.skipped += 1
-        name_bad_samples(run, state.step + 1, names, losses, sigmas)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
-    state.step += 1
-    state.whole = True
+        training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
+        training.skipped += 1
+        name_bad_samples(run, training.step + 1, names, losses, sigmas)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.schedule.step()
+    training.step += 1
+    training.whole = True
     return {**values, "seconds": time.perf_counter() - started}
 
 
@@ -3092,16 +3086,10 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     return slots.view(-1, rows.shape[1])
 
 
-def lora_ups(state: TrainState) -> list[torch.Tensor]:
-    """All lora_B, without autograd: what the LoRA has moved, since they start from 0."""
-    return [parameter.detach() for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
-
-
-def apply_update(state: TrainState) -> None:
-    """The optimizer's step; keeps the norm of the update on the device."""
-    before = [up.clone() for up in lora_ups(state)]
-    state.optimizer.step()
-    state.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(lora_ups(state), before))).norm()
+def apply_update(training: Training) -> None:
+    before = [up.clone() for up in training.ups]
+    training.optimizer.step()
+    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3162,8 +3150,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
+def list_checkpoints(output_dir: Path) -> list[Path]:  # oldest first
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, folders), key=step_of)
 
@@ -3177,10 +3164,9 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
     for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
         if (problem := verify_checkpoint(folder)) is None:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state.get("format") == CHECKPOINT_FORMAT:
-                return Checkpoint(folder, state)
-            raise UserError(f"{folder}: is of format {state.get('format', 1)}, not {CHECKPOINT_FORMAT}: go on with the "
-                            "script that wrote it, or start anew from its LoRA with --init_lora_from")  # fmt: skip
+            if state.get("format") != CHECKPOINT_FORMAT:
+                raise UserError(f"{folder}: is of another script's format; start anew with --init_lora_from its LoRA")
+            return Checkpoint(folder, state)
         if target != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
@@ -3196,23 +3182,21 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
     """
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
-    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {
-        "rank": run.lora.rank, "lora_alpha": run.lora.alpha, "learning_rate": peak_learning_rate(run), "seed": run.seed,
-        "lora_layers": sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets}),
-        "LoRA modules": len(run.lora.targets),
-        "prodigy_beta3": math.sqrt(run.args.adam_beta2) if beta3 is None else beta3,
-        "timestep_shift": shift if shift.isalpha() else float(shift),
-        "text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization,
-        "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
-        "transformer": run.model.identity("transformer"), "text encoder and tokenizer": open_prompts(run).key,
-    }  # fmt: skip
+    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {"seed": run.seed, "dtype": str(run.dtype)}
+    result |= {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "LoRA modules": len(run.lora.targets)}
+    result["lora_layers"] = sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets})
+    result["learning_rate"] = peak_learning_rate(run)
+    result["train_batch_size x processes"] = run.args.train_batch_size * run.processes
+    result["timestep_shift"] = shift if shift.isalpha() else float(shift)
+    result["prodigy_beta3"] = math.sqrt(run.args.adam_beta2) if beta3 is None else beta3
+    result |= {"transformer": run.model.identity("transformer"), "bnb_quantization_config": run.quantization}
+    result |= {"text_encoder_out_layers": list(run.text_layers), "text encoder and tokenizer": open_prompts(run).key}
     if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
     for stream in streams:
         result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
         result[f"{stream.name} data"] = digest(*(sample.content for sample in stream.samples))
-    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        # these schedules bend towards the end: another end is another run
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):  # these bend towards the end
         result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
     return result
 
@@ -3225,56 +3209,38 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
-        lines += ("\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
-                  f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}")  # fmt: skip
+        lines += "\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
+        lines += f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}"
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
 
-@dataclass
-class TrainState:
-    """What changes while training, beside the weights."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    fingerprint: dict[str, Any]
-    step: int = 0  # optimizer steps done
-    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
-    whole: bool = True  # False within an update: weights and moments of one step, the count of another
-    skipped: int = 0  # steps in a row that were not finite
-    smoothed_loss: float | None = None
-    update_norm: torch.Tensor | None = None  # of lora_B in the last step
-    stop: StopSignals | None = None
-    signal: int = 0  # the highest that any process had received in the last step
-    steps_here: int = 0  # optimizer steps since this start, and the seconds that they took
-    seconds: float = 0.0
-
-
-def save_checkpoint(run: Run, state: TrainState) -> Path:
+def save_checkpoint(run: Run, training: Training) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
-    if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
-        raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
-    final, temporary = run.output_dir / f"checkpoint-{state.step}", run.output_dir / f".tmp-checkpoint-{os.getpid()}"
+    if bad := [name for name, parameter in training.parameters.items() if not parameter.isfinite().all()]:
+        raise NotFinite(f"step {training.step}: {bad[0]} is not finite, so it is not saved; what was saved stays")
+    final = run.output_dir / f"checkpoint-{training.step}"
     if verify_checkpoint(final) is None:
         return final  # a finished run was resumed: this is what it goes on from
-    tensors, scalars = {f"lora/{name}": parameter for name, parameter in state.parameters.items()}, {}
-    for name, parameter in state.parameters.items():
-        for key, value in state.optimizer.state[parameter].items():
+    tensors, scalars = {f"lora/{name}": parameter for name, parameter in training.parameters.items()}, {}
+    for name, parameter in training.parameters.items():
+        for key, value in training.optimizer.state[parameter].items():
             (tensors if torch.is_tensor(value) else scalars)[f"{name}/{key}"] = value
     # cloned, since bitsandbytes' quantisation maps are shared by all parameters, which safetensors refuses
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    groups = [{k: value for k, value in group.items() if k != "params"} for group in training.optimizer.param_groups]
+    schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
-        "format": CHECKPOINT_FORMAT, "step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss,
-        "seed": run.seed, "fingerprint": state.fingerprint, "optimizer": {"state": scalars, "groups": groups},
-        "schedule": {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"},
+        "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
+        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
+        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
-    try:
+    with tempfile.TemporaryDirectory(prefix=".tmp-checkpoint-", dir=run.output_dir) as holder:
+        temporary = Path(holder) / final.name
         temporary.mkdir()
         (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
-        save_lora(run, state.parameters, temporary)
+        save_lora(run, training.parameters, temporary)
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -3283,18 +3249,12 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         if final.exists():  # a damaged one, which was skipped
             shutil.rmtree(final)
         temporary.rename(final)
-        flush_to_disk(run.output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    flush_to_disk(run.output_dir)
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
     older = [folder for folder in list_checkpoints(run.output_dir) if folder != final]
     for folder in older[: max(0, len(older) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            log.warning(f"checkpoint: {folder} could not be removed ({error})")
+        shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
@@ -3312,30 +3272,39 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside_newer(run: Run) -> None:
-    """Renames checkpoints beyond the step at which a resumed run goes on: `latest` must not find them later."""
-    for folder in reversed(list_checkpoints(run.output_dir)) if run.resume else ():
-        if step_of(folder) > run.resume.state["step"]:
+def rewind(run: Run) -> None:
+    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice.
+
+    Lines of metrics.jsonl that a power failure has damaged go too.
+    """
+    step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
+    for folder in reversed(list_checkpoints(run.output_dir)):
+        if run.resume and step_of(folder) > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             log.warning(f"checkpoint: {folder.name} is newer than where the run goes on: it is now {aside}")
+    if path.is_file():
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(path, b"".join(kept))
 
 
-def restore(run: Run, state: TrainState) -> None:
+def restore(run: Run, training: Training) -> None:
     """Brings weights, optimizer and schedule to the point of the run's checkpoint."""
     tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
-    for name, parameter in state.parameters.items():
+    for name, parameter in training.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
-    slots: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    slots: dict[str, dict[str, Any]] = {name: {} for name in training.parameters}
     for path, value in {**tensors, **stored["optimizer"]["state"]}.items():
         name, key = path.split("/")
         slots[name][key] = value
     groups = [{**group, "params": [*range(len(slots))]} for group in stored["optimizer"]["groups"]]  # there is one
-    state.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
-    state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
-    state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
-    log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")
+    training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
+    training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
+    training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
 # endregion shared: checkpoints
@@ -3347,46 +3316,47 @@ def restore(run: Run, state: TrainState) -> None:
 # by training alone, and no random number of training moves. Images are not worth a run: a failure is a warning, except
 # under sharding, where the other processes wait for this one's part of the weights.
 # region shared: validation
-def make_pipeline(run: Run, parts: TrainingParts) -> Any:
-    """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
+def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
+    """The installed pipeline around models that are on the device, without encoder; they stay as they are."""
     distilled = bool(run.model.index.get("is_distilled"))
     klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
-    models = {"transformer": parts.transformer, "vae": parts.vae_on_device(run), "text_encoder": None}
-    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, tokenizer=None, **models, **klein)
+    models = {"transformer": transformer, "vae": vae, "text_encoder": None, "tokenizer": None}
+    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
 def generate(
-    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
+    run: Run, space: LatentSpace, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
     """Images of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
+    prompts, dtype = open_prompts(run), pipeline.transformer.x_embedder.weight.dtype  # class images may have their own
     options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
-        options["negative_prompt_embeds"] = torch.stack([parts.prompts.get("")] * len(seeds)).to(run.device, run.dtype)
-    prompt_embeds = torch.stack([parts.prompts.get(prompt)] * len(seeds)).to(run.device, run.dtype)
+        options["negative_prompt_embeds"] = torch.stack([prompts.get("")] * len(seeds)).to(run.device, dtype)
+    prompt_embeds = torch.stack([prompts.get(prompt)] * len(seeds)).to(run.device, dtype)
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
     if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
-        tokens_BLC = tokens_from_moments(parts.space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
-    height, width = (side // parts.space.cell for side in size)
-    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, height, width)
+        tokens_BLC = tokens_from_moments(space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
+    return decode_tokens(space, pipeline.vae, tokens_BLC, *(side // run.cell for side in size))
 
 
 # endregion shared: validation
 
 
 # differs: images of the text-to-image script have no references
-def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, dict[str, Any]]:
+def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
     """(height, width) of the images of the prompt in this row, and its references for the pipeline.
 
     The size is as asked, or the trained one nearest in shape to the first reference. With --align_cond_image references
     are brought to it, as in training.
     """
-    images, size = validation_references(run.args, row), buckets[0]
+    images, buckets = validation_references(run.args, row), choose_buckets(run)
+    size = buckets[0]
     if run.args.validation_size:
         size = parse_sizes(run.args.validation_size)[0]
     elif images:
@@ -3397,18 +3367,18 @@ def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, di
 
 
 # region shared: sheets
-def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> None:
+def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
     """Draws --num_validation_images of each prompt into `folder`, by all processes, in lock-step where they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
     with shared_out(run, everything, lockstep=run.sharding) as todo:
-        pipeline = make_pipeline(run, parts)
+        pipeline = make_pipeline(run, training.transformer, training.vae_on_device(run))
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
-                size, inputs = validation_inputs(run, row, parts.buckets)
-                image = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
+                size, inputs = validation_inputs(run, row)
+                seeds = [("validation", row, number)]
+                image = generate(run, training.space, pipeline, prompt, seeds, size, **inputs)[0]
                 write_image(image, folder / f"prompt-{row}_image-{number}.png")
                 progress.advance()
-        parts.rest_vae(run.args)
 
 
 def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
@@ -3420,71 +3390,76 @@ def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_sheet(run: Run, parts: TrainingParts, prompts: list[str], folders: list[Path], path: Path) -> None:
+def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) -> None:
     """A contact sheet: a row per prompt, with its references and the first image that each folder has of it."""
-    given = [validation_inputs(run, row, parts.buckets)[1].get("image", []) for row in range(len(prompts))]
+    given = [validation_inputs(run, row)[1].get("image", []) for row in range(len(prompts))]
     titles = [f"reference {number + 1}" for number in range(max(map(len, given)))]
     cells = {(x, y): image for y, images in enumerate(given) for x, image in enumerate(images)}
     for (x, folder), y in itertools.product(enumerate(folders, start=len(titles)), range(len(prompts))):
         if (file := folder / f"prompt-{y}_image-0.png").is_file():
             cells[x, y] = PIL.Image.open(file).convert("RGB")
     titles += [folder.name for folder in folders]
-    widest, highest = (max(image.size[side] for image in cells.values()) for side in (0, 1))
-    scale = 256 / max(widest, highest)
-    width, height = round(widest * scale), round(highest * scale)
-    sheet = PIL.Image.new("RGB", (len(titles) * (width + 8) + 8, len(prompts) * (height + 28) + 24), "white")
+    sheet = PIL.Image.new("RGB", (len(titles) * 264 + 8, len(prompts) * 284 + 24), "white")  # 256 pixels an image
     draw = PIL.ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
-        draw.text((8 + x * (width + 8), 6), title, fill="black")
+        draw.text((8 + 264 * x, 6), title, fill="black")
     for y, prompt in enumerate(prompts):
-        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(titles) * width // 7], fill="black")
+        draw.text((8, 284 + 284 * y), prompt[: len(titles) * 36], fill="black")
     for (x, y), image in cells.items():
-        filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
-        fitted = PIL.ImageOps.contain(image, (width, height), filter)
-        sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
+        sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
 
 
+def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
+    """The first image of each prompt, to a tracker that takes images; TensorBoard and wandb get the prompt with it."""
+    for row, prompt in enumerate(prompts):
+        name, image = f"validation/{row}", np.asarray(PIL.Image.open(folder / f"prompt-{row}_image-0.png"))
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Image(image, caption=prompt)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+            tracker.log({f"{name}/prompt": prompt}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: image[None]}, step=step)
+
+
 @torch.no_grad()
-def validation_loss(run: Run, parts: TrainingParts) -> float:
+def validation_loss(run: Run, training: Training) -> float:
     """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, parts.space, parts.samples, "validation"), min(4, len(parts.samples))
-    losses = [batch_losses(run, parts, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
+    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
+    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
     return sum(losses) / len(losses)
 
 
-def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
+def validate(run: Run, training: Training) -> dict[str, float]:
     """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
-    samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
-    folder = samples_dir / f"step-{state.step:06d}"
-    parts.transformer.eval()
+    samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
+    folder = samples_dir / f"step-{training.step:06d}"
+    training.transformer.eval()
     try:
-        draw_samples(run, parts, prompts, folder)
+        draw_samples(run, training, prompts, folder)
+        training.rest_vae(run.args)
         if run.is_main:
-            draw_sheet(run, parts, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            images = [np.asarray(PIL.Image.open(path)) for path in sorted(folder.glob("prompt-*_image-0.png"))]
-            for tracker in run.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    named = {f"validation/{row}": image[None] for row, image in enumerate(images)}  # sizes may differ
-                    track(run, tracker.log_images, named, step=state.step, **options)
-        return {"validation_loss": validation_loss(run, parts)}
+            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+            track(run, functools.partial(send_images, prompts, folder, training.step))
+        values["validation_loss"] = validation_loss(run, training)
     except Exception as error:
         if run.sharding:
             raise
-        log.error(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
-    finally:
-        parts.transformer.train()
-    parts.rest_vae(run.args)
+        log.error(f"validation: failed at step {training.step} ({type(error).__name__}: {error}); training goes on")
+    training.transformer.train()
+    training.rest_vae(run.args)
     release_memory()  # training has the memory that it had before
-    return {}
+    return values
 
 
 # endregion shared: sheets
 
 
 # differs: the text-to-image script has class images and no references
-def prepare_streams(run: Run, parts: TrainingParts, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
     return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
 
@@ -3532,18 +3507,18 @@ def without_folders(path: str) -> str:
 
 
 def warn_once(run: Run, subject: str, problem: Any) -> None:
-    """A warning of what is not worth a run, the first time that it happens."""
     if subject not in run.told:
         run.told.add(subject)
         log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
 
 
-def track(run: Run, send: Callable, *what: Any, **options: Any) -> None:
-    """Calls a method of the trackers; whatever one of them raises does not stop the run."""
-    try:
-        send(*what, **options)
-    except Exception as error:
-        warn_once(run, "trackers", f"{send.__name__} failed ({error})")
+def track(run: Run, send: Callable) -> None:
+    """Calls `send` with each tracker; what one of them raises stops neither the run nor the others."""
+    for tracker in run.accelerator.trackers:
+        try:
+            send(tracker)
+        except Exception as error:
+            warn_once(run, f"tracker {tracker.name}", f"failed ({type(error).__name__}: {error})")
 
 
 def write_metrics(run: Run, values: dict[str, Any]) -> None:
@@ -3554,30 +3529,20 @@ def write_metrics(run: Run, values: dict[str, Any]) -> None:
                 stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
     except OSError as error:
         warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
-    track(run, run.accelerator.log, values, step=values["step"])
+    track(run, lambda tracker: tracker.log(values, step=values["step"]))
 
 
-def trim_metrics(run: Run, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again, and lines that a power failure has damaged."""
-    path, kept = run.output_dir / "metrics.jsonl", []
-    if path.is_file():
-        for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(path, b"".join(kept))
-
-
-def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
     """Images from the saved file, read back into the resident adapter: (prompt, path) of each for the card."""
     prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
-    parts.transformer.eval()
+    training.transformer.eval()
     try:
-        load_lora(parameters, run.output_dir / LORA_FILE)
-        draw_samples(run, parts, prompts, final)
+        load_lora(training.parameters, run.output_dir / LORA_FILE)
+        draw_samples(run, training, prompts, final)
         if run.is_main:
-            draw_sheet(run, parts, prompts, [final], final / "contact_sheet.png")
+            draw_sheet(run, prompts, [final], final / "contact_sheet.png")
     except Exception as error:
         if run.sharding:
             raise
@@ -3587,30 +3552,31 @@ def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.P
     return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
-def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
+def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
     """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
 
     The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
     """
-    base, on_hub, trigger = run.model.public_name, run.model.remote, run.args.instance_prompt
-    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
+    base, trigger, data = run.model.public_name, run.args.instance_prompt, run.args.dataset_name
     pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
+    repo = run.hub_repo or run.output_dir.absolute().name
+    adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
+    adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
+    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"]
+    widget = [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None
     head = huggingface_hub.ModelCardData(
-        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
-        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
-        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
+        library_name="diffusers", pipeline_tag=TASK, tags=tags, instance_prompt=trigger, widget=widget, **adapted,
+        **run.family.license,
     )  # fmt: skip
-    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}",
-             "steps": state.step, "seed": run.seed, "base in": run.base_format,
-             "resolution": run.args.resolution}  # fmt: skip
+    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
+    facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
     layers = f', "text_encoder_out_layers": {run.text_layers}' if run.args.text_encoder_out_layers else ""
     prompts = {"prompt_embeds": next(iter(final_prompts(run.args)), trigger or "a photo")}
     if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
         prompts["negative_prompt_embeds"] = ""
     text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
-    (imports, inputs), (more_imports, quantization) = card_inputs(run), card_quantization(run)
+    imports, inputs = card_inputs(run)
     card = f"""---
 {head.to_yaml()}
 ---
@@ -3629,7 +3595,7 @@ import gc
 import torch
 from diffusers import {pipeline}
 from transformers import {encoder}
-{more_imports}{imports}
+{imports}
 base, dtype = {base!r}, {run.dtype}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -3644,8 +3610,8 @@ gc.collect()
 torch.cuda.empty_cache()
 
 # the transformer as it was trained
-parts = {{"text_encoder": None, "tokenizer": None{quantization}}}
-pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
+parts = {{"text_encoder": None, "tokenizer": None}}
+{card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
 steps = {{"num_inference_steps": {run.args.num_inference_steps}, "guidance_scale": {guidance}}}
 pipeline(**text, **steps, {inputs}).images[0].save("image.png")
@@ -3657,30 +3623,19 @@ pipeline(**text, **steps, {inputs}).images[0].save("image.png")
         log.warning(f"card: {error}")
 
 
-def card_quantization(run: Run) -> tuple[str, str]:
-    """(import lines, argument) of the card's snippet for the base as it was trained on; a stored format needs none."""
+def card_quantization(run: Run) -> str:
+    """Lines of the card's snippet for the base as it was trained on; a stored format needs none."""
     if run.args.do_fp8_training:  # the weights alone: products are in the compute dtype there
-        classes, more_imports = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
-        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)})"
+        name, more = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
+        options = f"Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)}"
     elif run.args.bnb_quantization_config_path:
-        classes, more_imports = "BitsAndBytesConfig", ""
-        config = f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in run.quantization.items())})"
+        name, more = "BitsAndBytesConfig", ""
+        options = ", ".join(f"{key}={value!r}" for key, value in run.quantization.items())
     else:
-        return "", ""
-    imports = f"from diffusers import {classes}, PipelineQuantizationConfig\n{more_imports}"
-    return (
-        imports,
-        f',\n    "quantization_config": PipelineQuantizationConfig(quant_mapping={{"transformer": {config}}})',
-    )
-
-
-def base_license(run: Run) -> dict[str, str]:
-    """Licence fields of the base model: from its own card if it has one here, else the family's."""
-    card, keys = run.model.folder / "README.md", ("license", "license_name", "license_link")
-    with contextlib.suppress(OSError, ValueError):
-        data = huggingface_hub.ModelCard.load(card).data.to_dict()
-        return {key: data[key] for key in keys if data.get(key)} or run.family.license
-    return run.family.license
+        return ""
+    mapping = f'{{"transformer": {name}({options})}}'
+    line = f'parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping={mapping})\n'
+    return f"from diffusers import {name}, PipelineQuantizationConfig\n{more}{line}"
 
 
 def printable(text: str) -> str:
@@ -3696,19 +3651,16 @@ def escape_markdown(text: str) -> str:  # it cannot end a table cell, a line or 
 HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
 
 
-def open_hub(args: Args) -> huggingface_hub.HfApi:
-    """The Hub, which by itself would be waited for without an end."""
+def open_hub(args: Args) -> huggingface_hub.HfApi:  # by itself it would be waited for without an end
     huggingface_hub.get_session().timeout = HUB_SILENCE
     return huggingface_hub.HfApi(token=args.hub_token)
 
 
 def push(run: Run) -> None:
-    """With --push_to_hub uploads settings, weights, card and images; never checkpoints, logs, caches.
+    """Uploads settings, weights, card and images; never checkpoints, logs, caches.
 
     A failure is a warning with the line that does it by hand: the result is on disk.
     """
-    if not run.args.push_to_hub:
-        return
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
@@ -3717,9 +3669,10 @@ def push(run: Run) -> None:
         hub.upload_file(path_or_fileobj=settings, path_in_repo="config.args", **target)
         log.info(f"hub: uploaded: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
-        names = " ".join(f"--include {shlex.quote(name)}" for name in wanted)
-        log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {shlex.quote(str(run.output_dir))} {names}")  # fmt: skip
+        included = [word for name in wanted for word in ("--include", name)]
+        line = shlex.join(["hf", "upload", run.hub_repo, str(run.output_dir), *included])
+        reason = f"{type(error).__name__}: {error}"
+        log.warning(f"hub: the upload failed ({reason}). The result is on disk; upload it with\n    {line}")
 
 
 # endregion shared: results
@@ -3741,11 +3694,11 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
         encode_prompts(run, prompts, most=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
-        log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
-                    "is left to train; raise --max_train_steps")  # fmt: skip
+        done = f"{run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}"
+        log.warning(f"plan: {done}, nothing is left to train; raise --max_train_steps")
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
-        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at "
-                    f"{steps / warm_up:.0%} of its peak")  # fmt: skip
+        share = f"the learning rate ends at {steps / warm_up:.0%} of its peak"
+        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: {share}")
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
 
 
@@ -3755,7 +3708,13 @@ def begin_output(run: Run) -> Run:
     What a killed run left goes, with --overwrite_output_dir all that an earlier one left, but never the cache. Neither
     secrets nor folders go to the trackers. Returns the run with its repository.
     """
-    hub_repo = create_hub_repo(run.args) if run.is_main else None
+    if run.is_main and run.args.push_to_hub:  # now, so that a missing permission shows before training
+        name = run.args.hub_model_id or run.output_dir.absolute().name
+        try:
+            repo = open_hub(run.args).create_repo(name, private=run.args.hub_private, exist_ok=True)
+        except Exception as error:  # the network has no common base of errors
+            raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+        run = replace(run, hub_repo=repo.repo_id)
     if run.is_main:
         write_atomically(run.output_dir / "config.args", write_config(run).encode())
         doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
@@ -3764,7 +3723,7 @@ def begin_output(run: Run) -> Run:
         for path in doomed:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         remove_left_overs(run)
-        set_aside_newer(run)
+        rewind(run)
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
     flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
@@ -3773,7 +3732,7 @@ def begin_output(run: Run) -> Run:
     except Exception as error:  # whatever a tracker raises
         raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
     run.accelerator.wait_for_everyone()
-    return replace(run, hub_repo=hub_repo)
+    return run
 
 
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
@@ -3790,18 +3749,18 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
                         "start all with the same command, data and --output_dir on a shared drive")  # fmt: skip
 
 
-def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
+def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
-    now, steps = fingerprint(run, parts.streams), total_steps(run, len(parts.samples))
+    now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
         check_resume(run.resume, now)
     check_agreement(run, now)
-    transformer = parts.transformer = load_transformer(run)
+    transformer = load_transformer(run)
     parameters = add_lora(run, transformer)
     if run.args.init_lora_from:
         load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
-    geometries = {sample.geometry for stream in parts.streams for sample in stream.samples}
+    geometries = {sample.geometry for stream in streams for sample in stream.samples}
     compile_blocks(transformer, several_sizes=len(geometries) > 1)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
@@ -3809,12 +3768,14 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
         run.args.lr_scheduler, optimizer, num_warmup_steps=run.args.lr_warmup_steps, num_training_steps=steps,
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
-    state = TrainState(parameters, optimizer, schedule, now)
+    ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
+    training = Training(
+        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
+        optimizer, schedule, now, StopSignals(),
+    )  # fmt: skip
     if run.resume:
-        restore(run, state)
-    if run.is_main:
-        trim_metrics(run, state.step)
-    return state
+        restore(run, training)
+    return training
 
 
 def start_worker(_worker: int) -> None:
@@ -3824,31 +3785,30 @@ def start_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
-    """Endless micro-batches from micro-step `first` on, each a tuple with one batch per stream."""
-    loaders, place = [], (run.process_index, run.processes)
-    for stream in parts.streams:
-        geometries = [sample.geometry for sample in stream.samples]
+def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
+    """Endless micro-batches from the present step on, each a tuple with one batch per stream."""
+    loaders, first = [], training.step * run.args.gradient_accumulation_steps
+    for stream in training.streams:
+        geometries, place = [sample.geometry for sample in stream.samples], (run.process_index, run.processes)
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
         loaders.append(DataLoader(
-            TrainingSet(run, parts.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
+            TrainingSet(run, training.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
             num_workers=run.args.dataloader_num_workers, pin_memory=run.device.type == "cuda",
             worker_init_fn=start_worker,
         ))  # fmt: skip
     return zip(*loaders, strict=True)
 
 
-def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
+def announce_training(run: Run, training: Training, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    images, repeats, per_step = len(parts.samples), run.args.repeats, samples_per_step(run)
-    batch, accumulation, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
-    processes = f"{run.processes} process{'es' * (run.processes > 1)}"
+    images, repeats, per_step = len(training.samples), run.args.repeats, samples_per_step(run)
+    batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
     log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
-    log.info(f"train: batch {batch} x accumulation {accumulation} x {processes} = {per_step} samples per step")
+    log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
-    if homes := parts.transformer.stream.homes:
+    if homes := training.transformer.stream.homes:
         pinned = sum(home.nbytes for home in homes) / 1e9
         log.info(f"train: {len(homes)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
     if run.sharding and run.quantization:
@@ -3859,16 +3819,17 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
 
-def validation_is_due(run: Run, samples: int, step: int) -> bool:
-    """Whether images are drawn after `step`: before the first one, then by steps or by epochs.
+def validation_is_due(run: Run, training: Training) -> bool:
+    """Whether images are drawn now: before the first step, then by steps or by epochs.
 
     An epoch is images x repeats drawn samples; its event comes at the first step that reaches it.
     """
+    step, per_step = training.step, samples_per_step(run)
     if not run.args.validation_prompt or run.args.num_validation_images == 0:
         return False
     if step == 0 or run.args.validation_steps:
-        return step == 0 or step % run.args.validation_steps == 0
-    per_step, period = samples_per_step(run), samples * run.args.repeats * run.args.validation_epochs
+        return step % (run.args.validation_steps or 1) == 0
+    period = len(training.samples) * run.args.repeats * run.args.validation_epochs
     return step * per_step // period > (step - 1) * per_step // period
 
 
@@ -3876,101 +3837,96 @@ def peak_memory(run: Run) -> dict[str, float]:
     """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
     if run.device.type == "cuda":
         return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
-    if importlib.util.find_spec("resource") is None:
-        return {}
-    import resource  # POSIX only
+    with contextlib.suppress(ImportError):
+        import resource  # POSIX only
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
-    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+        return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+    return {}
 
 
-def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
+def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
-    steps, samples, state.stop = total_steps(run, len(parts.samples)), len(parts.samples), stop
-    announce_training(run, parts, steps)
-    if state.step == 0 and validation_is_due(run, samples, 0):
-        track(run, run.accelerator.log, validate(run, parts, state), step=0)
-    batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
-    parts.transformer.train()
-    with Progress("train", steps, done=state.step) as progress:
-        while state.step < steps and stop.agreed is None:
-            values = train_step(run, parts, state, batches)
-            state.steps_here, state.seconds = state.steps_here + 1, state.seconds + values["seconds"]
+    steps, stop = total_steps(run, len(training.samples)), training.stop
+    announce_training(run, training, steps)
+    if training.step == 0 and validation_is_due(run, training):
+        values = validate(run, training)
+        track(run, lambda tracker: tracker.log(values, step=0))
+    batches = make_loaders(run, training)
+    training.transformer.train()
+    with Progress("train", steps, done=training.step) as progress:
+        while training.step < steps and stop.agreed is None:
+            values = train_step(run, training, batches)
+            training.seconds += values["seconds"]
             if math.isfinite(values["loss"]):  # an average over about 50 steps
-                last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
-                state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
-            stop.agree(run, state.signal)
-            if stop.agreed is None and validation_is_due(run, samples, state.step):
-                values |= validate(run, parts, state)
+                last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
+                training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
+            progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
+            stop.agree(run, training.signal)
+            if stop.agreed is None and validation_is_due(run, training):
+                values |= validate(run, training)
             write_metrics(run, values | peak_memory(run))
-            if state.skipped >= 10:
-                raise NotFinite(f"step {state.step}: ten steps in a row were not finite. Look at the samples named "
+            if training.skipped >= 10:
+                raise NotFinite(f"step {training.step}: ten steps in a row were not finite. Look at the samples named "
                                 "above; if they are good, start anew with a lower --learning_rate")  # fmt: skip
-            if state.step == 50 and values["lora_norm"] == 0.0:
+            if training.step == 50 and values["lora_norm"] == 0.0:
                 log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
-            due = state.step % run.args.checkpointing_steps == 0 or (state.unsaved and state.step % 10 == 0)
-            if due and state.step < steps and stop.agreed is None:
-                try_save_checkpoint(run, state)
+            due = training.step % run.args.checkpointing_steps == 0 or (training.unsaved and training.step % 10 == 0)
+            if due and training.step < steps and stop.agreed is None:
+                try_save_checkpoint(run, training)
 
 
-def try_save_checkpoint(run: Run, state: TrainState) -> None:
-    """Saves; if that fails, training goes on, every tenth step tries again, and the last save must succeed."""
+def try_save_checkpoint(run: Run, training: Training) -> None:
+    """Saves the last whole step; if that fails, training goes on, and every tenth step tries again."""
     try:
-        if run.is_main:
-            log.info(f"checkpoint: step {state.step} is kept in {save_checkpoint(run, state)}")
-        state.unsaved = False
+        if run.is_main and training.whole and training.step:
+            log.info(f"checkpoint: step {training.step} is kept in {save_checkpoint(run, training)}")
+        training.unsaved = False
     except Exception as error:
-        state.unsaved = True
-        log.warning(f"checkpoint: step {state.step} was not saved ({error})")
+        training.unsaved = True
+        log.warning(f"checkpoint: step {training.step} was not saved ({error})")
 
 
-@contextlib.contextmanager
-def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
-    """Saves the last whole step when training breaks off by an exception, which goes on."""
-    try:
-        yield
-    except Exception:
-        if state.whole and state.step:
-            try_save_checkpoint(run, state)
-        raise
-
-
-def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
+def save_results(run: Run, training: Training) -> None:
     """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or SystemExit."""
-    finished = stop.agreed is None
+    stopped, lora = training.stop.agreed, run.output_dir / LORA_FILE
     try:
         if run.is_main:
-            folder = save_checkpoint(run, state)
-        if run.is_main and finished:
-            save_lora(run, state.parameters, run.output_dir)
-            flush_to_disk(run.output_dir / LORA_FILE)
+            folder = save_checkpoint(run, training)
+        if run.is_main and stopped is None:
+            save_lora(run, training.parameters, run.output_dir)
+            flush_to_disk(lora)
             if run.args.comfyui_lora:
-                save_lora(run, state.parameters, run.output_dir, for_comfyui=True)
-            write_card(run, state, [])
+                save_lora(run, training.parameters, run.output_dir, for_comfyui=True)
+            write_card(run, training, [])
     except OSError as error:
-        kept = [str(path) for path in list_checkpoints(run.output_dir)[-1:]]
         with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
-            if finished:
-                save_lora(run, state.parameters, run.output_dir)
-                kept.insert(0, str(run.output_dir / LORA_FILE))
+            save_lora(run, training.parameters, run.output_dir)
+        kept = [str(path) for path in (lora, *list_checkpoints(run.output_dir)[-1:]) if path.exists()]
         raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
                          f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
     run.accelerator.wait_for_everyone()
-    if not finished:
+    track(run, lambda tracker: tracker.finish())
+    if stopped is not None:
         if run.is_main:
-            log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
-        track(run, run.accelerator.end_training)
-        raise SystemExit(128 + stop.agreed)
+            log.info(f"stopped at step {training.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
+        run.accelerator.state.destroy_process_group()
+        raise SystemExit(128 + stopped)
 
 
-def print_results(run: Run, state: TrainState) -> None:
-    """The last lines of a run: what it did, what it took, and where everything is."""
+def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
+    """Card, upload and the last lines of a run: what it did, what it took, and where everything is."""
+    if run.is_main:
+        write_card(run, training, gallery)
+    if run.hub_repo:
+        push(run)
+    run.accelerator.state.destroy_process_group()
+    steps = training.step - (run.resume.state["step"] if run.resume else 0)
     facts = {
-        "steps": state.step,
+        "steps": training.step,
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
-        "seconds per step": f"{state.seconds / state.steps_here:.3g}" if state.steps_here else "none was left to do",
-        "loss, running mean": f"{state.smoothed_loss or math.nan:.4f}",
+        "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
+        "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
     results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
@@ -3986,27 +3942,25 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples, buckets = check_data(run)
+            samples = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
+        encode_prompts(run, all_prompts(run, samples))
         space = open_latent_space(run)
-        prompts = encode_prompts(run, all_prompts(run, samples))
-        parts = TrainingParts(space, prompts, None, None, [], buckets)
-        parts.streams, images = prepare_streams(run, parts, samples)
-        parts.vae = encode_images(run, space, images)
-        state = set_up_training(run, parts)
-        with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-            with keep_progress(run, state):
-                train(run, parts, state, stop)
-            save_results(run, state, stop)
-        gallery = draw_final_images(run, parts, state.parameters)
-        track(run, run.accelerator.end_training)
-        if run.is_main:
-            write_card(run, state, gallery)
-            push(run)
-        print_results(run, state)
+        streams, images = make_streams(run, space, samples)
+        vae = encode_images(run, space, images)
+        training = prepare_training(run, space, streams, vae)
+        with training.stop:  # before and after, a signal acts at once: what is done is on disk
+            try:
+                train(run, training)
+            except Exception:
+                try_save_checkpoint(run, training)
+                raise
+            save_results(run, training)
+        gallery = draw_final_images(run, training)
+        finish(run, training, gallery)
 
 
 if __name__ == "__main__":

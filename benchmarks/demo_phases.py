@@ -29,7 +29,7 @@ PHASES = {
     "encode_prompts": "encode prompts",
     "encode_images": "encode images",
     "load_vae": "encode images",
-    "set_up_training": "load transformer, add LoRA",
+    "prepare_training": "load transformer, add LoRA",
     "train": "training loop",
     "validate": "validation images",
     "save_results": "save",

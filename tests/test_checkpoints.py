@@ -374,10 +374,10 @@ def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one
     """After a resume below a damaged checkpoint 6, what was just written stays although 6 has the higher number."""
     truncate(finished / "checkpoint-6" / "training_state.safetensors")
 
-    def stop_after_five(run, parts, state, batches, original=script.train_step):
-        if state.step == 5:
+    def stop_after_five(run, training, batches, original=script.train_step):
+        if training.step == 5:
             raise RuntimeError("killed")
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", stop_after_five)
     with pytest.raises(RuntimeError, match="killed"):
@@ -390,9 +390,9 @@ def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one
 def full_disk(script, monkeypatch, when: int, how: str) -> None:
     """The save of step `when` fails: at fsync, or really, because files may not grow over 20 kB."""
 
-    def save(run, state, original=script.save_checkpoint):
-        if state.step != when:
-            return original(run, state)
+    def save(run, training, original=script.save_checkpoint):
+        if training.step != when:
+            return original(run, training)
         with monkeypatch.context() as patch:
             if how == "fsync":
 
@@ -400,11 +400,11 @@ def full_disk(script, monkeypatch, when: int, how: str) -> None:
                     raise OSError(28, "No space left on device")
 
                 patch.setattr(script, "flush_to_disk", refuse)
-                return original(run, state)
+                return original(run, training)
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
             try:
-                return original(run, state)
+                return original(run, training)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -450,10 +450,10 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
 ):
     """SystemExit carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
 
-    def signalled(run, parts, state, batches, original=script.train_step):
-        if state.step == 2:
+    def signalled(run, training, batches, original=script.train_step):
+        if training.step == 2:
             os.kill(os.getpid(), number)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "train_step", signalled)

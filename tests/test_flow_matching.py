@@ -38,8 +38,7 @@ def denoise(script, run, transformer, family: str, guidance: float, size: tuple[
     hook = transformer.register_forward_hook(
         lambda _, args, kwargs, output: calls.append((dict(kwargs), output[0])), with_kwargs=True
     )
-    parts = SimpleNamespace(transformer=transformer, vae_on_device=lambda run: script.load_vae(run))
-    pipeline = script.make_pipeline(run, parts)
+    pipeline = script.make_pipeline(run, transformer, script.load_vae(run))
     assert type(pipeline) is FAMILIES[family]
     generator = torch.Generator().manual_seed(3)
     options = {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "latent"}
@@ -305,16 +304,16 @@ def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     space, vae = script.open_latent_space(run), script.load_vae(run)
     pixels, noise, embeds = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 8, 32), torch.randn(2, 64, 96)
     clean = script.tokens_from_moments(space, script.encode_pixels(vae, pixels))
-    parts = SimpleNamespace(
+    training = SimpleNamespace(
         space=space, transformer=Knows(noise - clean + 2), vae_on_device=lambda run: vae, rest_vae=lambda args: None
     )
     batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels,
              "prompt_embeds": embeds}  # fmt: skip
     batch |= {"references": [[], []]} if script.TASK == "image-to-image" else {}
-    losses, sigmas = script.batch_losses(run, parts, batch)
+    losses, sigmas = script.batch_losses(run, training, batch)
     factor = math.exp(0.5 + 0.65 * (8 - 256) / 3840)
     assert sigmas == pytest.approx([factor * s / (1 + (factor - 1) * s) for s in (0.8, 0.1)], rel=1e-5)
     assert losses.tolist() == pytest.approx([4, 4], rel=1e-5)
     cached = {**batch, "moments": script.encode_pixels(vae, batch["pixels"])}
     del cached["pixels"]
-    assert script.batch_losses(run, parts, cached)[0].equal(losses)
+    assert script.batch_losses(run, training, cached)[0].equal(losses)

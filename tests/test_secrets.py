@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -285,7 +286,7 @@ def card_of(script, tiny, tmp_path_factory):
     def write(prompt: str) -> tuple[dict, str, ast.Module]:
         folder = tmp_path_factory.mktemp("card")
         run = start_run(script, tiny, folder, f"--instance_prompt={prompt}", f"--final_validation_prompt={prompt}")
-        script.write_card(run, script.TrainState({}, None, None, {}, step=3), [(prompt, "samples/x.png")])
+        script.write_card(run, SimpleNamespace(step=3), [(prompt, "samples/x.png")])
         text = (run.output_dir / "README.md").read_bytes().decode()
         head, body = text.removeprefix("---\n").split("\n---\n", 1)
         assert huggingface_hub.ModelCard(text).data.license == yaml.safe_load(head)["license"]

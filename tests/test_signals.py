@@ -176,10 +176,10 @@ def test_a_run_in_another_thread_than_the_main_one_works_and_its_time_limit_too(
 def test_the_echo_of_a_signal_is_not_a_second_one(script, train, monkeypatch, tmp_path, numbers, code):
     """Slurm signals the whole group and torchrun passes its own on: the step is finished and saved all the same."""
 
-    def signalled(run, parts, state, batches, original=script.train_step):
+    def signalled(run, training, batches, original=script.train_step):
         for number in numbers:
             os.kill(os.getpid(), number)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", signalled)
     with pytest.raises(SystemExit) as caught:
@@ -193,11 +193,11 @@ def test_a_second_signal_some_time_later_acts_at_once(script, train, monkeypatch
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as behind a shell's &
     steps = spy(monkeypatch, script, "apply_update")
 
-    def signalled(run, parts, state, batches, original=script.train_step):
+    def signalled(run, training, batches, original=script.train_step):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1.1)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", signalled)
     with pytest.raises(KeyboardInterrupt):

@@ -217,11 +217,10 @@ def test_decoded_tokens_are_the_pipelines_image(script, runs, pipelines, size):
 def test_a_validation_image_is_what_the_users_pipeline_draws(script, runs, pipelines, family):
     """Same prompt, seed, size, steps and guidance: embedded for [dev], against the empty prompt for [klein]."""
     run = replace(runs[family], args=script.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
-    prompts = script.encode_prompts(run, ["a cat", ""])
-    parts = script.TrainingParts(
-        script.open_latent_space(run), prompts, pipelines[family].transformer, pipelines[family].vae, [], [(64, 64)]
-    )
-    actual = script.generate(run, parts, script.make_pipeline(run, parts), "a cat", [("validation", 0, 0)], (48, 80))
+    script.encode_prompts(run, ["a cat", ""])
+    space = script.open_latent_space(run)
+    pipeline = script.make_pipeline(run, pipelines[family].transformer, pipelines[family].vae)
+    actual = script.generate(run, space, pipeline, "a cat", [("validation", 0, 0)], (48, 80))
     pipelines[family].set_progress_bar_config(disable=True)
     expected = pipelines[family](
         prompt="a cat",

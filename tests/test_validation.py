@@ -61,12 +61,12 @@ def test_images_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all(q
     hashes = {(folder / "samples" / "step-000000" / name).read_bytes() for name in images}
     assert len(hashes) == 4
     sheet = pixels(folder / "samples" / "contact_sheet.png")
-    wide, high = 256, round(64 * 256 / 96)  # every cell is scaled to 256 pixels on its longer side
-    assert sheet.shape == (2 * (high + 28) + 24, 3 * (wide + 8) + 8, 3)
+    high = round(64 * 256 / 96)  # in a square of 256 pixels, in which the image fills the longer side
+    assert sheet.shape == (2 * 284 + 24, 3 * 264 + 8, 3)
     for x, step in enumerate((0, 2, 4)):
         for row in (0, 1):
-            top, left = 24 + row * (high + 28), 8 + x * (wide + 8)
-            shown = sheet[top : top + high, left : left + wide].mean(axis=(0, 1))
+            top, left = 24 + row * 284, 8 + x * 264
+            shown = sheet[top : top + high, left : left + 256].mean(axis=(0, 1))
             image = pixels(folder / "samples" / f"step-{step:06d}" / f"prompt-{row}_image-0.png").mean(axis=(0, 1))
             assert np.abs(shown - image).max() < 2
     assert [line["step"] for line in metrics(folder) if "validation_loss" in line] == [2, 4]
@@ -76,15 +76,15 @@ def test_images_change_with_training_and_start_from_the_base_model(quick, tiny, 
     """Step 0 is what the untouched pipeline draws from the same noise; later steps differ from it."""
     calls = spy(monkeypatch, script, "train")
     folder = quick(*EVERY_STEP, "--learning_rate", "3e-2", "--skip_final_inference")
-    run, parts, _, _ = calls[0].args
+    run, training = calls[0].args
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    expected = draw(script, run, parts, pipeline, "a toy")
+    expected = draw(script, run, pipeline, "a toy")
     shown = [pixels(folder / "samples" / f"step-00000{step}" / "prompt-0_image-0.png") for step in (0, 1, 3)]
     assert np.abs(shown[0] - expected).max() <= 1
     assert np.abs(shown[1] - shown[0]).max() > 1 and np.abs(shown[2] - shown[1]).max() > 1
 
 
-def draw(script, run, parts, pipeline, prompt: str) -> np.ndarray:
+def draw(script, run, pipeline, prompt: str) -> np.ndarray:
     """What the installed pipeline draws with its own encoder and decoder from the noise of the first image."""
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 64}
@@ -108,26 +108,26 @@ def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(
     """Dtypes, devices, values, requires_grad, optimizer and schedule are as before; eval mode while drawing."""
     modes, states = [], []
 
-    def generate(run, parts, *rest, original=script.generate, **inputs):
-        modes.append(parts.transformer.training)
-        return original(run, parts, *rest, **inputs)
+    def generate(run, space, pipeline, *rest, original=script.generate, **inputs):
+        modes.append(pipeline.transformer.training)
+        return original(run, space, pipeline, *rest, **inputs)
 
-    def snapshot(parts, state):
-        models = {"transformer": parts.transformer, "vae": parts.vae}
+    def snapshot(training):
+        models = {"transformer": training.transformer, "vae": training.vae}
         tensors = {
             f"{key}.{name}": tensor for key, model in models.items() for name, tensor in model.state_dict().items()
         }
         facts = {name: (t.dtype, t.device, t.requires_grad, t.double().sum().item()) for name, t in tensors.items()}
-        trained = [name for name, parameter in parts.transformer.named_parameters() if parameter.requires_grad]
-        moments = [slot["exp_avg"].double().sum().item() for slot in state.optimizer.state.values()]
-        hooks = [len(module._forward_pre_hooks) for module in parts.transformer.modules()]
-        scaling = [layer.scaling["default"] for layer in parts.transformer.modules() if hasattr(layer, "scaling")]
-        return facts, trained, moments, state.schedule.state_dict()["_last_lr"], hooks, scaling
+        trained = [name for name, parameter in training.transformer.named_parameters() if parameter.requires_grad]
+        moments = [slot["exp_avg"].double().sum().item() for slot in training.optimizer.state.values()]
+        hooks = [len(module._forward_pre_hooks) for module in training.transformer.modules()]
+        scaling = [layer.scaling["default"] for layer in training.transformer.modules() if hasattr(layer, "scaling")]
+        return facts, trained, moments, training.schedule.state_dict()["_last_lr"], hooks, scaling
 
-    def validate(run, parts, state, original=script.validate):
-        before = snapshot(parts, state)
-        values = original(run, parts, state)
-        states.append((before, snapshot(parts, state), parts.transformer.training))
+    def validate(run, training, original=script.validate):
+        before = snapshot(training)
+        values = original(run, training)
+        states.append((before, snapshot(training), training.transformer.training))
         return values
 
     monkeypatch.setattr(script, "generate", generate)
@@ -152,12 +152,12 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
     """The same number twice at step 0, logged afterwards, and lower after steps on the same images."""
     starts = []
 
-    def train(run, parts, state, stop, original=script.train):
-        parts.transformer.eval()
-        starts.append(script.validation_loss(run, parts))
+    def train(run, training, original=script.train):
+        training.transformer.eval()
+        starts.append(script.validation_loss(run, training))
         torch.manual_seed(123)
-        starts.append(script.validation_loss(run, parts))
-        return original(run, parts, state, stop)
+        starts.append(script.validation_loss(run, training))
+        return original(run, training)
 
     monkeypatch.setattr(script, "train", train)
     flags = ("--max_train_steps", "16", "--learning_rate", "3e-3", "--validation_steps", "8", "--lora_dropout", "0.1")
@@ -184,16 +184,16 @@ def test_final_images_come_from_the_saved_file(script, quick, tiny, monkeypatch)
         "0.5",
     )
     folder = quick(*flags, *DRAW)
-    run, parts, _, _ = calls[0].args
+    run, training = calls[0].args
     assert [call.args[1] for call in reads] == [folder / LORA]
     final = folder / "samples" / "final"
     assert files_of(final) == {"contact_sheet.png", "prompt-0_image-0.png"}
     assert size_of(final / "contact_sheet.png") == (256 + 8 + 8, 256 + 28 + 24)
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    base = draw(script, run, parts, pipeline, "a toy")
+    base = draw(script, run, pipeline, "a toy")
     pipeline.load_lora_weights(folder, weight_name=LORA, adapter_name="lora")
     shown = pixels(final / "prompt-0_image-0.png")
-    assert np.abs(shown - draw(script, run, parts, pipeline, "a toy")).max() <= 1
+    assert np.abs(shown - draw(script, run, pipeline, "a toy")).max() <= 1
     assert np.abs(shown - base).mean() > 0
 
 

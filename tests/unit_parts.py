@@ -52,7 +52,7 @@ def losses_of(
     args.timestep_shift = "none"
     space = SimpleNamespace(cell=16, mean_C=torch.zeros(clean_BLC.shape[2]), std_C=torch.ones(clean_BLC.shape[2]))
     latents = torch.nn.functional.pixel_shuffle(clean_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
-    parts = SimpleNamespace(space=space, transformer=model, rest_vae=lambda args: None)
+    training = SimpleNamespace(space=space, transformer=model, rest_vae=lambda args: None)
     count = len(sigmas_B)
     embeds_BLD = torch.zeros(count, 8, 96) if embeds_BLD is None else embeds_BLD
     run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=embeds_BLD.dtype)
@@ -61,8 +61,8 @@ def losses_of(
              "references": [list(references)] * count}  # fmt: skip
     if script.TASK == "image-to-image":
         with mock.patch.object(script, "encode_references", lambda *_: references):
-            return script.batch_losses(run, parts, batch)[0]
-    return script.batch_losses(run, parts, batch)[0]
+            return script.batch_losses(run, training, batch)[0]
+    return script.batch_losses(run, training, batch)[0]
 
 
 def predict(
