@@ -292,8 +292,9 @@ LIKELY_CAUSES = {  # of argparse's own errors
 
 
 class Parser(argparse.ArgumentParser):
+    """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
+
     def error(self, message: str) -> NoReturn:
-        """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
         if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)
             self.exit(2)
@@ -903,6 +904,7 @@ class Progress(tqdm):
         self.update()
 
     def display(self, *args: Any, **options: Any) -> None:
+        """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
