@@ -295,6 +295,7 @@ class Parser(argparse.ArgumentParser):
     """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
 
     def error(self, message: str) -> NoReturn:
+        """Adds the likely cause."""
         if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)
             self.exit(2)
