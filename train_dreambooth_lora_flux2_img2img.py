@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
-#     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
-#     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
+#     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.0.0", "accelerate>=1.5.0",
+#     "peft>=0.20.0", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=1.33.0", "Pillow>=12.3.0",
+#     "numpy>=2.4.0", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
 #     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2",
 # ]
 # ///
