@@ -3212,8 +3212,10 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
-        lines += "\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
-        lines += f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}"
+        new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
+        lines += (
+            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
+        )
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
@@ -3556,41 +3558,81 @@ def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
 
 
 def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
-
-    The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
-    """
+    """README.md of the result: YAML head, gallery of (prompt, path), how to get and use it, what was trained."""
     base, trigger, data = run.model.public_name, run.args.instance_prompt, run.args.dataset_name
-    pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
-    repo = run.hub_repo or run.output_dir.absolute().name
     adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
     adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
-    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"]
+    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
     widget = [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None
     head = huggingface_hub.ModelCardData(
         library_name="diffusers", pipeline_tag=TASK, tags=tags, instance_prompt=trigger, widget=widget, **adapted,
         **run.family.license,
     )  # fmt: skip
-    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
+    facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
     facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
-    layers = f', "text_encoder_out_layers": {run.text_layers}' if run.args.text_encoder_out_layers else ""
-    prompts = {"prompt_embeds": next(iter(final_prompts(run.args)), trigger or "a photo")}
-    if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
-        prompts["negative_prompt_embeds"] = ""
-    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
-    imports, inputs = card_inputs(run)
+    files = f"[{LORA_FILE}]({LORA_FILE}) is for diffusers."
+    if run.args.comfyui_lora:
+        files += f" For ComfyUI put [{COMFYUI_FILE}]({COMFYUI_FILE}) into `models/loras`; other programs take it too."
+    files += f"\n\n`hf download {run.hub_repo} --local-dir lora` fetches all." if run.hub_repo else ""
     card = f"""---
 {head.to_yaml()}
 ---
-# {escape_markdown(Path(repo).name)}
+# {escape_markdown(Path(run.hub_repo or run.output_dir.absolute()).name)}
+<Gallery />
+
 A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
 
-<Gallery />
+## Trigger words
+
+{f'Write "{escape_markdown(trigger)}" in the prompt.' if trigger else "None: the images have captions of their own."}
+
+## Download
+
+{files}
+
+## Use it with diffusers
+
+{card_snippets(run)}
+## Training
 
 | | |
 |---|---|
 {table}
+"""
+    try:
+        write_atomically(run.output_dir / "README.md", card.encode())
+    except OSError as error:  # a card is not worth a run
+        log.warning(f"card: {error}")
+
+
+def card_snippets(run: Run) -> str:
+    """Two ways to draw with the LoRA: in five lines, and with a model that is larger than the GPU.
+
+    The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
+    """
+    base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
+    pipeline, encoder = run.family.pipeline, run.family.text_encoder
+    text_options = {"max_sequence_length": run.args.max_sequence_length}
+    text_options |= {"text_encoder_out_layers": run.text_layers} if run.args.text_encoder_out_layers else {}
+    steps = {"num_inference_steps": run.args.num_inference_steps, "guidance_scale": run.args.validation_guidance_scale}
+    prompt = next(iter(final_prompts(run.args)), run.args.instance_prompt or "a photo")
+    # klein has real guidance, against the empty prompt
+    prompts = {"prompt_embeds": prompt} | ({} if pipeline == "Flux2Pipeline" else {"negative_prompt_embeds": ""})
+    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
+    imports, inputs = card_inputs(run)
+    return f"""On a GPU that holds the whole model:
+
+```python
+import torch
+from diffusers import {pipeline}
+{imports}
+pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+pipeline({prompt!r}, {inputs}, **{text_options | steps}).images[0].save("image.png")
+```
+
+Part by part, with the transformer as it was trained:
 
 ```python
 import gc
@@ -3605,7 +3647,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
 encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
 encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
-options = {{"device": device, "max_sequence_length": {run.args.max_sequence_length}{layers}}}
+options = {{"device": device, **{text_options}}}
 with torch.no_grad():
     text = {{{text}}}
 del encoder, encode
@@ -3616,14 +3658,9 @@ torch.cuda.empty_cache()
 parts = {{"text_encoder": None, "tokenizer": None}}
 {card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-steps = {{"num_inference_steps": {run.args.num_inference_steps}, "guidance_scale": {guidance}}}
-pipeline(**text, **steps, {inputs}).images[0].save("image.png")
+pipeline(**text, {inputs}, **{steps}).images[0].save("image.png")
 ```
 """
-    try:
-        write_atomically(run.output_dir / "README.md", card.encode())
-    except OSError as error:  # a card is not worth a run
-        log.warning(f"card: {error}")
 
 
 def card_quantization(run: Run) -> str:
@@ -3730,10 +3767,15 @@ def begin_output(run: Run) -> Run:
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
     flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
+    name = run.output_dir.absolute().name
+    options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name},
+               "mlflow": {"run_name": name}, "clearml": {"task_name": name}}  # fmt: skip
     try:
-        run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+        run.accelerator.init_trackers("flux2-lora", {**settings, "seed": run.seed}, options)
     except Exception as error:  # whatever a tracker raises
         raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
+    if plain := [tracker.name for tracker in run.accelerator.trackers if not hasattr(tracker, "log_images")]:
+        log.info(f"trackers: {', '.join(plain)} get the numbers only; the images are in {run.output_dir / 'samples'}")
     run.accelerator.wait_for_everyone()
     return run
 
@@ -3822,20 +3864,6 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
 
-def validation_is_due(run: Run, training: Training) -> bool:
-    """Whether images are drawn now: before the first step, then by steps or by epochs.
-
-    An epoch is images x repeats drawn samples; its event comes at the first step that reaches it.
-    """
-    step, per_step = training.step, samples_per_step(run)
-    if not run.args.validation_prompt or run.args.num_validation_images == 0:
-        return False
-    if step == 0 or run.args.validation_steps:
-        return step % (run.args.validation_steps or 1) == 0
-    period = len(training.samples) * run.args.repeats * run.args.validation_epochs
-    return step * per_step // period > (step - 1) * per_step // period
-
-
 def peak_memory(run: Run) -> dict[str, float]:
     """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
     if run.device.type == "cuda":
@@ -3852,7 +3880,10 @@ def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
-    if training.step == 0 and validation_is_due(run, training):
+    epochs = run.args.validation_epochs * len(training.samples) * run.args.repeats / samples_per_step(run)
+    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
+    if training.step == 0 and drawing:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))
     batches = make_loaders(run, training)
@@ -3866,7 +3897,7 @@ def train(run: Run, training: Training) -> None:
                 training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
             progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
             stop.agree(run, training.signal)
-            if stop.agreed is None and validation_is_due(run, training):
+            if stop.agreed is None and training.step % period == 0:
                 values |= validate(run, training)
             write_metrics(run, values | peak_memory(run))
             if training.skipped >= 10:
@@ -3919,11 +3950,11 @@ def save_results(run: Run, training: Training) -> None:
 
 def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
     """Card, upload and the last lines of a run: what it did, what it took, and where everything is."""
+    run.accelerator.state.destroy_process_group()
     if run.is_main:
         write_card(run, training, gallery)
     if run.hub_repo:
         push(run)
-    run.accelerator.state.destroy_process_group()
     steps = training.step - (run.resume.state["step"] if run.resume else 0)
     facts = {
         "steps": training.step,

@@ -424,8 +424,8 @@ RUNGS = {
 
 
 def python_of(folder: Path) -> str:
-    """The snippet of the model card."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
+    """The second snippet of the model card, with the base as it was trained on."""
+    _, code = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
     return code
 
 

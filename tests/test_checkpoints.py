@@ -315,9 +315,10 @@ def test_a_changed_prompt_is_told_in_words_with_the_way_that_works(script, quick
     message = str(caught.value)
     assert "instance captions: was ['a photo of sks toy'], is ['a photo of zzz toy']" in message
     assert not re.search("[0-9a-f]{32}", message)
-    flag, file = shlex.split(message.splitlines()[-1])
-    assert (flag, Path(file)) == ("--init_lora_from", finished / "checkpoint-6" / LORA)
-    folder = quick("--max_train_steps", "1", "--instance_prompt", "a photo of zzz toy", flag, file, output="new")
+    line = shlex.split(message.splitlines()[-1])
+    assert line[:2] == ["--init_lora_from", str(finished / "checkpoint-6" / LORA)] and line[2] == "--output_dir"
+    quick("--max_train_steps", "1", "--instance_prompt", "a photo of zzz toy", *line)
+    folder = Path(f"{finished}-2")
     assert column(folder, "step") == [1] and column(folder, "lora_norm")[0] > column(finished, "lora_norm")[0]
 
 

@@ -317,8 +317,8 @@ def test_a_hostile_prompt_is_text_in_the_card_and_nothing_else(card_of, plain_ca
     assert len(constants) == 1
     constants[0].value = "a toy"
     assert ast.dump(tree) == ast.dump(plain_tree)
-    trigger = next(line for line in body.splitlines() if line.startswith("| trigger |"))
-    assert not re.search(r"(?<!\\)[<>\[\]`]", trigger) and len(re.findall(r"(?<!\\)\|", trigger)) == 3
+    trigger = next(line for line in body.splitlines() if line.startswith('Write "'))
+    assert not re.search(r"(?<!\\)[<>\[\]`|]", trigger)
     assert [c for c in body if c != "\n" and not c.isprintable()] == []
 
 
