@@ -109,7 +109,9 @@ def to_sizes(text: str) -> str:
     """What `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
-        raise argparse.ArgumentTypeError(f"'{text}': write 'height,width', several with ';' between, multiples of 16")
+        raise argparse.ArgumentTypeError(
+            f"'{text}': write it as 'height,width', several with ';' between, multiples of 16"
+        )
     return text
 
 
@@ -121,7 +123,7 @@ class Switch(argparse.Action):
 
 
 def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
-    """One row: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or that of `parse_number`.
+    """One row of the table: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or a range.
 
     `resume` marks what a resumed run must share with the run that it goes on with.
     """

@@ -257,7 +257,7 @@ def test_the_defaults_are_values_of_their_own_flags(parse):
 
 
 def test_a_type_that_refuses_says_so_by_argparses_own_error(parse):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be from 1e-30 to 1e+18, not 0"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be from 1e-30 to 1e\+18, not 0"):
         parse.FLAGS["learning_rate"]["type"]("0")
 
 
