@@ -672,7 +672,7 @@ class Run:
     cache_dir: Path
     resume: Checkpoint | None
     started: float  # time.monotonic()
-    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
+    sharding: bool = False  # FSDP2 splits the frozen blocks over the processes; else each holds them whole
     hub_repo: str | None = None  # made when the checks have passed
     told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
 
@@ -932,9 +932,9 @@ def start_accelerator(args: Args) -> Run:
         args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        lora=find_lora(args, model), quantization=find_quantization(args, model),
+        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
-        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
+        resume=resume, started=time.monotonic(), sharding=launched_with("ACCELERATE_USE_FSDP"),
     )  # fmt: skip
 
 
@@ -1026,8 +1026,8 @@ class ModelFamily:
     license: dict[str, str]
 
 
-FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link":
-                "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"}  # fmt: skip
+LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"
+FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link": LICENSE_LINK}
 DEV = "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor", (10, 20, 30)
 KLEIN = "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast", (9, 18, 27)
 FAMILIES = (
@@ -1035,17 +1035,6 @@ FAMILIES = (
     ModelFamily("FLUX.2 [klein] 9B", *KLEIN, 12288, "Flux.2-klein-9b", FLUX_LICENSE),
     ModelFamily("FLUX.2 [klein] 4B", *KLEIN, None, "Flux.2-klein-4b", {"license": "apache-2.0"}),
 )
-
-
-class Config(dict[str, Any]):
-    """An object of a checkpoint's JSON file at `path`; what it lacks is told by name."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.path = path
-
-    def __missing__(self, key: str) -> NoReturn:
-        raise UserError(f"{self.path}: has no '{key}'; download it again")
 
 
 @dataclass(frozen=True)
@@ -1071,21 +1060,16 @@ class ModelFiles:
         except UserError:
             raise
         except Exception as error:  # the network has no common base of errors
-            raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
-                            "Start again: what is here stays") from error  # fmt: skip
+            reason = f"the download broke off ({type(error).__name__}: {error})"
+            raise UserError(f"{self.name}/{subfolder}: {reason}. Start again: what is here stays") from error
 
-    def config(self, subfolder: str, file: str = "config.json") -> Config:
+    def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
         path = self.folder / subfolder / file
-        if not path.is_file():
-            raise UserError(f"{self.name}: {subfolder}/{file} is missing; is this a complete diffusers folder?")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"), object_hook=functools.partial(Config, path))
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error}); download it again") from None
-        if not isinstance(found, Config):
-            raise UserError(f"{path}: holds no JSON object; download it again")
-        return found
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: no JSON object ({error}); a diffusers folder has it: download it again") from None
 
     def weight_files(self, part: str) -> list[Path]:
         """The files that hold a part, here or not: one, or the shards that an index names."""
@@ -1096,10 +1080,6 @@ class ModelFiles:
             names = sorted(set(self.config(part, index)["weight_map"].values()))
         return [self.folder / part / name for name in names]
 
-    @property
-    def is_distilled(self) -> bool:
-        return bool(self.config(".", "model_index.json").get("is_distilled"))
-
     def identity(self, subfolder: str) -> str:
         """Names the weights of a part in cache keys: the commit, or config and size and time of the files."""
         if self.remote:
@@ -1107,6 +1087,14 @@ class ModelFiles:
         config, files = self.folder / subfolder / "config.json", sorted((self.folder / subfolder).glob("*"))
         content = config.read_text(encoding="utf-8") if config.is_file() else ""  # a tokenizer has none
         return digest(self.variant, content, *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files))
+
+    @property
+    def public_name(self) -> str:  # no path of this machine leaves it
+        return self.name if self.remote else Path(self.name).absolute().name
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return self.config(".", "model_index.json")
 
 
 def find_model(args: Args) -> ModelFiles:
@@ -1117,7 +1105,7 @@ def find_model(args: Args) -> ModelFiles:
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
     configs = ["*.json", "*/*.json", "README.md", "tokenizer/*"]
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=configs, **options)
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=configs, **options))
     except huggingface_hub.errors.GatedRepoError:
         page = f"https://huggingface.co/{name}"
         raise UserError(f"{name} is gated: accept its licence at {page}, then `hf auth login`") from None
@@ -1125,33 +1113,29 @@ def find_model(args: Args) -> ModelFiles:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
     # the commit as revision: parts that are fetched later are of the same one
-    return ModelFiles(name, Path(folder), True, {**options, "revision": Path(folder).name}, args.variant)
+    return ModelFiles(name, folder, True, {**options, "revision": folder.name}, args.variant)
 
 
 def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
-    found = model.config(".", "model_index.json").get("_class_name")
-    widths = model.config("transformer").get("joint_attention_dim"), None
-    matches = [family for family in FAMILIES if family.pipeline == found and family.text_width in widths]
-    if not matches:
-        known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
-        raise UserError(f"{model.name}: is a {found}; this script trains {known}")
-    if model.is_distilled:
+    found, widths = model.index.get("_class_name"), (None, model.config("transformer")["joint_attention_dim"])
+    if model.index.get("is_distilled"):
         log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
-    return matches[0]
+    for family in FAMILIES:
+        if family.pipeline == found and family.text_width in widths:
+            return family
+    raise UserError(f"{model.name}: is a {found}; this script trains Flux2Pipeline and Flux2KleinPipeline")
 
 
 # What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
-BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
-              "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,),
-              "llm_int8_skip_modules": (None,), "llm_int8_enable_fp32_cpu_offload": (False,)}  # fmt: skip
+BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32")}
+BNB_VALUES |= {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_skip_modules": (None,)}
+# what bitsandbytes stores beside a weight
+BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
 
 
-def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
-    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
-
-    Raises UserError for settings or a machine that will not do, another format, and what would be quantised twice.
-    """
+def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict[str, Any] | None:
+    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None."""
     stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
     if not (stored or path):
         return None
@@ -1162,21 +1146,19 @@ def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
         if getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where} already")
     settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
-    for name, value in settings.items() if not stored else ():
-        if name not in known:  # diffusers would ignore it
-            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; it knows {', '.join(known)}")
-        if value not in (allowed := BNB_VALUES.get(name, (value,))):
-            raise UserError(f"{where}: {name} is {json.dumps(value)}; use {' or '.join(map(json.dumps, allowed))}")
+    if not stored:
+        for name, value in settings.items():
+            usable = BNB_VALUES.get(name, (value,) if name in known else ())  # diffusers would ignore another name
+            if value not in usable:
+                choices = " or ".join(map(json.dumps, usable)) or f"one of {', '.join(known)}"
+                raise UserError(f"{where}: {name} is {json.dumps(value)}; use {choices}")
+        settings = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), **settings}
+        settings["llm_int8_skip_modules"] = outside_blocks(model)
     try:  # bitsandbytes itself, and a GPU
         DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
-
-
-# what bitsandbytes stores beside a weight, and without which of it a weight of this type cannot be read
-BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
-BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
 
 
 def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
@@ -1185,23 +1167,17 @@ def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
 
 def check_part(run: Run, part: str) -> None:
     """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
-    files, types, shapes, config = run.model.weight_files(part), {}, {}, run.model.config(part)
-    if missing := [path.name for path in files if not path.is_file()]:
-        found = ", ".join(sorted(path.name for path in (run.model.folder / part).glob("*.safetensors"))[:3]) or "none"
-        raise UserError(f"{run.model.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
-                        f"{missing[0]} (found: {found}); download it again, or take another --variant")  # fmt: skip
-    for path in files:
+    shapes, config = {}, run.model.config(part)
+    for path in run.model.weight_files(part):
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    stored = file.get_slice(name)
-                    types[name], shapes[name] = stored.get_dtype(), tuple(stored.get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
-                            "clone run `git lfs pull`") from None  # fmt: skip
-    method = (config.get("quantization_config") or {}).get("quant_method")
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            advice = "download it again, after a clone run `git lfs pull`, or take another --variant"
+            raise UserError(f"{path}: missing, cut short, damaged or a Git LFS pointer ({error}); {advice}") from None
+    quantised = config.get("quantization_config")
     if part == "text_encoder":
-        if method not in (None, "bitsandbytes"):
+        if quantised and quantised.get("quant_method") != "bitsandbytes":
             return  # a format of transformers, which reports on it when it loads it
         report = read_text_encoder(run, device_map="meta")[1]
     else:
@@ -1209,14 +1185,11 @@ def check_part(run: Run, part: str) -> None:
             model = (AutoencoderKLFlux2 if part == "vae" else Flux2Transformer2DModel).from_config(config)
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         report = {"missing": [*needed.keys() - shapes.keys()], "unexpected": [*shapes.keys() - needed.keys()]}
-        shared = [(name, shapes[name], shape) for name, shape in needed.items() if name in shapes]
+        shared = [(name, shapes[name], needed[name]) for name in needed.keys() & shapes.keys()]
         report["misshapen"] = [entry for entry in shared if entry[1] != entry[2]]
-    if method:
+    if quantised:
         report["unexpected"] = [name for name in report["unexpected"] if not BNB_TENSORS.search(name)]
         report["misshapen"] = [entry for entry in report["misshapen"] if entry[1][1:] != (1,)]  # 4 bits as (bytes, 1)
-    for name in (name for name in types if name.endswith(".weight")):
-        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(types[name], ())]
-        report["missing"] += [other for other in beside if other not in types]
     refuse_misfits(run, part, report)
 
 
@@ -1224,34 +1197,23 @@ def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
     told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
-    advice = "it is incomplete or another model's: download it again, or choose another checkpoint"
-    if any("scale" in name for name in report["unexpected"]):
-        advice = "scales beside weights are a quantised format that is not read here: choose an unquantised checkpoint"
+    advice = "incomplete, another model's, or a quantised format that is not read here: choose another checkpoint"
     if told:
         raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
     """Checks the parts that are here; those of a Hub model that are not, `fetch_part` checks after their download."""
-    found, needed = run.model.config("scheduler", "scheduler_config.json"), FlowMatchEulerDiscreteScheduler.__name__
-    if found.get("_class_name") != needed:
-        raise UserError(f"{run.model.name}/scheduler: its class is {found.get('_class_name')}, FLUX.2's is {needed}")
     for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
         if not run.model.remote or all(path.is_file() for path in run.model.weight_files(part)):
             check_part(run, part)
 
 
 def fetch_part(run: Run, part: str) -> Path:
-    """The folder of a part; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
     return folder
-
-
-def public_name(model: ModelFiles) -> str:
-    """The Hub id, or the last part of a folder: no path of this machine leaves it."""
-    return model.name if model.remote else Path(model.name).absolute().name
 
 
 def digest(*parts: Any) -> str:
@@ -2411,26 +2373,24 @@ FLUX1_NAMES = (
 )
 
 
-def translate_flux1_name(name: str) -> str:
-    """The FLUX.2 name of a module that FLUX.1 calls `name`; other names come back as they are."""
-    found = (re.sub(pattern, new, name) for pattern, new in FLUX1_NAMES if re.search(pattern, name))
-    return next(found, name)
+def rename(name: str, patterns: Iterable[tuple[str, str]]) -> str:
+    for pattern, new in patterns:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
-    """Full names of the Linear modules that get a LoRA.
+    """Full names of the Linear modules that get a LoRA. Raises UserError for an entry that matches none.
 
     `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
-    `final:proj_out` the last layer. Raises UserError for an entry that matches nothing, with the nearest names.
+    `final:proj_out` the last layer.
     """
     text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
     chosen: set[str] = set()
     for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
-        whole = entry.startswith("final:")
-        name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
-        if not whole and name != entry:
+        if (name := rename(entry, FLUX1_NAMES)) != entry:
             log.info(f"lora: FLUX.1 name {entry} is {name} in FLUX.2")
-        matches = [full for full in linear_names if full == name or (full.endswith(f".{name}") and not whole)]
+        matches = [full for full in linear_names if f"final:{full}" == name or f".{full}".endswith(f".{name}")]
         if not matches:
             endings = sorted({re.sub(r"^.*blocks\.\d+\.", "", full) for full in linear_names})
             near = difflib.get_close_matches(name, [*linear_names, *endings], n=4, cutoff=0.4) or endings
@@ -2457,10 +2417,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(FP8 values, fp32 scales (rows, 1)) of a matrix; a scale per row, so that an outlier spoils its row only.
-
-    On a GPU no temporary is as large as the matrix: `abs().amax()` and a division in fp32 would make two.
-    """
+    """(FP8 values, fp32 scales (rows, 1)) of a matrix, without temporaries of its size; an outlier spoils its row."""
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
     scales = largest.float().clamp(min=1e-12) / torch.finfo(FP8).max
     return torch.div(matrix, scales, out=torch.empty_like(matrix, dtype=FP8)), scales
@@ -2469,8 +2426,7 @@ def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class FP8Gradient(torch.autograd.Function):
     """Gives a product x W^T, computed without autograd, its backward: one more FP8 product; x is not kept for it.
 
-    Only this step is a Function: torch.compile on PyTorch 2.11 keeps, and does not recompute under checkpointing, what
-    is computed inside the forward of one (29 GB more for [dev] at 1024 px).
+    The product is not computed in `forward`, where torch.compile would keep it, not recompute it (29 GB for [dev]).
     """
 
     @staticmethod
@@ -2492,8 +2448,7 @@ class FP8Gradient(torch.autograd.Function):
 class FP8Linear(nn.Linear):
     """A frozen Linear without bias: its weight (out, in) in FP8 only, with fp32 scales (out, 1); half of bf16's memory.
 
-    One scaled matmul forward and one backward, no gradient of the weight. `torch._scaled_mm` instead of `F.scaled_mm`,
-    which Dynamo cannot trace on PyTorch 2.11.
+    `torch._scaled_mm` instead of `F.scaled_mm`, which Dynamo cannot trace on PyTorch 2.11.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
@@ -2522,59 +2477,34 @@ def quantize_block(run: Run, block: nn.Module) -> None:
         block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
 
 
-def outside_blocks(run: Run) -> list[str]:
-    """The parts of the transformer with Linear layers that are never quantised: embedders, modulation, last layer."""
-    names = {name.partition(".")[0] for name in linear_modules(run.model.config("transformer"))}
-    return sorted(name for name in names if not name.endswith("transformer_blocks"))
-
-
-def bnb_settings(run: Run) -> dict[str, Any]:
-    """The arguments of BitsAndBytesConfig that quantise the blocks; products are in the compute dtype by default."""
-    default = {"bnb_4bit_compute_dtype": str(run.dtype).removeprefix("torch.")}
-    return {**default, **run.quantization, "llm_int8_skip_modules": outside_blocks(run)}
-
-
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
-        raise UserError("--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada); "
-                        f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a "
-                        "smaller --resolution, [klein], or --bnb_quantization_config_path")  # fmt: skip
+        found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
+        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of capability 8.9 or higher (from Ada), {found}")
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How FSDP2 splits the frozen blocks over the processes: the accelerate config's fsdp_config."""
-
-    reshard: bool = True  # give a block's gathered weights back after its forward, and gather them again in backward
-    offload: bool = False  # keep this process's part of the weights on the CPU
-    hybrid: bool = False  # split within a machine only; every machine holds all weights
-    checkpointing: bool = False  # as --gradient_checkpointing
-
-
-def sharding_of_launch() -> Sharding | None:
-    """The launcher's FSDP settings, or None without FSDP."""
-    if not launched_with("ACCELERATE_USE_FSDP"):
-        return None
-    strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
-    offload, checkpointing = map(launched_with, ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"))
-    return Sharding(reshard, offload, strategy in ("HYBRID_SHARD", "4"), checkpointing)
+def outside_blocks(model: ModelFiles) -> list[str]:
+    """The parts of the transformer with Linear layers that are never quantised: embedders, modulation, last layer."""
+    names = {name.partition(".")[0] for name in linear_modules(model.config("transformer"))}
+    return sorted(name for name in names if not name.endswith("transformer_blocks"))
 
 
 def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Splits the frozen weights of `blocks` over the processes; each block is gathered when it computes.
+    """Splits the frozen weights of `blocks` over the processes by FSDP2, as the accelerate config's fsdp_config says.
 
-    The LoRA, integer (bitsandbytes) weights and what lies outside the blocks stay whole, on every device. Blocks go to
-    the device one by one, so that it never holds the model whole.
+    The LoRA, integer (bitsandbytes) weights and what lies outside the blocks stay whole, on every device.
     """
-    sharding = run.sharding or Sharding()
-    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", run.processes))
-    shape = (run.processes // on_machine, on_machine) if sharding.hybrid else (run.processes,)
-    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("machines", "devices")[-len(shape) :])
-    options = {"mesh": mesh, "reshard_after_forward": sharding.reshard}
-    options |= {"offload_policy": CPUOffloadPolicy(run.device.type == "cuda")} if sharding.offload else {}
+    shape, names = (run.processes,), ("devices",)
+    if os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() in ("HYBRID_SHARD", "4"):  # every machine holds it all
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", run.processes))
+        shape, names = (run.processes // on_machine, on_machine), ("machines", "devices")
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
+    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
+    if launched_with("FSDP_OFFLOAD_PARAMS"):
+        options["offload_policy"] = CPUOffloadPolicy(run.device.type == "cuda")
     for block in blocks:
         whole = {p for p in block.parameters() if p.requires_grad or not p.is_floating_point()}
         fully_shard(block, ignored_params=whole, **options)
@@ -2588,28 +2518,13 @@ def blocks_of(transformer: Flux2Transformer2DModel) -> list[nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-class BeforeBackward(torch.autograd.Function):
-    """Passes the outputs of a block on; in the backward pass it fetches the block's weights before they are needed."""
-
-    @staticmethod
-    def forward(context: Any, fetch: Callable[[], None], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        context.fetch = fetch
-        return outputs
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        context.fetch()  # all of the later block's backward has been launched when its gradients have come
-        return None, *gradients
-
-
 class BlockStream:
     """Frozen blocks that live in pinned host memory and visit the device one by one (--stream_blocks).
 
     Two buffers take turns: while one block computes, the next one, in the backward pass the one before it, is copied
-    into the other buffer on a stream of its own; nothing is copied back. Blocks are recomputed in their backward,
-    between their fetch and the next, so that autograd keeps no view of a buffer for longer. Rejected: `fully_shard`
-    with offload, which for one process copies on the compute stream (PyTorch 2.11 to 2.15), and diffusers' group
-    offloading, which sends a block away before its backward.
+    into the other buffer on a stream of its own. Blocks are recomputed in their backward, so that autograd keeps no
+    view of a buffer. Rejected: `fully_shard` with offload, which for one process copies on the compute stream (PyTorch
+    2.11 to 2.15), and diffusers' group offloading, which sends a block away before its backward.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -2647,16 +2562,14 @@ class BlockStream:
             block._compiled_call_impl = functools.partial(self.visit, number, call)
 
     def visit(self, number: int, call: Callable, *inputs: Any, **named_inputs: Any) -> Any:
-        """A block's forward with its weights on the device."""
-        if not torch.is_grad_enabled():  # the next forward begins with the first block
-            self.fetch(number, (number + 1) % len(self.blocks))
-            return call(*inputs, **named_inputs)
-        self.fetch(number, number + 1)
+        """A block's forward with its weights on the device, where they come back to before its backward."""
+        training = torch.is_grad_enabled()  # if not, the next forward begins with the first block
+        self.fetch(number, number + 1 if training else (number + 1) % len(self.blocks))
         outputs = call(*inputs, **named_inputs)
-        fetch = functools.partial(self.fetch, number, number - 1)
-        if torch.is_tensor(outputs):
-            return BeforeBackward.apply(fetch, outputs)[0]
-        return BeforeBackward.apply(fetch, *outputs)
+        for output in (outputs,) if torch.is_tensor(outputs) else outputs:
+            if output.requires_grad:  # all of the later block's backward has been launched when its gradients come
+                output.register_hook(lambda _gradient: self.fetch(number, number - 1))
+        return outputs
 
     def fetch(self, number: int, following: int) -> None:
         """What is launched after this finds block `number` on the device; the copy of the `following` one begins."""
@@ -2690,16 +2603,13 @@ def is_streamed(run: Run, number: int) -> bool:
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype: on the CPU by memory map, or on the device as bitsandbytes wants it.
-
-    Block by block it is quantised to FP8, if that is asked, and pinned, if it is one of those that stream.
-    """
+    """The frozen transformer in the compute dtype: on the CPU by memory map, or where bitsandbytes has quantised it."""
     folder, stored = fetch_part(run, "transformer"), run.model.config("transformer").get("quantization_config")
     options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
     if run.quantization:
         options["device_map"] = {"": run.device}
     if run.quantization and not stored:
-        options["quantization_config"] = diffusers.BitsAndBytesConfig(**bnb_settings(run))
+        options["quantization_config"] = diffusers.BitsAndBytesConfig(**run.quantization)
     transformer = Flux2Transformer2DModel.from_pretrained(folder, **options)
     if run.args.attention_backend:
         try:
@@ -2720,19 +2630,18 @@ def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Tr
     """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
     if run.sharding:
         shard(run, transformer, blocks_of(transformer))
-    elif not transformer.stream.blocks:
-        transformer.to(run.device)
-    else:
-        streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            tensor.data = tensor.data if id(tensor) in streamed else tensor.data.to(run.device)
-        transformer.stream.start()
+        return transformer
+    streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if id(tensor) not in streamed and tensor.device != run.device:
+            tensor.data = tensor.data.to(run.device)
+    transformer.stream.start()
     return transformer
 
 
 def checkpointed_share(run: Run) -> float:
     """--gradient_checkpointing, or all blocks where the accelerate config's FSDP settings or streaming ask for it."""
-    asked = run.sharding is not None and run.sharding.checkpointing
+    asked = run.sharding and launched_with("FSDP_ACTIVATION_CHECKPOINTING")
     return 1.0 if asked or run.args.stream_blocks else run.args.gradient_checkpointing
 
 
@@ -2758,47 +2667,39 @@ def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) ->
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
-    """Puts the adapter into the transformer; returns its parameters by the name they have in the file, fp32.
-
-    lora_A is drawn from N(0, 1/rank) as in the diffusers examples, keyed by its name, and lora_B is 0, so the first
-    step starts from the base model.
-    """
+    """Puts the adapter, lora_A from N(0, 1/rank) keyed by its name, lora_B 0; its parameters by name in the file."""
     rank, alpha, targets = run.lora.rank, run.lora.alpha, [*run.lora.targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
     transformer.add_adapter(config)
-    for layer in (module for module in transformer.modules() if isinstance(module, LoraLayer)):
-        layer.cast_input_dtype_enabled = False
-        for part in (layer.lora_A, layer.lora_B):
-            old = part["default"]
-            part["default"] = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
-    trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable}
-    for name, parameter in parameters.items():
-        start = torch.zeros(parameter.shape)
-        if name.endswith("lora_A.weight"):
-            start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
-        parameter.data.copy_(start)
-    expected = {f"{name}.lora_{part}.weight" for name in targets for part in "AB"}
-    assert parameters.keys() == expected, "the trainable set must be exactly the adapter"
+    parameters = {}
+    for layer_name, layer in transformer.named_modules():
+        for part in ("lora_A", "lora_B") if isinstance(layer, LoraLayer) else ():
+            layer.cast_input_dtype_enabled = False
+            name, old = f"{layer_name}.{part}.weight", getattr(layer, part)["default"]
+            new = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
+            start = torch.zeros(new.weight.shape)
+            if part == "lora_A":
+                start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
+            new.weight.data.copy_(start)
+            getattr(layer, part)["default"], parameters[name] = new, new.weight
+    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
     millions = sum(parameter.numel() for parameter in parameters.values()) / 1e6
     log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {millions:.2f} M parameters in fp32")
     return parameters
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """(matrices by the names of our parameters, alpha) of a LoRA of ours, diffusers, PEFT, ai-toolkit or kohya.
-
-    Raises UserError. Kohya's alphas are in its matrices when diffusers has converted them; PEFT keeps alpha in a file.
-    """
+    """(matrices by the names of our parameters, alpha) of a LoRA of ours, diffusers, PEFT, ai-toolkit or kohya."""
     try:
         with safe_open(path, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        peft, beside = any(name.startswith("base_model.") for name in stored), path.with_name("adapter_config.json")
-        if peft and beside.is_file():
+        beside = path.with_name("adapter_config.json")  # where PEFT keeps alpha
+        if beside.is_file() and any(name.startswith("base_model.") for name in stored):
             header = {f"transformer.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
         if any("dora_scale" in name for name in stored) or header.get("transformer.use_rslora"):
             raise ValueError("it is a DoRA or rank-stabilised")
+        # kohya's alphas are multiplied into its matrices
         converted = diffusers.Flux2Pipeline.lora_state_dict(stored)
         ranks = {matrix.shape[0] for name, matrix in converted.items() if name.endswith(".lora_A.weight")}
         if len(ranks) != 1 or header.get("transformer.alpha_pattern"):
@@ -2825,53 +2726,54 @@ def find_lora(args: Args, model: ModelFiles) -> LoraShape:
         rank = args.rank or 16
         return LoraShape(rank, args.lora_alpha or rank, tuple(resolve_lora_layers([*linears], args.lora_layers)))
     matrices, alpha = read_lora(Path(path))
-    modules = {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in matrices}
-    for module in sorted(modules):
-        pair, linear = [matrices.get(f"{module}.lora_{part}.weight") for part in "AB"], linears.get(module)
-        fits = linear is not None and all(matrix is not None for matrix in pair)
-        if not fits or (pair[0].shape[1], pair[1].shape[0]) != (linear.in_features, linear.out_features):
-            raise UserError(f"{path}: is for another model, its {module} does not fit {model.name}")
-    found = LoraShape(len(pair[0]), alpha, tuple(name for name in linears if name in modules))
-    asked = {"rank": (args.rank, found.rank), "lora_alpha": (args.lora_alpha, found.alpha)}
-    for name, (value, there) in asked.items():
-        if value not in (None, there):
-            raise UserError(f"--{name} {value:g}: it is {there:g} in --init_lora_from {path}; leave the flag out")
-    if args.lora_layers and {*resolve_lora_layers([*linears], args.lora_layers)} != modules:
-        raise UserError(f"--lora_layers {args.lora_layers}: --init_lora_from {path} has {len(modules)} other modules, "
-                        f"such as {found.targets[0]}; leave the flag out")  # fmt: skip
-    return found
+    rank = next(len(matrix) for name, matrix in matrices.items() if name.endswith(".lora_A.weight"))
+    targets = tuple(name for name in linears if f"{name}.lora_A.weight" in matrices)
+    fitting = {f"{name}.lora_A.weight": (rank, linears[name].in_features) for name in targets}
+    fitting |= {f"{name}.lora_B.weight": (linears[name].out_features, rank) for name in targets}
+    found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
+    if misfits := sorted(name for name, _ in found.items() ^ fitting.items()):
+        raise UserError(f"{path}: is for another model, its {misfits[0]} does not fit {model.name}")
+    layers = tuple(resolve_lora_layers([*linears], args.lora_layers)) if args.lora_layers else None
+    given = {"rank": (args.rank, rank), "lora_alpha": (args.lora_alpha, alpha), "lora_layers": (layers, targets)}
+    for name, (asked, there) in given.items():
+        if asked not in (None, there):
+            there = there if name != "lora_layers" else f"{len(there)} modules, such as {there[0]},"
+            raise UserError(f"--{name}: it is {there} in --init_lora_from {path}; leave the flag out")
+    return LoraShape(rank, alpha, targets)
 
 
 def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
     """Copies a LoRA file that fits, as `find_lora` has found, into the adapter."""
-    matrices, _ = read_lora(path)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(matrices[name])
+    for name, matrix in read_lora(path)[0].items():
+        parameters[name].data.copy_(matrix)
 
 
-def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
-    """Writes pytorch_lora_weights.safetensors, with all that diffusers needs to rebuild the adapter in its header.
+def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_comfyui: bool = False) -> None:
+    """Writes the LoRA for diffusers, or for ComfyUI and others, which know BFL's names and read no alpha in a header.
 
-    That is only what differs from PEFT's defaults: an older PEFT refuses a file with a key that it does not know.
+    The adapter in the header is only what differs from PEFT's defaults: an older PEFT refuses keys it does not know.
     """
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
-    tensors = {f"transformer.{name}": parameter.detach().to("cpu", dtype) for name, parameter in parameters.items()}
-    # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
-    adapter = {"r": run.lora.rank, "lora_alpha": run.lora.alpha, "rank_pattern": {}}
-    adapter["target_modules"] = sorted(run.lora.targets)
-    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
-    header = {"format": "pt", "lora_adapter_metadata": header, **describe_lora(run)}
-    write_atomically(folder / LORA_FILE, safetensors_bytes(tensors, header))
+    header, lora = {"format": "pt", **describe_lora(run)}, run.lora
+    tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    if for_comfyui:
+        tensors = bfl_lora(tensors, lora.alpha / lora.rank)
+    else:
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
+        adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "rank_pattern": {}, "target_modules": sorted(lora.targets)}
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": adapter[key] for key in adapter})
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    write_atomically(folder / (COMFYUI_FILE if for_comfyui else LORA_FILE), safetensors_bytes(tensors, header))
 
 
 def describe_lora(run: Run) -> dict[str, str]:
     """What user interfaces show of a LoRA file. No date, so that equal runs give equal files."""
     trigger, size = run.args.instance_prompt or "", run.args.resolution
-    facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger,
-             "implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})",
-             "resolution": f"{size}x{size}"}  # fmt: skip
-    facts = {f"modelspec.{name}": value for name, value in facts.items()}
-    return {**facts, "base_model": public_name(run.model), "seed": str(run.seed)}
+    facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger}
+    facts |= {"implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})"}
+    facts = {f"modelspec.{name}": value for name, value in {**facts, "resolution": f"{size}x{size}"}.items()}
+    return {**facts, "base_model": run.model.public_name, "seed": str(run.seed)}
 
 
 BFL_NAMES = (  # of the modules, by diffusers' names; one after the other
@@ -2893,32 +2795,21 @@ def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch
 
     BFL's q, k and v are one module: their lora_A are stacked, and lora_B is block-diagonal.
     """
-    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}  # a module's q, k, v, or ""
     for name in sorted(name.removesuffix(".lora_A.weight") for name in matrices if name.endswith(".lora_A.weight")):
         down, up = matrices[f"{name}.lora_A.weight"], matrices[f"{name}.lora_B.weight"] * scale
         if name == "norm_out.linear":  # BFL's order is shift, scale
             up = torch.cat(up.chunk(2)[::-1])
-        for ours, theirs in BFL_NAMES:
-            name = re.sub(ours, theirs, name)
-        module, _, part = name.partition("qkv.")
+        module, _, part = rename(name, BFL_NAMES).partition("qkv.")
         modules.setdefault(f"{module}qkv" if part else module, {})[part] = down, up
     tensors = {}
     for module, parts in modules.items():
-        order, (down, up) = [""] if "" in parts else ["q", "k", "v"], next(iter(parts.values()))
-        pairs = [parts.get(part, (down[:0], up[:, :0])) for part in order]  # a part without a LoRA has rank 0
+        down, up = next(iter(parts.values()))
+        empty = down[:0], up[:, :0]  # a part without a LoRA has rank 0
+        pairs = [parts.get(part, empty) for part in ([""] if "" in parts else "qkv")]
         tensors[f"diffusion_model.{module}.lora_A.weight"] = torch.cat([down for down, _ in pairs])
         tensors[f"diffusion_model.{module}.lora_B.weight"] = torch.block_diag(*(up for _, up in pairs))
     return tensors
-
-
-def save_comfyui_lora(run: Run, parameters: dict[str, nn.Parameter]) -> None:
-    """Writes comfyui_lora.safetensors: for ComfyUI and others, which know BFL's names and read no alpha in a header."""
-    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
-    matrices = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-    tensors = bfl_lora(matrices, run.lora.alpha / run.lora.rank)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    header = {"format": "pt", **describe_lora(run)}
-    write_atomically(run.output_dir / COMFYUI_FILE, safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
@@ -3371,7 +3262,8 @@ def restore(run: Run, state: TrainState) -> None:
 # region shared: validation
 def make_pipeline(run: Run, parts: TrainingParts) -> Any:
     """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
-    klein = {"is_distilled": run.model.is_distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
+    distilled = bool(run.model.index.get("is_distilled"))
+    klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
     models = {"transformer": parts.transformer, "vae": parts.vae_on_device(run), "text_encoder": None}
     pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, tokenizer=None, **models, **klein)
@@ -3410,7 +3302,7 @@ def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, di
 def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> None:
     """Draws --num_validation_images of each prompt into `folder`, by all processes, in lock-step where they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
-    with shared_out(run, everything, lockstep=run.sharding is not None) as todo:
+    with shared_out(run, everything, lockstep=run.sharding) as todo:
         pipeline = make_pipeline(run, parts)
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
@@ -3507,7 +3399,7 @@ def prepare_streams(run: Run, parts: TrainingParts, samples: list[Sample]) -> tu
         missing = list(itertools.islice(free_numbers, max(0, run.args.num_class_images - present)))
         log.info(f"class images: {present} in {folder.name}, {len(missing)} to generate")
         batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
-        with shared_out(run, batches, lockstep=run.sharding is not None) as mine:
+        with shared_out(run, batches, lockstep=run.sharding) as mine:
             if mine:
                 generate_class_images(run, parts, folder, mine)
         files = list_files(folder)
@@ -3636,7 +3528,7 @@ def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> N
 
     The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
     """
-    base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
+    base, on_hub, trigger = run.model.public_name, run.model.remote, run.args.instance_prompt
     data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
     pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
     head = huggingface_hub.ModelCardData(
@@ -3705,10 +3597,10 @@ def card_quantization(run: Run) -> tuple[str, str]:
     """(import lines, argument) of the card's snippet for the base as it was trained on; a stored format needs none."""
     if run.args.do_fp8_training:  # the weights alone: products are in the compute dtype there
         classes, more_imports = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
-        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run)})"
+        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)})"
     elif run.args.bnb_quantization_config_path:
         classes, more_imports = "BitsAndBytesConfig", ""
-        config = f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in bnb_settings(run).items())})"
+        config = f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in run.quantization.items())})"
     else:
         return "", ""
     imports = f"from diffusers import {classes}, PipelineQuantizationConfig\n{more_imports}"
@@ -3990,7 +3882,7 @@ def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
             save_lora(run, state.parameters, run.output_dir)
             flush_to_disk(run.output_dir / LORA_FILE)
             if run.args.comfyui_lora:
-                save_comfyui_lora(run, state.parameters)
+                save_lora(run, state.parameters, run.output_dir, for_comfyui=True)
             write_card(run, state, [])
     except OSError as error:
         kept = [str(path) for path in list_checkpoints(run.output_dir)[-1:]]

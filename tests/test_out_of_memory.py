@@ -117,7 +117,7 @@ def test_everything_that_is_on_is_not_said_again(bnb_on_cpu, script, tiny, tmp_p
 def test_what_several_processes_can_do_is_said_to_them(script, tiny, tmp_path):
     """The encoder and FP8 weights are split, those of bitsandbytes are not."""
     run = start_run(script, tiny, tmp_path)
-    two = replace(run, sharding=script.Sharding(), accelerator=type("Two", (), {"num_processes": 2})())
+    two = replace(run, sharding=True, accelerator=type("Two", (), {"num_processes": 2})())
     assert "--fsdp_text_encoder" in script.memory_flags(two, "encode prompts")
     assert script.memory_flags(two, "set up training")[0] == "--do_fp8_training"
 

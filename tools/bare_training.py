@@ -99,7 +99,7 @@ def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> 
         from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
 
         weights = {name: part.weight.data for name, part in block.named_modules() if isinstance(part, torch.nn.Linear)}
-        config = script.diffusers.BitsAndBytesConfig(**script.bnb_settings(run))
+        config = script.diffusers.BitsAndBytesConfig(**run.quantization)
         replace_with_bnb_linear(block, [], quantization_config=config)
         for name, weight in weights.items():
             empty = block.get_submodule(name).weight
