@@ -3858,25 +3858,24 @@ def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> 
     facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
     facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
-    text_options = {"max_sequence_length": run.args.max_sequence_length}
-    text_options |= {"text_encoder_out_layers": run.text_layers} if run.args.text_encoder_out_layers else {}
-    steps = {"num_inference_steps": run.args.num_inference_steps, "guidance_scale": run.args.validation_guidance_scale}
+    given = {name: vars(run.args)[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
+    given = "".join(f", {name}={value}" for name, value in given.items() if value != DEFAULTS[name])
+    steps = f"num_inference_steps={run.args.num_inference_steps}, guidance_scale={run.args.validation_guidance_scale}"
     prompt = next(iter(final_prompts(run.args)), trigger or "a photo")
     prompts = {"prompt_embeds": prompt}
     if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
         prompts["negative_prompt_embeds"] = ""
-    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
+    text = ", ".join(f"{k!r}: encode({v!r}, device=device{given})[0].to(dtype)" for k, v in prompts.items())
     imports, inputs = card_inputs(run)
     download = f"[{LORA_FILE}]({LORA_FILE}) is for diffusers."
     if run.args.comfyui_lora:
-        download += (
-            f" For ComfyUI put [{COMFYUI_FILE}]({COMFYUI_FILE}) into `models/loras`; other programs take it too."
-        )
+        download += f" For ComfyUI put [{COMFYUI_FILE}]({COMFYUI_FILE}) into `models/loras`; others take it too."
     download += f"\n\n`hf download {run.hub_repo} --local-dir lora` fetches all." if run.hub_repo else ""
     card = f"""---
 {head.to_yaml()}
 ---
 # {escape_markdown(Path(repo).name)}
+
 <Gallery />
 
 A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
@@ -3899,7 +3898,7 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline({prompt!r}, {inputs}, **{text_options | steps}).images[0].save("image.png")
+pipeline({prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
 ```
 
 Part by part, with the transformer as it was trained:
@@ -3917,7 +3916,6 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
 encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
 encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
-options = {{"device": device, **{text_options}}}
 with torch.no_grad():
     text = {{{text}}}
 del encoder, encode
@@ -3928,7 +3926,7 @@ torch.cuda.empty_cache()
 parts = {{"text_encoder": None, "tokenizer": None}}
 {card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline(**text, {inputs}, **{steps}).images[0].save("image.png")
+pipeline(**text, {inputs}, {steps}).images[0].save("image.png")
 ```
 
 ## Training
