@@ -3074,8 +3074,7 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
 def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch.Tensor) -> torch.Tensor:
     """Averages the LoRA's gradients, and returns the rows of all processes in their order, with one all-reduce.
 
-    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
-    nothing else has to be synchronised, under FSDP neither.
+    The LoRA is whole and the same everywhere, so nothing else has to be synchronised, under FSDP neither.
     """
     if run.processes == 1:
         return rows
@@ -3280,10 +3279,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def rewind(run: Run) -> None:
-    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice.
-
-    Lines of metrics.jsonl that a power failure has damaged go too.
-    """
+    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice."""
     step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
     for folder in reversed(list_checkpoints(run.output_dir)):
         if run.resume and step_of(folder) > step:
@@ -3486,10 +3482,7 @@ def card_inputs(run: Run) -> tuple[str, str]:
 
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
-    """The resolved command line, a flag per line in shell quoting, no secrets: `@config.args` reproduces the run.
-
-    With `basenames` paths lose their folders: this is the copy that leaves the machine.
-    """
+    """The resolved flags, one a line, no secrets; with `basenames`, to leave the machine, paths lose their folders."""
     precision, lines = "bf16" if run.dtype == torch.bfloat16 else "no", [CONFIG_HEAD]
     left_out = (*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
     for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
@@ -3581,6 +3574,7 @@ def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> 
 {head.to_yaml()}
 ---
 # {escape_markdown(Path(run.hub_repo or run.output_dir.absolute()).name)}
+
 <Gallery />
 
 A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
@@ -3614,15 +3608,14 @@ def card_snippets(run: Run) -> str:
     The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
     """
     base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
-    pipeline, encoder = run.family.pipeline, run.family.text_encoder
-    text_options = {"max_sequence_length": run.args.max_sequence_length}
-    text_options |= {"text_encoder_out_layers": run.text_layers} if run.args.text_encoder_out_layers else {}
-    steps = {"num_inference_steps": run.args.num_inference_steps, "guidance_scale": run.args.validation_guidance_scale}
+    pipeline, encoder, (imports, inputs) = run.family.pipeline, run.family.text_encoder, card_inputs(run)
+    given = {name: vars(run.args)[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
+    given = "".join(f", {name}={value}" for name, value in given.items() if value != DEFAULTS[name])
+    steps = f"num_inference_steps={run.args.num_inference_steps}, guidance_scale={run.args.validation_guidance_scale}"
     prompt = next(iter(final_prompts(run.args)), run.args.instance_prompt or "a photo")
     # klein has real guidance, against the empty prompt
     prompts = {"prompt_embeds": prompt} | ({} if pipeline == "Flux2Pipeline" else {"negative_prompt_embeds": ""})
-    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
-    imports, inputs = card_inputs(run)
+    text = ", ".join(f"{k!r}: encode({v!r}, device=device{given})[0].to(dtype)" for k, v in prompts.items())
     return f"""On a GPU that holds the whole model:
 
 ```python
@@ -3631,7 +3624,7 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline({prompt!r}, {inputs}, **{text_options | steps}).images[0].save("image.png")
+pipeline({prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
 ```
 
 Part by part, with the transformer as it was trained:
@@ -3649,7 +3642,6 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
 encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
 encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
-options = {{"device": device, **{text_options}}}
 with torch.no_grad():
     text = {{{text}}}
 del encoder, encode
@@ -3660,7 +3652,7 @@ torch.cuda.empty_cache()
 parts = {{"text_encoder": None, "tokenizer": None}}
 {card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline(**text, {inputs}, **{steps}).images[0].save("image.png")
+pipeline(**text, {inputs}, {steps}).images[0].save("image.png")
 ```
 """
 
@@ -3699,10 +3691,7 @@ def open_hub(args: Args) -> huggingface_hub.HfApi:  # by itself it would be wait
 
 
 def push(run: Run) -> None:
-    """Uploads settings, weights, card and images; never checkpoints, logs, caches.
-
-    A failure is a warning with the line that does it by hand: the result is on disk.
-    """
+    """Uploads settings, weights, card and images, no checkpoints or caches; a failure is a warning."""
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
@@ -3747,8 +3736,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 def begin_output(run: Run) -> Run:
     """Makes the repository, writes the settings, which make the rest ours, and starts the trackers with them.
 
-    What a killed run left goes, with --overwrite_output_dir all that an earlier one left, but never the cache. Neither
-    secrets nor folders go to the trackers. Returns the run with its repository.
+    What a killed run left goes, with --overwrite_output_dir all of an earlier one. Returns the run with its repository.
     """
     if run.is_main and run.args.push_to_hub:  # now, so that a missing permission shows before training
         name = run.args.hub_model_id or run.output_dir.absolute().name
@@ -3767,7 +3755,7 @@ def begin_output(run: Run) -> Run:
         remove_left_overs(run)
         rewind(run)
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
-    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
+    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}  # no folders
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
     name = run.output_dir.absolute().name
     options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name},
@@ -3783,17 +3771,14 @@ def begin_output(run: Run) -> Run:
 
 
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
-    """Raises UserError unless all processes see the same data, settings and checkpoint.
-
-    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
-    """
+    """Raises UserError unless all processes see the same: machines without a shared drive would go apart in silence."""
     own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
     flags = {name: value for name, value in vars(run.args).items() if name not in own}
     seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
     if others := [str(index) for index, number in enumerate(numbers) if number != numbers[0]]:
-        raise UserError(f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0: "
-                        "start all with the same command, data and --output_dir on a shared drive")  # fmt: skip
+        where = f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0"
+        raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
 def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
@@ -3903,8 +3888,8 @@ def train(run: Run, training: Training) -> None:
                 values |= validate(run, training)
             write_metrics(run, values | peak_memory(run))
             if training.skipped >= 10:
-                raise NotFinite(f"step {training.step}: ten steps in a row were not finite. Look at the samples named "
-                                "above; if they are good, start anew with a lower --learning_rate")  # fmt: skip
+                advice = "look at the samples named above; if they are good, start anew with a lower --learning_rate"
+                raise NotFinite(f"step {training.step}: ten steps in a row were not finite: {advice}")
             if training.step == 50 and values["lora_norm"] == 0.0:
                 log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
             due = training.step % run.args.checkpointing_steps == 0 or (training.unsaved and training.step % 10 == 0)
@@ -3939,8 +3924,8 @@ def save_results(run: Run, training: Training) -> None:
         with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
             save_lora(run, training.parameters, run.output_dir)
         kept = [str(path) for path in (lora, *list_checkpoints(run.output_dir)[-1:]) if path.exists()]
-        raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
-                         f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
+        told = f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}"
+        raise SaveFailed(f"{told}. Free space in {run.output_dir}, then resume") from error
     run.accelerator.wait_for_everyone()
     track(run, lambda tracker: tracker.finish())
     if stopped is not None:
