@@ -217,14 +217,13 @@ UNUSABLE = {
     "a number for a truth": ('{"load_in_4bit": 1}', "it must be an object with one"),
 }
 WRONG = {
-    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "no setting of BitsAndBytesConfig; "),
+    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, 'quant_typ is "nf4"; use one of '),
     "an unknown format": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, 'is "nf5"; use "nf4" or "fp4"'),
     "fp16": ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}, 'use "bfloat16" or "float32"'),
     "no dtype": ({"load_in_4bit": True, "bnb_4bit_quant_storage": "float31"}, 'use "uint8"'),
     "no number": ({"load_in_8bit": True, "llm_int8_threshold": "6"}, "llm_int8_threshold must be a float"),
     "a truth as threshold": ({"load_in_8bit": True, "llm_int8_threshold": True}, "llm_int8_threshold must be a float"),
     "a word": ({"load_in_4bit": True, "bnb_4bit_use_double_quant": "yes"}, "use_double_quant must be a boolean"),
-    "16-bit weights": ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight is true"),
     "modules left out": ({"load_in_8bit": True, "llm_int8_skip_modules": ["x"]}, "llm_int8_skip_modules is"),
 }
 
@@ -347,7 +346,7 @@ def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it
     )
     prompt = "a photo of sks toy"
     embedding = script.encode_prompt(run, script.load_tokenizer(run), whole.eval(), prompt)
-    used = script.PromptCache(script.replace(run, cache_dir=first / "cache")).load(prompt)
+    used = script.open_prompts(script.replace(run, cache_dir=first / "cache")).get(prompt)
     assert torch.equal(embedding, used)
 
 
@@ -383,14 +382,11 @@ def test_another_format_of_storage_is_refused_by_name(script, tiny, tmp_path):
     ("kind", "part", "hole", "told"),
     [
         ("nf4", "transformer", r"^proj_out\.", r"\d+ missing, such as proj_out\.weight"),
-        ("nf4", "transformer", r"blocks\.0.*to_out.*\.absmax$", r"\d+ missing, .*to_out.*weight\.absmax"),
-        ("int8", "transformer", r"\.SCB$", r"\d+ missing, .*\.SCB and "),
         ("nf4", "text_encoder", r"layers\.2\.mlp", r"3 missing, .*layers\.2\.mlp"),
-        ("int8", "text_encoder", r"layers\.2\.mlp\.up_proj\.SCB$", r"1 missing, .*layers\.2\.mlp\.up_proj\.SCB"),
     ],
 )
 def test_a_stored_checkpoint_with_a_hole_is_refused(script, stored_models, tmp_path, kind, part, hole, told):
-    """A weight that no file has is named before anything is loaded, and so is what a stored weight is read with."""
+    """A weight that no file has is named before anything is loaded."""
     model = shutil.copytree(stored_models[kind], tmp_path / "model")
     path = next((model / part).glob("*.safetensors"))
     tensors = {name: tensor for name, tensor in script.load_file(path).items() if not re.search(hole, name)}
@@ -428,8 +424,8 @@ RUNGS = {
 
 
 def python_of(folder: Path) -> str:
-    """The snippet of the model card."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
+    """The second snippet of the model card, with the base as it was trained on."""
+    _, code = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
     return code
 
 

@@ -16,7 +16,7 @@ FLAGS = ("--random_flip", "--use_aspect_ratio_buckets", "--caption_dropout", "0.
 @pytest.fixture
 def words(script, tiny, photos, reference_flags, reference_dropout, tmp_path, monkeypatch) -> list[str]:
     """A training's flags; the tool's change to the script is undone after the test."""
-    monkeypatch.setattr(script.PromptCache, "load", script.PromptCache.load)
+    monkeypatch.setattr(script.TensorCache, "get", script.TensorCache.get)
     monkeypatch.setattr(sys, "path", [*sys.path])
     words = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, *reference_flags, *FLAGS]
     words += ["--output_dir", tmp_path / "out", "--instance_prompt", "a photo of sks toy", "--resolution", "64"]
@@ -25,13 +25,13 @@ def words(script, tiny, photos, reference_flags, reference_dropout, tmp_path, mo
 
 @pytest.mark.parametrize("flags", [(), ("--cache_latents",)])
 def test_the_visits_are_those_of_the_training_to_the_pixel(script, train, words, reference_dropout, flags, monkeypatch):
-    load, calls = script.PromptCache.load, spy(monkeypatch, script, "batch_losses")
+    get, calls = script.TensorCache.get, spy(monkeypatch, script, "batch_losses")
     encoded = spy(monkeypatch, script, "encode_pixels")
     train(*FLAGS, *reference_dropout, *flags, "--max_train_steps", "4")
     trained = [{key: value[row] for key, value in call.args[2].items()} for call in calls for row in range(2)]
-    forbid(monkeypatch, script, "load_vae", "load_text_encoder", "load_transformer", "read_weights")
+    forbid(monkeypatch, script, "load_vae", "load_text_encoder", "load_transformer")
     run, shown, listed = preview.visits(script, [*words, *flags], len(trained))
-    monkeypatch.setattr(script.PromptCache, "load", load)
+    monkeypatch.setattr(script.TensorCache, "get", get)
     assert len(shown) == 8 and len({visit["name"] for visit in shown}) > 2 and len(listed) == 5
     for visit, real in zip(shown, trained, strict=True):
         assert all(visit[key] == real[key] for key in ("name", "position", "caption", "target"))

@@ -32,11 +32,11 @@ def visits(script: ModuleType, words: list[str], count: int) -> tuple[Any, list[
     args.dataloader_num_workers = 0
     script.set_up_logging()
     run = script.start_accelerator(args)
-    samples, _ = script.check_data(run)
-    script.PromptCache.load = lambda *_: torch.zeros(1)  # nothing is encoded
-    parts = SimpleNamespace(streams=[script.Stream("instance", samples)], space=SimpleNamespace(channels=4))
+    samples = script.check_data(run)
+    script.TensorCache.get = lambda *_: torch.zeros(1)  # nothing is encoded
+    streams, space = [script.Stream("instance", samples)], SimpleNamespace(channels=4)
     shown: list[dict[str, Any]] = []
-    for (batch,) in script.make_loaders(run, parts, 0):
+    for (batch,) in script.make_loaders(run, SimpleNamespace(streams=streams, space=space, step=0)):
         rows = range(len(batch["name"]))
         shown += [{key: values[row] for key, values in batch.items()} for row in rows]
         if len(shown) >= count:
