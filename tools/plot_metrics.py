@@ -94,12 +94,13 @@ def value_range(curves: list[Curve]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def draw_panel(title: str, curves: list[Curve], last_step: float) -> Image.Image:
-    """One panel with axes, grid, legend and curves."""
+def draw_panel(title: str, curves: list[Curve], last_step: float, lowest: float | None = None) -> Image.Image:
+    """One panel with axes, grid, legend and curves; its values begin at `lowest`, or where those of the curves do."""
     panel = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13 * SCALE)
     left, top, right, bottom = LEFT * SCALE, TOP * SCALE, (WIDTH - RIGHT) * SCALE, (HEIGHT - BOTTOM) * SCALE
     low, high = value_range(curves)
+    low = low if lowest is None else lowest
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = min(1.0, max(0.0, (y - low) / (high - low)))  # what lies outside runs along the edge
