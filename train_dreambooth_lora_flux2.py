@@ -1155,39 +1155,29 @@ DECODE_POLICY = 2  # raise it when decode_image changes: checked images are chec
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB. Raises ValueError: why it cannot be trained on."""
-    if not data:
-        raise ValueError("empty file (0 bytes)")
+    """One image as a person sees it: upright, in sRGB, on white. Raises ValueError: why it cannot be trained on."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
-        raise ValueError("not an image in a known format") from None
+        raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
     if frames > 1:
         raise ValueError(f"animated or multi-page ({frames} frames)")
-    return to_rgb(image)
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey scaled to 8, the colour profile applied, transparency on white. Raises ValueError where it cannot."""
-    profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    elif image.mode == "P":
-        image = image.convert("RGB" if clear is None else "RGBA")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
-        alpha, image = layered.getchannel("A"), layered.convert("RGB").convert("L" if grey else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = image.convert({"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1209,10 +1199,7 @@ def cover_size(size: Size, target: Size) -> Size:
 def image_to_pixels(
     image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
 ) -> torch.Tensor:
-    """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
-
-    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre. As the pipelines do.
-    """
+    """(3, H, W) in [-1, 1] at `target`; `crop` places it in [0, 1) from top and left, None is the centre."""
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
@@ -1239,8 +1226,8 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills it in
-    size: Size = (0, 0)  # so too
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
+    size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
 
@@ -1254,7 +1241,6 @@ class Image:
             raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
         return image_to_pixels(self.decoded(), self.target, crop, flip)
 
 
@@ -1280,7 +1266,7 @@ class Sample:
 
 
 # region shared: listing
-Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
+Row = tuple[list[Image], Captions, str]  # an image and what belongs to it, the captions, and where those come from
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
@@ -1291,8 +1277,7 @@ NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
-def plain(name: str | Path) -> str:
-    """A path or the name of a column as it is compared: without blanks at the ends, in one case and Unicode form."""
+def plain(name: str | Path) -> str:  # as it is compared: without blanks at the ends, in one case and Unicode form
     return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
 
 
@@ -1301,19 +1286,15 @@ def some(names: list[str]) -> str:
 
 
 def as_lines(problems: list[str]) -> str:
-    """The first twenty problems as lines of a message, and how many more there are."""
     rest = [f"and {len(problems) - 20} more"] * (len(problems) > 20)
     return "".join(f"\n    {line}" for line in (*problems[:20], *rest))
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and links below `folder`, sorted, without hidden ones, and those of them whose ending is an image's."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def list_images(files: list[Path]) -> list[Path]:  # a link to nothing is one, to be told by name
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
@@ -1324,25 +1305,7 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
             kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
             kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
     for kind, names in kinds.items():
-        log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
-    if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg, or in a folder's metadata.jsonl, else metadata.csv")
-
-
-def file_image(folder: Path, path: Path) -> Image:  # named by its path in the folder
-    return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
-
-
-def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
-    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending."""
-    # the very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's
-    texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
-    same = {path.with_suffix(""): path for path in reversed(texts)}
-    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
-    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
-    for path in [path for path, text in found.items() if text is None]:
-        found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
-    return {path: text for path, text in found.items() if text}
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {some(names)}")
 
 
 def read_text(path: Path) -> str:
@@ -1365,177 +1328,125 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
     return tuple(texts)
 
 
-def read_metadata(path: Path) -> Table:
-    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
-    rows, line, content = {}, 1, read_text(path)
-    try:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(io.StringIO(content))
-            header = reader.fieldnames or [""]
-            if other := re.search(r"[;\t]", header[0]):
-                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
-            for row in reader:
-                rows[reader.line_num] = row
-        else:
-            for line, text in enumerate(content.split("\n"), start=1):
-                rows |= {line: json.loads(text)} if text.strip() else {}
-    except (json.JSONDecodeError, csv.Error) as error:
-        reason = getattr(error, "msg", error)
-        raise UserError(f"{path}: line {line} is not readable as one JSON object or CSV row ({reason})") from None
-    for line, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
-        if None in row:
-            raise UserError(f"{path}: line {line} has more cells than columns; quote texts with commas")
-    return rows
-
-
 def find_column(columns: list[str], *names: str) -> str | None:
     """The column that is called like the first of the names that is there."""
-    return next((column for name in names for column in (name, *columns)
-                 if column in columns and plain(column) == plain(name)), None)  # fmt: skip
-
-
-def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[str], *usual: str) -> str | None:
-    """The column that a flag asks for, or else one of the usual ones, or None. Raises UserError if it is not there."""
-    column = find_column(columns, *([asked] if asked else usual))
-    if asked and column is None:
-        raise UserError(f"--{flag_name} {asked}: not in {origin}; columns: {', '.join(columns)}")
-    return column
+    return next((c for name in names for c in (name, *columns) if c in columns and plain(c) == plain(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
     """The column of captions. Logs the number of rows, which columns are used, and which are not."""
-    caption = choose_column("caption_column", args.caption_column, origin, columns, *USUAL_CAPTIONS)
+    caption = find_column(columns, *([args.caption_column] if args.caption_column else USUAL_CAPTIONS))
+    if args.caption_column and caption is None:
+        raise UserError(f"--caption_column {args.caption_column}: not in {origin}; columns: {', '.join(columns)}")
     unused = ", ".join(column for column in columns if column not in (*images, caption))
-    target, *references = images
-    log.log(logging.WARNING if unused and caption is None else logging.INFO,
-            f"data: {origin}: {count} rows, images from {target}"
-            + f", references from {', '.join(references)}" * bool(references)
-            + f", captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused))  # fmt: skip
+    used = ", references from ".join([images[0], ", ".join(images[1:])][: len(images)])
+    report = f"data: {origin}: {count} rows, images from {used}, captions from {caption or 'no column'}"
+    level = logging.WARNING if unused and caption is None else logging.INFO
+    log.log(level, report + f"; columns not used: {unused}" * bool(unused))
     return caption
 
 
-def named_file(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
-    """The file `name` of a metadata row in `folder`, among `names` where it is written otherwise. Raises UserError."""
-    if not name or not isinstance(name, str):
-        raise UserError("every row needs a 'file_name'")
-    path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
-    path = path if os.path.isfile(path) else names.get(plain(path), path)
-    if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"'{name}' leads out of the folder or does not exist; names start at {folder}")
-    return path
-
-
-Row = tuple[list[Path], Captions, str]  # images of a row of metadata, their captions, the file's name
-
-
-def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) -> tuple[list[str], list[str], list[Row]]:
-    """All columns of a metadata file, those with images, and its rows: the first image must be there, others may."""
-    rows = read_metadata(path)
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    if not rows:
-        return [], [], []
-    images = metadata_columns(args, path, columns, rows)
-    caption = caption_column(args, path, len(rows), columns, images)
-    found, problems = [], []
-    for line, row in rows.items():
-        first, *others = (row.get(column) for column in images)
-        cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
+def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    rows, content, header = {}, read_text(path), []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(content))
+        header = reader.fieldnames or []
+        rows = dict((reader.line_num, row) for row in reader)
+    for line, text in enumerate([] if header else content.split("\n"), start=1):
         try:
-            files = [named_file(root, path.parent, name, names) for name in cells]
-            found.append((files, caption_texts(row.get(caption)), path.name))
-        except UserError as error:
-            problems.append(f"line {line}: {error}")
+            rows |= {line: json.loads(text)} if text.strip() else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {line} is not readable as one JSON object ({error.msg})") from None
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for line, row in rows.items():
+        if not isinstance(row, dict) or None in row:
+            reason = f"has more cells than columns ({', '.join(header)}); quote texts with commas"
+            raise UserError(f"{path}: line {line} {reason if header else 'must be an object with a file_name'}")
+    return rows
+
+
+def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[str], list[str], list]:
+    """All columns of a metadata file, those with images, and (files, captions, origin) of its rows."""
+    table, found, problems = read_metadata(path), [], []
+    if not table:
+        return [], [], []
+    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    images = image_columns(args, path, columns, table)
+    caption = caption_column(args, path, len(table), columns, images)
+    for line, row in table.items():
+        first, *others = (row.get(column) for column in images)  # the first must be there, others may
+        lists = (cell if isinstance(cell, list) else [cell] for cell in others)
+        cells = [first, *filter(None, itertools.chain(*lists))]
+        paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
+        files = [names.get(file) or names.get(plain(file)) for file in paths]
+        advice = f"leads out of the folder or does not exist; names start at {path.parent}"
+        wrong = [cell for cell, file in zip(cells, files, strict=True) if file is None]
+        problems += [f"line {line}: {cell!r} {advice}" for cell in wrong]
+        found.append((files, caption_texts(row.get(caption), f"{path}: line {line}: "), path.name))
     if problems:
-        raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
+        raise UserError(f"{path}: {len(problems)} file name(s) cannot be used:{as_lines(problems)}")
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
-    """(images, captions, where these come from) of each row of metadata, or image; what is not used is told by name."""
+def list_folder(args: Args) -> list[Row]:
+    """The rows of metadata, or the images, of --instance_data_dir; what is not used is told by name."""
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
-    names = {plain(path): path for path in files}
+    files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
-    tables = {path: list_metadata(args, folder, path, names) for path in metadata.values()}
+    tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
     for name in ("image_column", "caption_column", "cond_image_column"):
-        if vars(args).get(name) not in (None, "image") and not any(columns for columns, *_ in tables.values()):
+        if not tables and vars(args).get(name) not in (None, "image"):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
-    single = all([plain(image) for image in images] in ([], ["file_name"]) for _, images, _ in tables.values())
+    single = all([plain(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        captions = dict.fromkeys(list_images(files), ((), ""))
+        captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    targets = [images[0] for images, *_ in found]
-    beside, listed, empty = caption_files(files, targets), [], []
-    used = [path for path, (columns, *_) in tables.items() if columns]
-    for images, texts, origin in found:
-        if not texts and (file := beside.get(images[0])):
+    texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
+    stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
+    beside = dict(zip([*map(plain, stems), *stems], [*texts, *texts], strict=True))
+    used, listed = [*tables], []
+    for paths, texts, origin in found:
+        keys = [paths[0].with_suffix(""), paths[0], plain(paths[0].with_suffix("")), plain(paths[0])]
+        if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
-            used.append(file)
-            empty += [] if texts else [str(file.relative_to(folder))]
-        used += images
-        listed.append(([file_image(folder, image) for image in images], texts, origin))
+            used += [file] * len(texts)
+        used += paths
+        images = [Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path) for path in paths]
+        listed.append((images, texts, origin))
     tell_unused(folder, files, used)
-    if empty:
-        log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
-    inner = [path.relative_to(folder.parent).as_posix() for path in targets]
+    inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
         if int(number) != args.repeats:
-            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; give "
-                        f"--repeats {number} --instance_prompt '{prompt}'")  # fmt: skip
-    missed = [f"{path}: {', '.join(columns)}" for path, (columns, images, _) in tables.items()
-              if columns and (single or len(columns) > len(images))]  # fmt: skip
-    if missed and not any(texts for _, texts, _ in listed):
-        raise UserError("there is metadata, but no caption; give --caption_column, or remove the file:"
-                        + as_lines(missed))  # fmt: skip
+            advice = f"give --repeats {number} --instance_prompt '{prompt}'"
+            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
+    without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
+    if without and not any(texts for _, texts, _ in listed):
+        lines = as_lines([f"{path}: {', '.join(every)}" for path, every in without])
+        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
     return listed
 
 
-def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its images not decoded. Raises UserError with the cause if it cannot be loaded."""
-    import datasets  # only now: it costs a second and most runs use a folder
-
-    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
-    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
-    try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if split not in splits:
-                raise ValueError(f"it has {', '.join(splits)}")
-            return splits[split]
-        return datasets.load_dataset(builder, args.dataset_config_name, data_files=files, split=split,
-                                     cache_dir=args.cache_dir, token=args.hub_token)  # fmt: skip
-    except Exception as error:  # the readers of files and of the Hub have no common base of errors
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__
-        differ = isinstance(error, datasets.table.CastError)
-        text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
-        reason = " ".join(text.split())
-        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
-
-
-def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bool = False) -> list[Image]:
-    """One image per row of the column, whose cells may hold `lists` of them. Raises UserError if it has none."""
+def column_images(args: Args, table: Any, column: str, lists: bool = False) -> list[Image]:
+    """One image per row of the column, whose cells may hold `lists` of them; none is read. Raises UserError."""
     import datasets
 
-    kind = datasets.Image(decode=False)
+    kind, name, caches = datasets.Image(decode=False), args.dataset_name, ()
     try:
         cells = table.select_columns(column).cast_column(column, datasets.List(kind) if lists else kind)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
-    path, caches = Path(os.path.abspath(args.dataset_name)), ()
+        raise UserError(f"--dataset_name {name}: column {column} holds no images ({error})") from None
+    path = Path(os.path.abspath(name))
     if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
         caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
     roots = [Path(os.path.abspath(root)) for root in caches if root]
@@ -1544,62 +1455,74 @@ def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bo
 
 
 def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
-    """The image in a cell, or the one that it names: in `folder` or below one of `roots`, if any. Raises OSError."""
+    """The image in a cell, or the one that it names: in `folder`, and below one of `roots` if any. Raises OSError."""
     cell = table[row][column] if item is None else table[row][column][item]
     if not cell or cell["bytes"] is not None or not cell["path"]:
         return (cell and cell["bytes"]) or b""
-    if "://" in cell["path"]:
-        raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
-    path = Path(os.path.normpath(cell["path"]))
-    path = next((found for found in (folder / path, path) if found.is_file()), path)
-    if roots and not any(path.is_relative_to(root) for root in roots):
+    path = Path(os.path.normpath(folder / cell["path"]))
+    if roots and not any(map(path.is_relative_to, roots)):
         raise OSError(f"its path leads out of the data set, to {path}")
     return path.read_bytes()
 
 
-def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[Captions]]:
-    """(where they are from, captions of each row) of a data set whose image columns are `images`."""
-    name = args.dataset_name
-    column = caption_column(args, name, len(table), table.column_names, images)
-    if column is None:
-        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
-            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
-        return "", [()] * len(table)
-    feature, rows = table.features[column], enumerate(table[column][:])
-    classes = getattr(getattr(feature, "feature", feature), "names", ())
-    return f"column {column}", [
-        caption_texts(cell, f"{name}: row {row}, column {column}: ", classes) for row, cell in rows
-    ]
+def list_dataset(args: Args) -> list[Row]:
+    """The rows of --dataset_name, no image of which is read. Raises UserError with the cause if it cannot be loaded."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
+    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
+    options = {"data_files": files, "split": split, "cache_dir": args.cache_dir, "token": args.hub_token}
+    try:
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"it has {', '.join(saved)}")
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(builder, args.dataset_config_name, **options)
+    except Exception as error:  # the readers of files and of the Hub have no common base of errors
+        says_nothing = type(error) is datasets.exceptions.DatasetGenerationError
+        reason = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
+    images = image_columns(args, name, table.column_names, table)
+    caption = caption_column(args, name, len(table), table.column_names, images)
+    files = list_files(path)[0] if caption is None and path.is_dir() else []
+    if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
+        log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+    cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
+    classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
+    texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
+    return [(*row, f"column {caption}") for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
 
 
 # differs: metadata files of the image-to-image script name references too
-def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
-    """The column of a metadata file with the images to train on. Raises UserError, naming the columns there are."""
-    asked = None if args.image_column == "image" else args.image_column
-    if column := choose_column("image_column", asked, path, columns, "file_name", "image_file_name", "image"):
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column with the images to train on, of a metadata file (a dict of rows) or a data set. Raises UserError."""
+    usual = ("file_name", "image_file_name", "image") if isinstance(table, dict) else ("image",)
+    if column := find_column(columns, *(usual if args.image_column == "image" else [args.image_column])):
         return [column]
-    raise UserError(f"{path}: every row needs a 'file_name', or an --image_column; columns: {', '.join(columns)}")
+    advice = "in metadata every row needs a 'file_name'"
+    raise UserError(f"--image_column {args.image_column}: not in {origin}, {advice}; columns: {', '.join(columns)}")
+
+
+# differs: data sets of the image-to-image script have references too
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    return [[image] for image in column_images(args, table, columns[0])]
 
 
 # differs: samples of the image-to-image script have references
 def list_samples(args: Args) -> list[Sample]:
-    """The images of --dataset_name or --instance_data_dir with the captions that are there."""
-    if not args.dataset_name:
-        return [Sample(image, texts, origin) for [image], texts, origin in list_folder(args)]
-    table = open_dataset(args)
-    column = choose_column("image_column", args.image_column, args.dataset_name, table.column_names)
-    images = column_images(args, table, "image_column", column)
-    origin, captions = dataset_captions(args, table, [column])
-    return [Sample(image, texts, origin) for image, texts in zip(images, captions, strict=True)]
+    rows = list_dataset(args) if args.dataset_name else list_folder(args)
+    return [Sample(image, texts, origin) for [image], texts, origin in rows]
 
 
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
-    prompt = args.instance_prompt
+    prompt = args.instance_prompt or ""
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
@@ -1609,10 +1532,10 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    given = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
-    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt or "") for text in s.captions)) for s in given]
-    counts = Counter(sample.origin for sample in filled)
+    filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
+    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
+    counts = Counter(sample.origin for sample in filled)
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
         others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
@@ -1621,45 +1544,45 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     return filled
 
 
-def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
-    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used."""
-    # `checked_images.json` says what was found at an earlier start, so that only what is new is decoded
-    index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
+def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
+    """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
+    # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
+    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
+    index, good, bad = {}, {}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
-        files, contents = json.loads(index.read_text(encoding="utf-8"))[policy]
-    known, checked = (len(files), len(contents)), {}
-    inspect = functools.partial(inspect_image, files, contents)
+        index = json.loads(file.read_text(encoding="utf-8"))[policy]
+    known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, found in zip(images, pool.map(inspect, images), strict=True):
-            checked[image] = found
+        for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
+            if reason:
+                bad[image.name] = reason
+            else:
+                good[image] = replace(image, sha256=sha256, size=(height, width))
             progress.advance()
-    if known != (len(files), len(contents)):
-        write_atomically(index, json.dumps({policy: [files, contents]}).encode())
-    log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
-    return checked
+    if len(index) > known:
+        write_atomically(file, json.dumps({policy: index}).encode())
+    return good, bad
 
 
-def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image) -> Image | str:
-    """A file of the same size and time is not read again, content of the same SHA-256 is not decoded again."""
+def inspect_image(index: dict[str, list], image: Image) -> list:
+    """[sha256, height, width, reason of the refusal or None]; unchanged files are not read, known bytes not decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else ""
-        if (sha256 := files.get(stamp)) not in contents:
-            data = image.read()
-            sha256 = hashlib.sha256(data).hexdigest()
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
+        if stamp in index:
+            return index[stamp]
+        data = image.read()
     except OSError as error:
-        return f"cannot be read ({error.strerror if image.path and error.strerror else error})"
-    if stamp:
-        files[stamp] = sha256
-    if sha256 not in contents:
-        try:
+        return ["", 0, 0, f"cannot be read ({error})"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        if sha256 not in index:
             decoded = decode_image(data)
-            contents[sha256] = [decoded.height, decoded.width, None]
-        except ValueError as error:
-            contents[sha256] = [0, 0, str(error)]
-    *size, reason = contents[sha256]
-    return reason or replace(image, sha256=sha256, size=tuple(size))
+            index[sha256] = [sha256, decoded.height, decoded.width, None]
+    except ValueError as error:
+        index[sha256] = [sha256, 0, 0, str(error)]
+    index[stamp or sha256] = index[sha256]
+    return index[sha256]
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
@@ -1673,7 +1596,6 @@ def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
-    # not the process's number: containers on two machines number theirs alike, and share the drive
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1682,18 +1604,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or error
-        raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
+        reason = f"cannot be written ({error.strerror or error}); free space, or choose another folder"
+        raise CannotWrite(f"{path}: {reason}") from error
 
 
 def remove_left_overs(run: Run) -> None:
     """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
-    class_dir = vars(run.args).get("class_data_dir")
-    for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
-        for path in folder.rglob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+    for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
+        age = 3600 if path.is_relative_to(run.cache_dir) else 0
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -1704,25 +1625,22 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
 
 @functools.lru_cache(maxsize=256)
 def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
-    """Order of a bucket's samples in its `turn`-th round."""
     return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, how often it came before in this cycle) of each micro-step of a cycle."""
-    # a bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle
+    """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
 
 
 class SampleStream:
-    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+    """Endless batch sampler: (sample index, position) pairs of this process; a function of (seed, step) alone.
 
-    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples.
     Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
-    into the next one: nothing is dropped.
+    into the next one: nothing is dropped. The position counts drawn samples.
     """
 
     def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
@@ -1748,12 +1666,11 @@ class SampleStream:
         return pairs
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Micro-batches from `first` on, for ever."""
         return map(self.micro_batch, itertools.count(self.first))
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
+    """Stacks tensors, keeps the rest as lists."""
     return {
         key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
         for key, value in items[0].items()
@@ -1763,14 +1680,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 def choose_buckets(run: Run) -> list[Size]:
     """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
     if run.args.aspect_ratio_buckets:
-        buckets = parse_sizes(run.args.aspect_ratio_buckets)
-    elif run.args.use_aspect_ratio_buckets:
-        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
-    else:
-        buckets = [(run.args.resolution, run.args.resolution)]
-    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
-        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
-    return buckets
+        return parse_sizes(run.args.aspect_ratio_buckets)
+    if run.args.use_aspect_ratio_buckets:
+        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    return [(run.args.resolution, run.args.resolution)]
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
@@ -1802,32 +1715,25 @@ def check_data(run: Run) -> list[Sample]:
     for path in sorted(Path(folder).glob("class-*.png")) if folder else []:
         with contextlib.suppress(OSError), PIL.Image.open(path) as image:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
-                raise UserError(f"--class_data_dir {folder}: {path.name} was drawn from '{prompt}', not from "
-                                f"--class_prompt '{asked}'; choose another folder")  # fmt: skip
+                was = f"{path.name} was drawn from '{prompt}', not from --class_prompt '{asked}'"
+                raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
     return samples
 
 
 # differs: samples of the image-to-image script have references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
     """The samples whose images are good, each in its bucket."""
-    checked = inspect_images([sample.image for sample in listed], run.cache_dir)
-    samples, bad = [], {}
-    for sample in listed:
-        image = checked[sample.image]
-        if isinstance(image, str):
-            bad[sample.image.name] = image
-        else:
-            samples.append(replace(sample, image=replace(image, target=nearest_bucket(image.size, buckets))))
-    refuse_bad_images(run.args, bad, len(listed), len(samples))
-    return samples
+    good, bad = inspect_images([sample.image for sample in listed], run.cache_dir)
+    kept = [replace(sample, image=good[sample.image]) for sample in listed if sample.image in good]
+    refuse_bad_images(run.args, bad, len(listed), len(kept))
+    return [replace(s, image=replace(s.image, target=nearest_bucket(s.image.size, buckets))) for s in kept]
 
 
 # differs: samples of the image-to-image script have references
 class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+    """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
 
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
-        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
         self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
 
@@ -1844,6 +1750,7 @@ class TrainingSet(Dataset):
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
         item = {
+            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
@@ -1851,7 +1758,6 @@ class TrainingSet(Dataset):
             "prompt_embeds": self.prompts.get(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
             "u": draw_u(run.args, generator("sigma", position)),
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
         }
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
@@ -3197,7 +3103,7 @@ def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[l
     streams = [Stream("instance", samples)]
     if run.args.with_prior_preservation:
         folder, at_once = Path(run.args.class_data_dir).absolute(), run.args.sample_batch_size
-        present = len(list_images(list_files(folder)))
+        present = len(list_files(folder)[1])
         free_numbers = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
         missing = list(itertools.islice(free_numbers, max(0, run.args.num_class_images - present)))
         log.info(f"class images: {present} in {folder.name}, {len(missing)} to generate")
@@ -3205,10 +3111,9 @@ def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[l
         with shared_out(run, batches, lockstep=run.sharding) as mine:
             if mine:
                 generate_class_images(run, space, folder, mine)
-        files = list_files(folder)
-        images = list_images(files)
+        files, images = list_files(folder)
         tell_unused(folder, files, images)
-        listed = [Sample(file_image(folder, path), (run.args.class_prompt,)) for path in images]
+        listed = [Sample(Image(printable(path.name), path), (run.args.class_prompt,)) for path in images]
         streams.append(Stream("class", make_samples(run, listed, choose_buckets(run)), run.args.prior_loss_weight))
     return streams, [sample.image for stream in streams for sample in stream.samples]
 

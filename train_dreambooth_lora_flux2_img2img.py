@@ -1173,39 +1173,29 @@ DECODE_POLICY = 2  # raise it when decode_image changes: checked images are chec
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB. Raises ValueError: why it cannot be trained on."""
-    if not data:
-        raise ValueError("empty file (0 bytes)")
+    """One image as a person sees it: upright, in sRGB, on white. Raises ValueError: why it cannot be trained on."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
-        raise ValueError("not an image in a known format") from None
+        raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
     if frames > 1:
         raise ValueError(f"animated or multi-page ({frames} frames)")
-    return to_rgb(image)
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey scaled to 8, the colour profile applied, transparency on white. Raises ValueError where it cannot."""
-    profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    elif image.mode == "P":
-        image = image.convert("RGB" if clear is None else "RGBA")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
-        alpha, image = layered.getchannel("A"), layered.convert("RGB").convert("L" if grey else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = image.convert({"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1227,10 +1217,7 @@ def cover_size(size: Size, target: Size) -> Size:
 def image_to_pixels(
     image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
 ) -> torch.Tensor:
-    """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
-
-    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre. As the pipelines do.
-    """
+    """(3, H, W) in [-1, 1] at `target`; `crop` places it in [0, 1) from top and left, None is the centre."""
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
@@ -1257,8 +1244,8 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills it in
-    size: Size = (0, 0)  # so too
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
+    size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
 
@@ -1272,7 +1259,6 @@ class Image:
             raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
         return image_to_pixels(self.decoded(), self.target, crop, flip)
 
 
@@ -1330,7 +1316,7 @@ class Sample:
 
 
 # region shared: listing
-Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
+Row = tuple[list[Image], Captions, str]  # an image and what belongs to it, the captions, and where those come from
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
@@ -1341,8 +1327,7 @@ NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
-def plain(name: str | Path) -> str:
-    """A path or the name of a column as it is compared: without blanks at the ends, in one case and Unicode form."""
+def plain(name: str | Path) -> str:  # as it is compared: without blanks at the ends, in one case and Unicode form
     return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
 
 
@@ -1351,19 +1336,15 @@ def some(names: list[str]) -> str:
 
 
 def as_lines(problems: list[str]) -> str:
-    """The first twenty problems as lines of a message, and how many more there are."""
     rest = [f"and {len(problems) - 20} more"] * (len(problems) > 20)
     return "".join(f"\n    {line}" for line in (*problems[:20], *rest))
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and links below `folder`, sorted, without hidden ones, and those of them whose ending is an image's."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def list_images(files: list[Path]) -> list[Path]:  # a link to nothing is one, to be told by name
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
@@ -1374,25 +1355,7 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
             kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
             kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
     for kind, names in kinds.items():
-        log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
-    if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg, or in a folder's metadata.jsonl, else metadata.csv")
-
-
-def file_image(folder: Path, path: Path) -> Image:  # named by its path in the folder
-    return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
-
-
-def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
-    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending."""
-    # the very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's
-    texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
-    same = {path.with_suffix(""): path for path in reversed(texts)}
-    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
-    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
-    for path in [path for path, text in found.items() if text is None]:
-        found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
-    return {path: text for path, text in found.items() if text}
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {some(names)}")
 
 
 def read_text(path: Path) -> str:
@@ -1415,177 +1378,125 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
     return tuple(texts)
 
 
-def read_metadata(path: Path) -> Table:
-    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
-    rows, line, content = {}, 1, read_text(path)
-    try:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(io.StringIO(content))
-            header = reader.fieldnames or [""]
-            if other := re.search(r"[;\t]", header[0]):
-                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
-            for row in reader:
-                rows[reader.line_num] = row
-        else:
-            for line, text in enumerate(content.split("\n"), start=1):
-                rows |= {line: json.loads(text)} if text.strip() else {}
-    except (json.JSONDecodeError, csv.Error) as error:
-        reason = getattr(error, "msg", error)
-        raise UserError(f"{path}: line {line} is not readable as one JSON object or CSV row ({reason})") from None
-    for line, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
-        if None in row:
-            raise UserError(f"{path}: line {line} has more cells than columns; quote texts with commas")
-    return rows
-
-
 def find_column(columns: list[str], *names: str) -> str | None:
     """The column that is called like the first of the names that is there."""
-    return next((column for name in names for column in (name, *columns)
-                 if column in columns and plain(column) == plain(name)), None)  # fmt: skip
-
-
-def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[str], *usual: str) -> str | None:
-    """The column that a flag asks for, or else one of the usual ones, or None. Raises UserError if it is not there."""
-    column = find_column(columns, *([asked] if asked else usual))
-    if asked and column is None:
-        raise UserError(f"--{flag_name} {asked}: not in {origin}; columns: {', '.join(columns)}")
-    return column
+    return next((c for name in names for c in (name, *columns) if c in columns and plain(c) == plain(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
     """The column of captions. Logs the number of rows, which columns are used, and which are not."""
-    caption = choose_column("caption_column", args.caption_column, origin, columns, *USUAL_CAPTIONS)
+    caption = find_column(columns, *([args.caption_column] if args.caption_column else USUAL_CAPTIONS))
+    if args.caption_column and caption is None:
+        raise UserError(f"--caption_column {args.caption_column}: not in {origin}; columns: {', '.join(columns)}")
     unused = ", ".join(column for column in columns if column not in (*images, caption))
-    target, *references = images
-    log.log(logging.WARNING if unused and caption is None else logging.INFO,
-            f"data: {origin}: {count} rows, images from {target}"
-            + f", references from {', '.join(references)}" * bool(references)
-            + f", captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused))  # fmt: skip
+    used = ", references from ".join([images[0], ", ".join(images[1:])][: len(images)])
+    report = f"data: {origin}: {count} rows, images from {used}, captions from {caption or 'no column'}"
+    level = logging.WARNING if unused and caption is None else logging.INFO
+    log.log(level, report + f"; columns not used: {unused}" * bool(unused))
     return caption
 
 
-def named_file(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
-    """The file `name` of a metadata row in `folder`, among `names` where it is written otherwise. Raises UserError."""
-    if not name or not isinstance(name, str):
-        raise UserError("every row needs a 'file_name'")
-    path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
-    path = path if os.path.isfile(path) else names.get(plain(path), path)
-    if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"'{name}' leads out of the folder or does not exist; names start at {folder}")
-    return path
-
-
-Row = tuple[list[Path], Captions, str]  # images of a row of metadata, their captions, the file's name
-
-
-def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) -> tuple[list[str], list[str], list[Row]]:
-    """All columns of a metadata file, those with images, and its rows: the first image must be there, others may."""
-    rows = read_metadata(path)
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    if not rows:
-        return [], [], []
-    images = metadata_columns(args, path, columns, rows)
-    caption = caption_column(args, path, len(rows), columns, images)
-    found, problems = [], []
-    for line, row in rows.items():
-        first, *others = (row.get(column) for column in images)
-        cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
+def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    rows, content, header = {}, read_text(path), []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(content))
+        header = reader.fieldnames or []
+        rows = dict((reader.line_num, row) for row in reader)
+    for line, text in enumerate([] if header else content.split("\n"), start=1):
         try:
-            files = [named_file(root, path.parent, name, names) for name in cells]
-            found.append((files, caption_texts(row.get(caption)), path.name))
-        except UserError as error:
-            problems.append(f"line {line}: {error}")
+            rows |= {line: json.loads(text)} if text.strip() else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {line} is not readable as one JSON object ({error.msg})") from None
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for line, row in rows.items():
+        if not isinstance(row, dict) or None in row:
+            reason = f"has more cells than columns ({', '.join(header)}); quote texts with commas"
+            raise UserError(f"{path}: line {line} {reason if header else 'must be an object with a file_name'}")
+    return rows
+
+
+def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[str], list[str], list]:
+    """All columns of a metadata file, those with images, and (files, captions, origin) of its rows."""
+    table, found, problems = read_metadata(path), [], []
+    if not table:
+        return [], [], []
+    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    images = image_columns(args, path, columns, table)
+    caption = caption_column(args, path, len(table), columns, images)
+    for line, row in table.items():
+        first, *others = (row.get(column) for column in images)  # the first must be there, others may
+        lists = (cell if isinstance(cell, list) else [cell] for cell in others)
+        cells = [first, *filter(None, itertools.chain(*lists))]
+        paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
+        files = [names.get(file) or names.get(plain(file)) for file in paths]
+        advice = f"leads out of the folder or does not exist; names start at {path.parent}"
+        wrong = [cell for cell, file in zip(cells, files, strict=True) if file is None]
+        problems += [f"line {line}: {cell!r} {advice}" for cell in wrong]
+        found.append((files, caption_texts(row.get(caption), f"{path}: line {line}: "), path.name))
     if problems:
-        raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
+        raise UserError(f"{path}: {len(problems)} file name(s) cannot be used:{as_lines(problems)}")
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
-    """(images, captions, where these come from) of each row of metadata, or image; what is not used is told by name."""
+def list_folder(args: Args) -> list[Row]:
+    """The rows of metadata, or the images, of --instance_data_dir; what is not used is told by name."""
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
-    names = {plain(path): path for path in files}
+    files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
-    tables = {path: list_metadata(args, folder, path, names) for path in metadata.values()}
+    tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
     for name in ("image_column", "caption_column", "cond_image_column"):
-        if vars(args).get(name) not in (None, "image") and not any(columns for columns, *_ in tables.values()):
+        if not tables and vars(args).get(name) not in (None, "image"):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
-    single = all([plain(image) for image in images] in ([], ["file_name"]) for _, images, _ in tables.values())
+    single = all([plain(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        captions = dict.fromkeys(list_images(files), ((), ""))
+        captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    targets = [images[0] for images, *_ in found]
-    beside, listed, empty = caption_files(files, targets), [], []
-    used = [path for path, (columns, *_) in tables.items() if columns]
-    for images, texts, origin in found:
-        if not texts and (file := beside.get(images[0])):
+    texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
+    stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
+    beside = dict(zip([*map(plain, stems), *stems], [*texts, *texts], strict=True))
+    used, listed = [*tables], []
+    for paths, texts, origin in found:
+        keys = [paths[0].with_suffix(""), paths[0], plain(paths[0].with_suffix("")), plain(paths[0])]
+        if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
-            used.append(file)
-            empty += [] if texts else [str(file.relative_to(folder))]
-        used += images
-        listed.append(([file_image(folder, image) for image in images], texts, origin))
+            used += [file] * len(texts)
+        used += paths
+        images = [Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path) for path in paths]
+        listed.append((images, texts, origin))
     tell_unused(folder, files, used)
-    if empty:
-        log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
-    inner = [path.relative_to(folder.parent).as_posix() for path in targets]
+    inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
         if int(number) != args.repeats:
-            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; give "
-                        f"--repeats {number} --instance_prompt '{prompt}'")  # fmt: skip
-    missed = [f"{path}: {', '.join(columns)}" for path, (columns, images, _) in tables.items()
-              if columns and (single or len(columns) > len(images))]  # fmt: skip
-    if missed and not any(texts for _, texts, _ in listed):
-        raise UserError("there is metadata, but no caption; give --caption_column, or remove the file:"
-                        + as_lines(missed))  # fmt: skip
+            advice = f"give --repeats {number} --instance_prompt '{prompt}'"
+            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
+    without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
+    if without and not any(texts for _, texts, _ in listed):
+        lines = as_lines([f"{path}: {', '.join(every)}" for path, every in without])
+        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
     return listed
 
 
-def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its images not decoded. Raises UserError with the cause if it cannot be loaded."""
-    import datasets  # only now: it costs a second and most runs use a folder
-
-    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
-    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
-    try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if split not in splits:
-                raise ValueError(f"it has {', '.join(splits)}")
-            return splits[split]
-        return datasets.load_dataset(builder, args.dataset_config_name, data_files=files, split=split,
-                                     cache_dir=args.cache_dir, token=args.hub_token)  # fmt: skip
-    except Exception as error:  # the readers of files and of the Hub have no common base of errors
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__
-        differ = isinstance(error, datasets.table.CastError)
-        text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
-        reason = " ".join(text.split())
-        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
-
-
-def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bool = False) -> list[Image]:
-    """One image per row of the column, whose cells may hold `lists` of them. Raises UserError if it has none."""
+def column_images(args: Args, table: Any, column: str, lists: bool = False) -> list[Image]:
+    """One image per row of the column, whose cells may hold `lists` of them; none is read. Raises UserError."""
     import datasets
 
-    kind = datasets.Image(decode=False)
+    kind, name, caches = datasets.Image(decode=False), args.dataset_name, ()
     try:
         cells = table.select_columns(column).cast_column(column, datasets.List(kind) if lists else kind)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
-    path, caches = Path(os.path.abspath(args.dataset_name)), ()
+        raise UserError(f"--dataset_name {name}: column {column} holds no images ({error})") from None
+    path = Path(os.path.abspath(name))
     if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
         caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
     roots = [Path(os.path.abspath(root)) for root in caches if root]
@@ -1594,97 +1505,126 @@ def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bo
 
 
 def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
-    """The image in a cell, or the one that it names: in `folder` or below one of `roots`, if any. Raises OSError."""
+    """The image in a cell, or the one that it names: in `folder`, and below one of `roots` if any. Raises OSError."""
     cell = table[row][column] if item is None else table[row][column][item]
     if not cell or cell["bytes"] is not None or not cell["path"]:
         return (cell and cell["bytes"]) or b""
-    if "://" in cell["path"]:
-        raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
-    path = Path(os.path.normpath(cell["path"]))
-    path = next((found for found in (folder / path, path) if found.is_file()), path)
-    if roots and not any(path.is_relative_to(root) for root in roots):
+    path = Path(os.path.normpath(folder / cell["path"]))
+    if roots and not any(map(path.is_relative_to, roots)):
         raise OSError(f"its path leads out of the data set, to {path}")
     return path.read_bytes()
 
 
-def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[Captions]]:
-    """(where they are from, captions of each row) of a data set whose image columns are `images`."""
-    name = args.dataset_name
-    column = caption_column(args, name, len(table), table.column_names, images)
-    if column is None:
-        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
-            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
-        return "", [()] * len(table)
-    feature, rows = table.features[column], enumerate(table[column][:])
-    classes = getattr(getattr(feature, "feature", feature), "names", ())
-    return f"column {column}", [
-        caption_texts(cell, f"{name}: row {row}, column {column}: ", classes) for row, cell in rows
-    ]
+def list_dataset(args: Args) -> list[Row]:
+    """The rows of --dataset_name, no image of which is read. Raises UserError with the cause if it cannot be loaded."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
+    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
+    options = {"data_files": files, "split": split, "cache_dir": args.cache_dir, "token": args.hub_token}
+    try:
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"it has {', '.join(saved)}")
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(builder, args.dataset_config_name, **options)
+    except Exception as error:  # the readers of files and of the Hub have no common base of errors
+        says_nothing = type(error) is datasets.exceptions.DatasetGenerationError
+        reason = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
+    images = image_columns(args, name, table.column_names, table)
+    caption = caption_column(args, name, len(table), table.column_names, images)
+    files = list_files(path)[0] if caption is None and path.is_dir() else []
+    if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
+        log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+    cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
+    classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
+    texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
+    return [(*row, f"column {caption}") for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
 
 
-# differs: samples of the text-to-image script have no references
-def list_samples(args: Args) -> list[Sample]:
-    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
-    if args.dataset_name:
-        samples = list_dataset(args)
-    else:
-        samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in list_folder(args)]
-        samples = add_references(args, samples) if args.cond_data_dir else samples
-    if len(counts := Counter(len(sample.references) for sample in samples)) > 1:
-        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
-        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
-    if without := counts[0]:
-        level = log.info if without < len(samples) else log.warning
-        level(f"data: {without} of {len(samples)} rows have no reference and train as text-to-image")
-    return samples
-
-
+USUAL_TARGETS = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
 USUAL_REFERENCES = (
     r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
 )
 
 
-def find_file_column(columns: list[str], name: str) -> str | None:
-    """The column `name` of a metadata file, by what the Hub's image folders make of it: `image` is file_name there."""
-    usual = ["file_name"] if name == "image" else []
-    return find_column(columns, name, f"{name}_file_name", f"{name}_file_names", *usual)
-
-
-def names_images(rows: Table, column: str) -> bool:
-    """Whether a column of a metadata file holds names of image files, and not addresses or words."""
-    cells = [row.get(column) for row in rows.values()]
+def holds_images(table: Any, column: str) -> bool:
+    """Whether a column of a data set has the type of images, or one of a metadata file (a dict of rows) names some."""
+    if not isinstance(table, dict):
+        feature = table.features[column]
+        return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
+    cells = [row.get(column) for row in table.values()]
     names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
     return any("://" not in name and Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES for name in names)
 
 
 # differs: metadata files of the text-to-image script name no references
-def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
-    """The column of the targets of a metadata file, then those of the references. Raises UserError.
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column of the targets and those of the references. Between two possible targets is not guessed."""
+    in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
+    for name in (*asked, args.image_column):
+        endings = ["_file_name", "_file_names"] if in_metadata else []
+        more = ["file_name"] if in_metadata and name == "image" else []
+        found[name] = find_column(columns, name, *(name + ending for ending in endings), *more)
+    targets, references = [found[args.image_column]], [found[name] for name in asked]
+    if in_metadata and args.image_column == "image":
+        usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
+        holds = {column for column in usual if column and (plain(column) != "image" or holds_images(table, column))}
+        targets = [column for column in usual if column in holds and column not in references]
+    missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
+    missing += [] if any(targets) else [f"--image_column {args.image_column}"]
+    if missing:
+        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
+        raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
+    if len(targets) > 1 or targets[0] in references:
+        raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
+    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", plain(name))]
+    usual = [name for name in columns if re.fullmatch(USUAL_REFERENCES, plain(name)) and holds_images(table, name)]
+    return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
 
-    The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
-    References are --cond_image_column, else every other `*_file_name` column and usual names.
-    """
-    references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
-    wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
-    if args.image_column == "image":
-        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
-        found = {name: find_column(columns, name) for name in usual}
-        targets = [column for name, column in found.items() if column and column not in references.values()
-                   and (name != "image" or names_images(rows, column))]  # fmt: skip
-        wanted += [] if targets else ["every row needs a 'file_name', or an --image_column"]
-    else:
-        targets = list(filter(None, [find_file_column(columns, args.image_column)]))
-        wanted += [] if targets else [f"--image_column {args.image_column} is not there"]
-    if wanted:
-        raise UserError(f"{path}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
-    if len(targets) > 1 or targets[0] in references.values():
-        raise UserError(f"{path}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
-    usual = [name for name in columns if name != targets[0] and (re.fullmatch(r"(.+_)?file_names?", plain(name)) or
-             re.fullmatch(USUAL_REFERENCES, plain(name)) and names_images(rows, name))]  # fmt: skip
-    return [targets[0], *(references.values() or usual)]
+
+# differs: data sets of the text-to-image script have no references
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    """The target of each row and its references: none where a cell is empty, several where it holds a list."""
+    rows = [[image] for image in column_images(args, table, columns[0])]
+    for column in columns[1:]:
+        lists, counts = hasattr(table.features[column], "feature"), []
+        for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
+            if lists:
+                counts += chunk.value_lengths().to_pylist()
+            else:  # some writers leave a struct of nulls, bytes and path, instead of none
+                fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
+                counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
+        for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
+            name = f"{image.name}, {column}"
+            if lists:
+                cells = [functools.partial(image.cell, item) for item in range(count or 0)]
+                row += [Image(f"{name} {item}", cell=cell) for item, cell in enumerate(cells)]
+            elif count:
+                row.append(replace(image, name=name))
+    return rows
+
+
+# differs: samples of the text-to-image script have no references
+def list_samples(args: Args) -> list[Sample]:
+    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
+    rows = list_dataset(args) if args.dataset_name else list_folder(args)
+    samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in rows]
+    samples = add_references(args, samples) if args.cond_data_dir else samples
+    counts = Counter(len(sample.references) for sample in samples)
+    if len(counts) > 1:
+        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
+        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
+    if counts[0]:
+        level = log.info if len(counts) > 1 else log.warning
+        level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
+    return samples
 
 
 def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
@@ -1705,56 +1645,21 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     listed, found = {sample.image.path: sample for sample in samples}, []
     targets = by_stem(folder, listed)
     for other in others:
-        images = list_images(files := list_files(other))
+        files, images = list_files(other)
         tell_unused(other, files, images)
         found.append(by_stem(other, images))
-    without = [str(path) for stem, path in targets.items() if not any(stem in stems for stems in found)]
-    without += [str(path) for stems in found for stem, path in stems.items() if stem not in targets]
-    if without:
-        raise UserError(f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove "
-                        f"them (rows without references: see metadata.jsonl):{as_lines(without)}")  # fmt: skip
-    partners = {path: [stems[stem] for stems in found if stem in stems] for stem, path in targets.items()}
-    return [replace(listed[path], references=tuple(Image(printable(str(partner)), partner) for partner in paths))
-            for path, paths in partners.items()]  # fmt: skip
-
-
-def list_dataset(args: Args) -> list[Sample]:
-    """The samples of --dataset_name with references from --cond_image_column, else from columns usual for them."""
-    import datasets
-
-    table = open_dataset(args)
-    name, there = args.dataset_name, table.column_names
-    target = choose_column("image_column", args.image_column, name, there)
-    columns = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
-    columns = columns or [
-        name for name, feature in table.features.items() if name != target
-        and re.fullmatch(USUAL_REFERENCES, plain(name))
-        and isinstance(getattr(feature, "feature", feature), datasets.Image)
-    ]  # fmt: skip
-    if target in columns:
-        raise UserError(f"--image_column {target}: is a --cond_image_column too; columns: {', '.join(there)}")
-    origin, captions = dataset_captions(args, table, [target, *columns])
-    references = [column_references(args, table, column) for column in columns]
-    rows = zip(column_images(args, table, "image_column", target), captions, *references, strict=True)
-    return [Sample(image, texts, origin, tuple(itertools.chain(*found))) for image, texts, *found in rows]
-
-
-def column_references(args: Args, table: Any, column: str) -> list[list[Image]]:
-    """The references of each row in one column: none where the cell is empty, several where it holds a list."""
-    lists, counts = hasattr(table.features[column], "feature"), []
-    for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
-        if lists:
-            counts += chunk.value_lengths().to_pylist()
-        else:  # some writers leave a struct of nulls, bytes and path, instead of none
-            fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
-            counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
-    images = column_images(args, table, "cond_image_column", column, lists)
-    references = []
-    for image, count in zip(images, counts, strict=True):
-        image = replace(image, name=f"{image.name}, {column}")
-        items = [(f"{image.name} {item}", functools.partial(image.cell, item)) for item in range(count or 0)]
-        references.append([Image(name, cell=cell) for name, cell in items] if lists else [image] * count)
-    return references
+    alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
+    alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
+    if alone:
+        advice = "add it or remove them (rows without references: see metadata.jsonl)"
+        reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
+        raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
+    paired = []
+    for stem, path in targets.items():
+        partners = [stems[stem] for stems in found if stem in stems]
+        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
+        paired.append(replace(listed[path], references=images))
+    return paired
 
 
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
@@ -1772,7 +1677,7 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
-    prompt = args.instance_prompt
+    prompt = args.instance_prompt or ""
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
@@ -1782,10 +1687,10 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    given = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
-    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt or "") for text in s.captions)) for s in given]
-    counts = Counter(sample.origin for sample in filled)
+    filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
+    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
+    counts = Counter(sample.origin for sample in filled)
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
         others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
@@ -1794,45 +1699,45 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     return filled
 
 
-def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
-    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used."""
-    # `checked_images.json` says what was found at an earlier start, so that only what is new is decoded
-    index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
+def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
+    """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
+    # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
+    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
+    index, good, bad = {}, {}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
-        files, contents = json.loads(index.read_text(encoding="utf-8"))[policy]
-    known, checked = (len(files), len(contents)), {}
-    inspect = functools.partial(inspect_image, files, contents)
+        index = json.loads(file.read_text(encoding="utf-8"))[policy]
+    known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, found in zip(images, pool.map(inspect, images), strict=True):
-            checked[image] = found
+        for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
+            if reason:
+                bad[image.name] = reason
+            else:
+                good[image] = replace(image, sha256=sha256, size=(height, width))
             progress.advance()
-    if known != (len(files), len(contents)):
-        write_atomically(index, json.dumps({policy: [files, contents]}).encode())
-    log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
-    return checked
+    if len(index) > known:
+        write_atomically(file, json.dumps({policy: index}).encode())
+    return good, bad
 
 
-def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image) -> Image | str:
-    """A file of the same size and time is not read again, content of the same SHA-256 is not decoded again."""
+def inspect_image(index: dict[str, list], image: Image) -> list:
+    """[sha256, height, width, reason of the refusal or None]; unchanged files are not read, known bytes not decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else ""
-        if (sha256 := files.get(stamp)) not in contents:
-            data = image.read()
-            sha256 = hashlib.sha256(data).hexdigest()
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
+        if stamp in index:
+            return index[stamp]
+        data = image.read()
     except OSError as error:
-        return f"cannot be read ({error.strerror if image.path and error.strerror else error})"
-    if stamp:
-        files[stamp] = sha256
-    if sha256 not in contents:
-        try:
+        return ["", 0, 0, f"cannot be read ({error})"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        if sha256 not in index:
             decoded = decode_image(data)
-            contents[sha256] = [decoded.height, decoded.width, None]
-        except ValueError as error:
-            contents[sha256] = [0, 0, str(error)]
-    *size, reason = contents[sha256]
-    return reason or replace(image, sha256=sha256, size=tuple(size))
+            index[sha256] = [sha256, decoded.height, decoded.width, None]
+    except ValueError as error:
+        index[sha256] = [sha256, 0, 0, str(error)]
+    index[stamp or sha256] = index[sha256]
+    return index[sha256]
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
@@ -1846,7 +1751,6 @@ def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
-    # not the process's number: containers on two machines number theirs alike, and share the drive
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1855,18 +1759,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or error
-        raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
+        reason = f"cannot be written ({error.strerror or error}); free space, or choose another folder"
+        raise CannotWrite(f"{path}: {reason}") from error
 
 
 def remove_left_overs(run: Run) -> None:
     """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
-    class_dir = vars(run.args).get("class_data_dir")
-    for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
-        for path in folder.rglob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+    for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
+        age = 3600 if path.is_relative_to(run.cache_dir) else 0
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -1877,25 +1780,22 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
 
 @functools.lru_cache(maxsize=256)
 def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
-    """Order of a bucket's samples in its `turn`-th round."""
     return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, how often it came before in this cycle) of each micro-step of a cycle."""
-    # a bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle
+    """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
 
 
 class SampleStream:
-    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+    """Endless batch sampler: (sample index, position) pairs of this process; a function of (seed, step) alone.
 
-    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples.
     Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
-    into the next one: nothing is dropped.
+    into the next one: nothing is dropped. The position counts drawn samples.
     """
 
     def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
@@ -1921,12 +1821,11 @@ class SampleStream:
         return pairs
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Micro-batches from `first` on, for ever."""
         return map(self.micro_batch, itertools.count(self.first))
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
+    """Stacks tensors, keeps the rest as lists."""
     return {
         key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
         for key, value in items[0].items()
@@ -1936,14 +1835,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 def choose_buckets(run: Run) -> list[Size]:
     """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
     if run.args.aspect_ratio_buckets:
-        buckets = parse_sizes(run.args.aspect_ratio_buckets)
-    elif run.args.use_aspect_ratio_buckets:
-        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
-    else:
-        buckets = [(run.args.resolution, run.args.resolution)]
-    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
-        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
-    return buckets
+        return parse_sizes(run.args.aspect_ratio_buckets)
+    if run.args.use_aspect_ratio_buckets:
+        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    return [(run.args.resolution, run.args.resolution)]
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
@@ -1991,31 +1886,28 @@ def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
 # differs: samples of the text-to-image script have no references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
     """The samples whose images are good: the target in its bucket, references as at inference."""
-    checked = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
-    samples, bad = [], {}
+    good, bad = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
+    samples = []
     for sample in listed:
-        found = [(image.name, checked[image]) for image in sample.images]
-        problems = {name: reason for name, reason in found if isinstance(reason, str)}
-        if not problems:
-            image, *others = (image for _, image in found)
-            image = replace(image, target=nearest_bucket(image.size, buckets))
-            pair = image if run.args.align_cond_image else None
-            reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
-            problems = {name: reason for name, reason in reasons.items() if reason}
-        if not problems:
+        if not good.keys() >= {*sample.images}:
+            continue
+        image, *others = map(good.get, sample.images)
+        image = replace(image, target=nearest_bucket(image.size, buckets))
+        pair = image if run.args.align_cond_image else None
+        reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
+        bad |= {name: reason for name, reason in reasons.items() if reason}
+        if not any(reasons.values()):
             references = tuple(as_reference(other, run.cell, pair) for other in others)
             samples.append(replace(sample, image=image, references=references))
-        bad |= problems
     refuse_bad_images(run.args, bad, len(listed), len(samples))
     return samples
 
 
 # differs: samples of the text-to-image script have no references
 class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+    """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
 
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
-        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
         self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
 
@@ -2030,9 +1922,11 @@ class TrainingSet(Dataset):
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
-        references = () if chance["cond dropout"] < run.args.cond_dropout else sample.references
+        images = sample.images[:1] if chance["cond dropout"] < run.args.cond_dropout else sample.images
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        target, *references = (self.view(image, crop, flip) for image in images)
         item = {
+            "moments" if run.args.cache_latents else "pixels": target,
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
@@ -2040,8 +1934,7 @@ class TrainingSet(Dataset):
             "prompt_embeds": self.prompts.get(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
             "u": draw_u(run.args, generator("sigma", position)),
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
-            "references": [self.view(image, crop, flip) for image in references],
+            "references": references,
         }
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
@@ -2059,26 +1952,22 @@ def check_references(run: Run, samples: list[Sample]) -> None:
     """Logs groups and lengths; warns of what would be learned by accident."""
     batch, align = run.args.train_batch_size, run.args.align_cond_image
     paired = [sample for sample in samples if sample.references]
-    large = [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]
-    if large and align:
-        raise UserError(f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, "
-                        f"such as {large[0]}; the pipelines shrink such references: choose smaller sizes")  # fmt: skip
+    if align and (large := [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]):
+        reason = f"{len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as {large[0]}"
+        raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
-    if not paired and (align or run.args.cond_dropout):
-        log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
     target, *references = max(([math.prod(size) // run.cell**2 for size in sizes] for sizes in groups), key=sum)
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
-        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other "
-                    "noise; --train_batch_size 1 with --gradient_accumulation_steps mixes rows")  # fmt: skip
+        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch repeats some, with other noise")
     images = [sample.image for sample in paired]
     cut = [i for i in images if math.prod(i.target) < 0.9 * math.prod(cover_size(i.size, i.target))]
     if cut and not align:
-        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
-                    "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
+        remedy = "the LoRA will learn to crop; see --use_aspect_ratio_buckets and --align_cond_image"
+        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: {remedy}")
 
 
 def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:

@@ -45,7 +45,7 @@ def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
 def reference_of(i2i, run, path: Path):
     """The `Reference` that the script makes of a file."""
     image = i2i.Image(path.name, path)
-    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[image], run.cell, None)
+    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[0][image], run.cell, None)
 
 
 def arguments(i2i, *flags):
@@ -544,7 +544,7 @@ def test_a_column_cannot_be_target_and_reference(i2i, pairs, tmp_path, photo_pat
     with pytest.raises(i2i.UserError, match="is output the target"):
         listed(i2i, pairs, "--image_column", "output", "--cond_image_column", "output")
     name = as_parquet(tmp_path / "d", {"image": photo_paths[:1]}, {"image": datasets.Image()})
-    with pytest.raises(i2i.UserError, match="--image_column image: is a --cond_image_column too"):
+    with pytest.raises(i2i.UserError, match="is image the target"):
         rows_of(i2i, name, tmp_path, "--cond_image_column", "image")
 
 
@@ -580,7 +580,7 @@ def test_captions_beside_references_are_told(i2i, folders):
     (first / "b.txt").write_text("make it day")
     with log_lines() as lines:
         listed(i2i, target, "--cond_data_dir", first)
-    assert any("1 .txt file(s) not used: 'b.txt'" in line for line in lines)
+    assert any("1 .txt file(s) not used, see docs/data.md: 'b.txt'" in line for line in lines)
 
 
 def test_folders_are_matched_in_any_case_and_unicode_form(i2i, tmp_path):
