@@ -841,7 +841,8 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    log.handlers = [LogHandler()]  # of one script, where both are imported
+    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
+        log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
