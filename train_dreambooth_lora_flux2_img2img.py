@@ -1,10 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
-#     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
-#     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
-#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2",
+#     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.0.0", "accelerate>=1.5.0",
+#     "peft>=0.20.0", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=1.33.0", "Pillow>=12.3.0",
+#     "numpy>=2.4.0", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2",
 # ]
 # ///
 """Train a FLUX.2 LoRA that edits images: reference image(s) and an instruction in, the edited image out.
@@ -47,7 +47,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
@@ -81,33 +80,39 @@ class CannotWrite(UserError, OSError):
     """A file that cannot be written, on a full disk for instance."""
 
 
-def parse_number(cast: type, least: float, most: float, above: bool, text: str) -> float:
-    """A number from `least` to `most`; `above` leaves out the lower end."""
+def parse_number(kind: tuple, text: str) -> float:
+    """The value of a flag whose kind is (type, least) or (type, least, most)."""
+    cast, least, most = (*kind, 1e18)[:3]
     try:
         value = cast(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid {cast.__name__} value: '{text}'") from None
-    if not least <= value <= most or (above and value == least):
-        end = f" and at most {most}" if most < sys.float_info.max else " and finite"
-        raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {least}{end}, not {text}")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
     return value
 
 
-def number(cast: type, least: float, most: float = sys.float_info.max, above: bool = False) -> Callable:
-    return functools.partial(parse_number, cast, least, most, above)
-
-
-COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0)
-SHARE, BETA, FINITE = number(float, 0, 1), number(float, 0, 1 - 2**-24), number(float, -sys.float_info.max)
+COUNT, NATURAL, POSITIVE, NOT_NEGATIVE, SHARE = (int, 1), (int, 0), (float, 1e-30), (float, 0), (float, 0, 1)
+BETA = (float, 0, 1 - 2**-24)
 
 
 def share_or_switch(text: str) -> float:
-    return SHARE({"true": "1", "false": "0"}.get(text.lower(), text))
+    return parse_number(SHARE, {"true": "1", "false": "0"}.get(text.lower(), text))
 
 
 def to_path(text: str) -> str:
     """A path, or several with commas: a shell leaves the `~` in --output_dir=~/x as it is."""
     return ",".join(map(os.path.expanduser, text.split(",")))
+
+
+def to_sizes(text: str) -> str:
+    """What `parse_sizes` reads: heights and widths in multiples of 16."""
+    grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
+    if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
+        raise argparse.ArgumentTypeError(
+            f"'{text}': write it as 'height,width', several with ';' between, multiples of 16"
+        )
+    return text
 
 
 class Switch(argparse.Action):
@@ -118,7 +123,7 @@ class Switch(argparse.Action):
 
 
 def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
-    """One row of the flag table: `kind` is a type, bool for a switch, or 'a|b|c' for a closed set in any case.
+    """One row of the table: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or a range.
 
     `resume` marks what a resumed run must share with the run that it goes on with.
     """
@@ -128,7 +133,7 @@ def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **
     elif isinstance(kind, str):
         options |= {"type": str.lower, "choices": kind.split("|")}
     else:
-        options |= {"type": kind}
+        options |= {"type": functools.partial(parse_number, kind) if isinstance(kind, tuple) else kind}
     return name, options
 
 
@@ -153,29 +158,29 @@ SHARED_FLAGS = [
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
     flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
-    flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+    flag("aspect_ratio_buckets", to_sizes, None, "train at these sizes, not squares: 'height,width;height,width'"),
     flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
     flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
     flag("random_flip", bool, False, "mirror half of the visits", resume=True),
     flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
     "Prior preservation",
     "Text",
-    flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template", resume=True),
+    flag("max_sequence_length", (int, 1, 512), 512, "text tokens with the template", resume=True),
     flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
-    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
-    flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
+    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
+    flag("lora_dropout", (float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
     flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
     flag("init_lora_from", to_path, None, "start from this .safetensors LoRA, with its rank, alpha and modules"),
     "Flow matching",
     flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
-    flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
+    flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
-    flag("mode_scale", FINITE, 1.29, "scale of the mode density", resume=True),
+    flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
     flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
          "empirical (as at inference) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
@@ -193,18 +198,18 @@ SHARED_FLAGS = [
     flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
     flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
     flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
-    flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
-    flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator", resume=True),
+    flag("adam_weight_decay", (float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
+    flag("adam_epsilon", (float, 1e-30, 0.01), 1e-8, "epsilon of the denominator", resume=True),
     flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
     flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay", resume=True),
     flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction", resume=True),
     flag("prodigy_safeguard_warmup", bool, True, "Prodigy: no warm-up in its step-size estimate", resume=True),
-    flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
+    flag("max_grad_norm", (float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
     flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
          "schedule of the learning rate, in optimizer steps", resume=True),
     flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up", resume=True),
     flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
-    flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial", resume=True),
+    flag("lr_power", (float, 0, 10), 1.0, "power of polynomial", resume=True),
     "Memory and speed",
     flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in every "
          "block, 0.5 in half", nargs="?", const=1.0),
@@ -232,7 +237,7 @@ SHARED_FLAGS = [
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
-    flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
+    flag("validation_size", to_sizes, None, "'height,width' of those images; None: --resolution or the first bucket"),
     flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
     flag("skip_final_inference", bool, False, "no images at the end"),
     "Logging and Hub",
@@ -253,14 +258,13 @@ SHARED_FLAGS = [
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 SECRET_FLAGS = ("hub_token",)
-DRAWN_PROMPTS = ("validation_prompt", "final_validation_prompt", "class_prompt")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
              r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
 
@@ -286,8 +290,6 @@ FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
-
-
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
@@ -295,26 +297,21 @@ LIKELY_CAUSES = {  # of argparse's own errors
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the processes of a machine one tells a mistake; the others wait, for the launcher ends all with the first."""
+    """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
 
     def error(self, message: str) -> NoReturn:
+        """Adds the likely cause."""
+        if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)
+            self.exit(2)
         causes = [cause for pattern, cause in LIKELY_CAUSES.items() if re.search(pattern, message)]
         self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        silent = status != 0 and is_launched() and os.environ["LOCAL_RANK"] != "0"
-        if silent:
-            time.sleep(10)
-        super().exit(status, None if silent else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the flags in their groups."""
-    summary, _, story = (__doc__ or "").partition("\n")
-    parser = Parser(
-        prog=Path(__file__).name, description=summary, epilog=story.strip("\n"), allow_abbrev=False,
-        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(Path(__file__).name, argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False)
     groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
     for row in SHARED_FLAGS + OWN_FLAGS:
         if isinstance(row, str):
@@ -335,21 +332,13 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
             parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
-    found = parser.parse_args(words)
-    for name in DRAWN_PROMPTS if found.instance_prompt else ():
-        if isinstance(text := getattr(found, name, None), str):
-            setattr(found, name, text.replace("[trigger]", found.instance_prompt))
-        elif text:
-            setattr(found, name, [prompt.replace("[trigger]", found.instance_prompt) for prompt in text])
-    return found
+    trigger = parser.parse_args(words).instance_prompt or "[trigger]"
+    return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """'height,width;height,width' as a list of (height, width). Raises ValueError on anything else."""
-    sizes = [tuple(int(side) for side in pair.split(",")) for pair in text.split(";") if pair.strip()]
-    if not sizes or any(len(size) != 2 for size in sizes):
-        raise ValueError(text)
-    return sizes
+    """'height,width;height,width' as a list of (height, width)."""
+    return [tuple(map(int, pair.split(","))) for pair in text.split(";")]
 
 
 def final_prompts(args: Args) -> list[str]:
@@ -357,73 +346,44 @@ def final_prompts(args: Args) -> list[str]:
 
 
 def check_values(args: Args) -> Iterator[str]:
-    """Problems of sizes, of --timestep_shift and of texts."""
+    """Problems of single flags, of texts, and of the flags that name the model and the data."""
+    model, settings = args.pretrained_model_name_or_path, args.bnb_quantization_config_path
+    if not model:
+        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
+    elif not os.path.isdir(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
+    if args.mixed_precision == "fp16":
+        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
+    if settings and args.do_fp8_training:
+        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
+    if settings and args.stream_blocks:
+        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
+    if bool(args.instance_data_dir) == bool(args.dataset_name):
+        yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
+        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
     if not re.fullmatch(r"linear|none|empirical|[1-9]\d?(\.\d*)?|0?\.\d?[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
-    for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
-        text = getattr(args, name)
-        try:
-            sizes = parse_sizes(text) if text is not None else []
-        except ValueError:
-            sizes = [(0, 0)]
-        if len(sizes) > most or any(min(size) < 16 or size[0] % 16 or size[1] % 16 for size in sizes):
-            several = " (several with ';' between)" * (most > 1)
-            yield f"--{name} '{text}': write it as 'height,width', multiples of 16{several}"
-    for name, value in vars(args).items():
-        text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            yield f"--{name} {ascii(text)}: is not UTF-8; rename the file, or type it anew"
-        if "[trigger]" in text and name in DRAWN_PROMPTS and not args.instance_prompt:
-            yield f"--{name}: [trigger] stands for --instance_prompt, which is missing"
-    if "[trigger]" in (args.instance_prompt or ""):
-        yield "--instance_prompt: is what replaces [trigger] elsewhere; write the words themselves, as in 'sks dog'"
     if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
         yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
-
-
-def check_model_and_data(args: Args) -> Iterator[str]:
-    """Problems of the flags that name the model and the data, as far as the disk can tell."""
-    model, folder = args.pretrained_model_name_or_path, args.instance_data_dir
-    settings = args.bnb_quantization_config_path
-    if not model:
-        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
-    elif os.path.exists(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-        yield f"--pretrained_model_name_or_path {model}: has no model_index.json; give a diffusers folder"
-    elif not os.path.exists(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
-    if args.mixed_precision == "fp16":
-        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings:
-        try:
-            read_quantization(args)
-        except (OSError, ValueError) as error:
-            example = "configs/quantization/nf4.json"
-            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see {example}"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.init_lora_from and not os.path.isfile(args.init_lora_from):
-        yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
-    if bool(folder) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if folder and not os.path.isdir(folder):
-        reason = "a file; give the folder of the images" if os.path.isfile(folder) else "no such folder"
-        yield f"--instance_data_dir {folder}: {reason}"
+    for name in (name for name, value in vars(args).items() if "[trigger]" in str(value)):
+        yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
 
 
 def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
-    settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
-        raise ValueError('it must be an object with one of "load_in_4bit" and "load_in_8bit" true')
+    """The settings in the file of --bnb_quantization_config_path. Raises UserError."""
+    path = args.bnb_quantization_config_path
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
+            raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
+    except (OSError, ValueError, AttributeError) as error:
+        example = "configs/quantization/nf4.json"
+        raise UserError(f"--bnb_quantization_config_path {path}: cannot be used ({error}); see {example}") from None
     return settings
-
-
-LAUNCH_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}  # and the values that change nothing
 
 
 def launched_with(name: str) -> bool:
@@ -433,36 +393,25 @@ def launched_with(name: str) -> bool:
 
 def process_count() -> int:
     """Processes that the launcher started, on all machines."""
-    count = os.environ.get("WORLD_SIZE", "")
-    return int(count) if count.isdigit() else 1
-
-
-def is_launched() -> bool:
-    """Whether the environment has all that a launcher tells a process."""
-    return "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCH_VARIABLES)
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_launch(args: Args) -> Iterator[str]:
     """Problems of the accelerate configuration, which arrives in the environment."""
-    left_over = [name for name, alone in LAUNCH_VARIABLES.items() if os.environ.get(name, alone) != alone]
-    if left_over and not is_launched():
-        yield f"{', '.join(left_over)}: left by another run; `unset {' '.join(left_over)}`, or use accelerate launch"
     if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
-    asked = {name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")}
-    for name in asked | {"TPU"} if os.environ.get("PJRT_DEVICE") == "TPU" else asked:
+    asked = [name for name in ("DEEPSPEED", "MEGATRON_LM") if launched_with(f"ACCELERATE_USE_{name}")]
+    for name in asked + ["TPU"] * (os.environ.get("PJRT_DEVICE") == "TPU"):
         yield f"the accelerate config asks for {name}, which is not supported; use one of configs/accelerate/"
-    if not launched_with("ACCELERATE_USE_FSDP"):
-        return
-    if args.stream_blocks:
+    sharded = launched_with("ACCELERATE_USE_FSDP")
+    if sharded and args.stream_blocks:
         yield "--stream_blocks: FSDP splits the blocks already; leave one out, or set fsdp_offload_params"
-    if process_count() == 1:
+    if sharded and process_count() == 1:
         yield "the accelerate config asks for FSDP on one process; set num_processes, or see configs/accelerate/"
-    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
-    given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
-    if policy.upper() != FSDP_POLICY or not {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS):
-        wanted = f"fsdp_auto_wrap_policy: {FSDP_POLICY}, fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}"
-        yield f"the accelerate config wraps '{given}' by '{policy}'; write {wanted}"
+    known = "TRANSFORMER_BASED_WRAP"
+    if sharded and os.environ.get("FSDP_AUTO_WRAP_POLICY", known).upper() != known:
+        blocks = "fsdp_transformer_layer_cls_to_wrap: Flux2TransformerBlock,Flux2SingleTransformerBlock"
+        yield f"the accelerate config wraps otherwise; write fsdp_auto_wrap_policy: {known}, {blocks}"
 
 
 def report_to(args: Args) -> list[str]:
@@ -472,51 +421,44 @@ def report_to(args: Args) -> list[str]:
 
 
 def check_services(args: Args) -> Iterator[str]:
-    """Problems of trackers, packages, servers and the token."""
-    trackers, settings = report_to(args), args.bnb_quantization_config_path
+    """Problems of secrets, of trackers and of what is not installed."""
+    trackers, url = report_to(args), urllib.parse.urlsplit(args.remote_text_encoder_url)
+    if url.username or url.query:  # it is written down with the other flags
+        yield "--remote_text_encoder_url: give an address without user, password and query"
     for name in sorted({*trackers} - {*TRACKERS}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
     if args.hub_token and {*trackers} - {"tensorboard", "trackio", "mlflow"}:  # may upload sys.argv
         yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
-    wanted = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
-    wanted |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
-    wanted |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
-    wanted |= {"--bnb_quantization_config_path": "bitsandbytes"} if settings else {}
-    wanted |= {"--dataset_name": "datasets"} if args.dataset_name else {}
-    for reason, package in wanted.items():
+    needed = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
+    needed |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
+    needed |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    for reason, package in needed.items():
         if importlib.util.find_spec(package) is None:
             yield f"{reason}: the package is missing, install it with `pip install {package}`"
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
-        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
 
 
 def check_folders(args: Args) -> Iterator[str]:
     """Problems of the folders that are written to: no permission, data in it, or results that nobody gave up."""
-    data = [Path(path).resolve() for path in data_folders(args)]
+    data = {Path(path).resolve() for path in data_folders(args)}
     for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
         if not (given := getattr(args, name, None)):
             continue
         path = Path(given).resolve()
-        parent = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         try:
-            tempfile.TemporaryDirectory(dir=parent).cleanup()
+            tempfile.TemporaryDirectory(dir=next(filter(os.path.exists, (path, *path.parents)))).cleanup()
         except OSError as error:
-            yield f"--{name} {given}: cannot write to {parent} ({error.strerror}); choose another folder"
+            yield f"--{name} {given}: cannot write there ({error}); choose another folder"
             return
-        if path in (Path.home(), Path("/").resolve(), *data) or not set(data).isdisjoint(path.parents):
+        if path in (Path.home(), Path("/").resolve()) or not data.isdisjoint((path, *path.parents)):
             yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
-    folder, target = Path(args.output_dir), args.resume_from_checkpoint
-    if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
-        yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
-    written, config = results_in(folder), folder / "config.args"
-    listed = ", ".join(path.name for path in written[:3])
-    own = config.is_file() and config.read_bytes().startswith(CONFIG_HEAD.encode())
+    folder, written = Path(args.output_dir), results_in(Path(args.output_dir))
+    settings, listed = folder / "config.args", ", ".join(path.name for path in written[:3])
+    own = settings.is_file() and settings.read_bytes().startswith(CONFIG_HEAD.encode())
     if not own and not all((path / "manifest.json").is_file() for path in written):  # as in our checkpoints
         yield f"--output_dir {folder}: holds {listed}, which no run of this script wrote; choose another folder"
-    elif written and not (target or args.overwrite_output_dir or args.dry_run):
-        yield (f"--output_dir {folder}: holds {listed}, of an earlier run; go on with it by --resume_from_checkpoint "
-               "latest, or remove its files, not the cache, by --overwrite_output_dir")  # fmt: skip
+    elif written and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
+        ways = "go on with --resume_from_checkpoint latest, or remove its files by --overwrite_output_dir"
+        yield f"--output_dir {folder}: holds {listed}, of an earlier run; {ways}, which leaves the cache"
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -574,25 +516,14 @@ def flag_notes(args: Args) -> list[str]:
     return [note for note, holds in notes.items() if holds]
 
 
-def is_launcher(command: bytes) -> bool:
-    """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
-    launchers = {
-        b"accelerate",
-        b"accelerate-launch",
-        b"accelerate.commands.launch",
-        b"torchrun",
-        b"torch.distributed.run",
-    }
-    return not launchers.isdisjoint(map(os.path.basename, command.split(b"\0")[:4]))  # python -X y -m module
-
-
 def end_with_launcher() -> None:
     """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
 
     Any other parent, a shell or a supervisor, may end before the run does.
     """
     command = Path(f"/proc/{os.getppid()}/cmdline")
-    if sys.platform == "linux" and command.is_file() and is_launcher(command.read_bytes()):
+    words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
+    if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
@@ -602,10 +533,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The checked command line (`sys.argv[1:]` if None); prints what is wrong with its remedy and exits with 2."""
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
-    checks = (check_values, check_model_and_data, check_launch, check_services, check_folders, check_own)
+    checks = (check_values, check_launch, check_services, check_folders, check_own)
     if problems := [problem for check in checks for problem in check(args)]:
-        listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"{parser.prog}: {len(problems)} problem(s) on the command line, nothing was loaded:\n{listed}")
+        head = f"{len(problems)} problem(s) on the command line, nothing was loaded:"
+        parser.error("\n  - ".join([head, *problems]))
     return args
 
 
@@ -622,8 +553,6 @@ for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops",
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from unittest import mock
-
 import accelerate
 import diffusers
 import huggingface_hub
@@ -634,6 +563,7 @@ import PIL.ImageDraw
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import psutil
+import requests
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -651,9 +581,9 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
 )
 from diffusers.training_utils import free_memory as release_memory
-from huggingface_hub.utils import http_stream_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from requests.adapters import HTTPAdapter, Retry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -678,6 +608,8 @@ class Run:
     args: Args
     accelerator: accelerate.Accelerator
     device: torch.device
+    process_index: int  # from 0, over all machines
+    processes: int  # on all machines; each has a device and a micro-batch of its own
     dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
     seed: int
     model: ModelFiles
@@ -703,14 +635,6 @@ class Run:
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
 
     @property
-    def process_index(self) -> int:  # from 0, over all machines
-        return self.accelerator.process_index
-
-    @property
-    def processes(self) -> int:  # on all machines; each has a device and a micro-batch of its own
-        return self.accelerator.num_processes
-
-    @property
     def is_main(self) -> bool:  # the one that writes what the run has only once
         return self.process_index == 0
 
@@ -725,15 +649,27 @@ class Stream:
 
 
 @dataclass
-class TrainingParts:
-    """What the training loop works with."""
+class Training:
+    """What is trained, on what, and how far it is: made by `prepare_training`, changed by every step."""
 
     space: LatentSpace
-    prompts: PromptCache
-    transformer: nn.Module
-    vae: Any  # None when the images are cached and nothing is drawn
     streams: list[Stream]  # the first one is what is learned
-    buckets: list[Size]
+    vae: Any  # None when the images are cached and nothing is drawn
+    transformer: nn.Module
+    parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
+    ups: list[torch.Tensor]  # all lora_B, without autograd: what the LoRA has moved, since they start from 0
+    update_norm: torch.Tensor  # of `ups` in the last step
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    fingerprint: dict[str, Any]
+    stop: StopSignals
+    step: int = 0  # optimizer steps done
+    whole: bool = True  # False within an update: weights and moments of one step, the count of another
+    skipped: int = 0  # steps in a row that were not finite
+    smoothed_loss: float | None = None
+    signal: int = 0  # the highest that any process had received in the last step
+    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
+    seconds: float = 0.0  # that the steps since this start took
 
     @property
     def samples(self) -> list[Sample]:  # what is learned: epochs count these
@@ -757,10 +693,6 @@ class SaveFailed(RuntimeError):
 
 class OutOfMemory(torch.OutOfMemoryError):
     """Out of memory, with what was going on and what to do. Exit code 6."""
-
-
-class Stopped(SystemExit):
-    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
 
 
 EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, KeyboardInterrupt: 130}
@@ -789,7 +721,7 @@ def start_run(args: Args) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def output_lock(args: Args) -> Iterator[None]:
-    """Keeps other runs out of the output folder while this one goes on. Raises UserError that says who is in it.
+    """Keeps other runs out of the output folder while this one goes on. Raises UserError.
 
     The kernel gives the lock back however its process ends. Not `filelock`: workers, which may outlive a killed run,
     inherit its flock, and without locks it falls back in silence to a file that a kill leaves behind. Windows has none.
@@ -801,15 +733,16 @@ def output_lock(args: Args) -> Iterator[None]:
 
     path = Path(args.output_dir) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"--output_dir {args.output_dir}: another run is going on in it ({file.read().strip()}); "
-                            "wait for it, stop it, or choose another folder") from None  # fmt: skip
+            who = path.read_text(encoding="utf-8").strip()
+            raise UserError(
+                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
+            ) from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -877,8 +810,8 @@ class StopSignals:
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # no other may install handlers
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
+        with contextlib.suppress(ValueError):  # in any but the main thread
             self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
@@ -908,8 +841,7 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
-        log.addHandler(LogHandler())
+    log.handlers = [LogHandler()]  # of one script, where both are imported
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -924,8 +856,8 @@ def start_accelerator(args: Args) -> Run:
         raise UserError("--push_to_hub, --remote_text_encoder: no token; run `hf auth login` or set HF_TOKEN")
     for note in flag_notes(args):
         log.warning(note)
-    if is_launched() and process_count() > 1:
-        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}")
+    if process_count() > 1:
+        log.info(f"launch: {process_count()} processes meet at {os.environ.get('MASTER_ADDR')}")
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
     accelerator = accelerate.Accelerator(
@@ -947,7 +879,8 @@ def start_accelerator(args: Args) -> Run:
     drawn = int(broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)))
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
     return Run(
-        args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
+        args, accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes,
+        dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         lora=find_lora(args, model), quantization=find_quantization(args, model, dtype),
@@ -978,40 +911,26 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
     return layers
 
 
-def create_hub_repo(args: Args) -> str | None:
-    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    try:
-        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
-    except Exception as error:  # the network has no common base of errors
-        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
-
-
-class Progress(contextlib.AbstractContextManager):
+class Progress(tqdm):
     """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
-
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        self.in_lines = not sys.stderr.isatty()
+        options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
+        silent = not log.isEnabledFor(logging.INFO)
+        super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
 
     def advance(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar. A terminal that was closed does not end the run."""
-        self.done += 1
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
-            self.last_line, left = now, (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+        self.set_postfix_str(note, refresh=False)
+        self.update()
+
+    def display(self, *args: Any, **options: Any) -> None:
+        """Draws the bar, or writes a line where there is no terminal."""
+        if not self.in_lines:
+            super().display(*args, **options)
+        elif self.n > self.last_print_n:
+            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
+            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
 
 
 class LogHandler(logging.Handler):
@@ -1179,10 +1098,6 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict
     return settings
 
 
-def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
-
-
 def check_part(run: Run, part: str) -> None:
     """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
     shapes, config = {}, run.model.config(part)
@@ -1258,39 +1173,29 @@ DECODE_POLICY = 2  # raise it when decode_image changes: checked images are chec
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB. Raises ValueError: why it cannot be trained on."""
-    if not data:
-        raise ValueError("empty file (0 bytes)")
+    """One image as a person sees it: upright, in sRGB, on white. Raises ValueError: why it cannot be trained on."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
-        raise ValueError("not an image in a known format") from None
+        raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
     if frames > 1:
         raise ValueError(f"animated or multi-page ({frames} frames)")
-    return to_rgb(image)
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey scaled to 8, the colour profile applied, transparency on white. Raises ValueError where it cannot."""
-    profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    elif image.mode == "P":
-        image = image.convert("RGB" if clear is None else "RGBA")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
-        alpha, image = layered.getchannel("A"), layered.convert("RGB").convert("L" if grey else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = image.convert({"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1312,10 +1217,7 @@ def cover_size(size: Size, target: Size) -> Size:
 def image_to_pixels(
     image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
 ) -> torch.Tensor:
-    """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
-
-    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre. As the pipelines do.
-    """
+    """(3, H, W) in [-1, 1] at `target`; `crop` places it in [0, 1) from top and left, None is the centre."""
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
@@ -1342,8 +1244,8 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills it in
-    size: Size = (0, 0)  # so too
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
+    size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
 
@@ -1357,7 +1259,6 @@ class Image:
             raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
         return image_to_pixels(self.decoded(), self.target, crop, flip)
 
 
@@ -1415,7 +1316,7 @@ class Sample:
 
 
 # region shared: listing
-Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
+Row = tuple[list[Image], Captions, str]  # an image and what belongs to it, the captions, and where those come from
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
@@ -1426,8 +1327,7 @@ NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
-def plain(name: str | Path) -> str:
-    """A path or the name of a column as it is compared: without blanks at the ends, in one case and Unicode form."""
+def plain(name: str | Path) -> str:  # as it is compared: without blanks at the ends, in one case and Unicode form
     return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
 
 
@@ -1436,19 +1336,15 @@ def some(names: list[str]) -> str:
 
 
 def as_lines(problems: list[str]) -> str:
-    """The first twenty problems as lines of a message, and how many more there are."""
     rest = [f"and {len(problems) - 20} more"] * (len(problems) > 20)
     return "".join(f"\n    {line}" for line in (*problems[:20], *rest))
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and links below `folder`, sorted, without hidden ones, and those of them whose ending is an image's."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def list_images(files: list[Path]) -> list[Path]:  # a link to nothing is one, to be told by name
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
@@ -1459,25 +1355,7 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
             kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
             kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
     for kind, names in kinds.items():
-        log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
-    if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg, or in a folder's metadata.jsonl, else metadata.csv")
-
-
-def file_image(folder: Path, path: Path) -> Image:  # named by its path in the folder
-    return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
-
-
-def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
-    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending."""
-    # the very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's
-    texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
-    same = {path.with_suffix(""): path for path in reversed(texts)}
-    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
-    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
-    for path in [path for path, text in found.items() if text is None]:
-        found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
-    return {path: text for path, text in found.items() if text}
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {some(names)}")
 
 
 def read_text(path: Path) -> str:
@@ -1500,177 +1378,125 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
     return tuple(texts)
 
 
-def read_metadata(path: Path) -> Table:
-    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
-    rows, line, content = {}, 1, read_text(path)
-    try:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(io.StringIO(content))
-            header = reader.fieldnames or [""]
-            if other := re.search(r"[;\t]", header[0]):
-                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
-            for row in reader:
-                rows[reader.line_num] = row
-        else:
-            for line, text in enumerate(content.split("\n"), start=1):
-                rows |= {line: json.loads(text)} if text.strip() else {}
-    except (json.JSONDecodeError, csv.Error) as error:
-        reason = getattr(error, "msg", error)
-        raise UserError(f"{path}: line {line} is not readable as one JSON object or CSV row ({reason})") from None
-    for line, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
-        if None in row:
-            raise UserError(f"{path}: line {line} has more cells than columns; quote texts with commas")
-    return rows
-
-
 def find_column(columns: list[str], *names: str) -> str | None:
     """The column that is called like the first of the names that is there."""
-    return next((column for name in names for column in (name, *columns)
-                 if column in columns and plain(column) == plain(name)), None)  # fmt: skip
-
-
-def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[str], *usual: str) -> str | None:
-    """The column that a flag asks for, or else one of the usual ones, or None. Raises UserError if it is not there."""
-    column = find_column(columns, *([asked] if asked else usual))
-    if asked and column is None:
-        raise UserError(f"--{flag_name} {asked}: not in {origin}; columns: {', '.join(columns)}")
-    return column
+    return next((c for name in names for c in (name, *columns) if c in columns and plain(c) == plain(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
     """The column of captions. Logs the number of rows, which columns are used, and which are not."""
-    caption = choose_column("caption_column", args.caption_column, origin, columns, *USUAL_CAPTIONS)
+    caption = find_column(columns, *([args.caption_column] if args.caption_column else USUAL_CAPTIONS))
+    if args.caption_column and caption is None:
+        raise UserError(f"--caption_column {args.caption_column}: not in {origin}; columns: {', '.join(columns)}")
     unused = ", ".join(column for column in columns if column not in (*images, caption))
-    target, *references = images
-    log.log(logging.WARNING if unused and caption is None else logging.INFO,
-            f"data: {origin}: {count} rows, images from {target}"
-            + f", references from {', '.join(references)}" * bool(references)
-            + f", captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused))  # fmt: skip
+    used = ", references from ".join([images[0], ", ".join(images[1:])][: len(images)])
+    report = f"data: {origin}: {count} rows, images from {used}, captions from {caption or 'no column'}"
+    level = logging.WARNING if unused and caption is None else logging.INFO
+    log.log(level, report + f"; columns not used: {unused}" * bool(unused))
     return caption
 
 
-def named_file(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
-    """The file `name` of a metadata row in `folder`, among `names` where it is written otherwise. Raises UserError."""
-    if not name or not isinstance(name, str):
-        raise UserError("every row needs a 'file_name'")
-    path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
-    path = path if os.path.isfile(path) else names.get(plain(path), path)
-    if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"'{name}' leads out of the folder or does not exist; names start at {folder}")
-    return path
-
-
-Row = tuple[list[Path], Captions, str]  # images of a row of metadata, their captions, the file's name
-
-
-def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) -> tuple[list[str], list[str], list[Row]]:
-    """All columns of a metadata file, those with images, and its rows: the first image must be there, others may."""
-    rows = read_metadata(path)
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    if not rows:
-        return [], [], []
-    images = metadata_columns(args, path, columns, rows)
-    caption = caption_column(args, path, len(rows), columns, images)
-    found, problems = [], []
-    for line, row in rows.items():
-        first, *others = (row.get(column) for column in images)
-        cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
+def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    rows, content, header = {}, read_text(path), []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(content))
+        header = reader.fieldnames or []
+        rows = dict((reader.line_num, row) for row in reader)
+    for line, text in enumerate([] if header else content.split("\n"), start=1):
         try:
-            files = [named_file(root, path.parent, name, names) for name in cells]
-            found.append((files, caption_texts(row.get(caption)), path.name))
-        except UserError as error:
-            problems.append(f"line {line}: {error}")
+            rows |= {line: json.loads(text)} if text.strip() else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {line} is not readable as one JSON object ({error.msg})") from None
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for line, row in rows.items():
+        if not isinstance(row, dict) or None in row:
+            reason = f"has more cells than columns ({', '.join(header)}); quote texts with commas"
+            raise UserError(f"{path}: line {line} {reason if header else 'must be an object with a file_name'}")
+    return rows
+
+
+def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[str], list[str], list]:
+    """All columns of a metadata file, those with images, and (files, captions, origin) of its rows."""
+    table, found, problems = read_metadata(path), [], []
+    if not table:
+        return [], [], []
+    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    images = image_columns(args, path, columns, table)
+    caption = caption_column(args, path, len(table), columns, images)
+    for line, row in table.items():
+        first, *others = (row.get(column) for column in images)  # the first must be there, others may
+        lists = (cell if isinstance(cell, list) else [cell] for cell in others)
+        cells = [first, *filter(None, itertools.chain(*lists))]
+        paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
+        files = [names.get(file) or names.get(plain(file)) for file in paths]
+        advice = f"leads out of the folder or does not exist; names start at {path.parent}"
+        wrong = [cell for cell, file in zip(cells, files, strict=True) if file is None]
+        problems += [f"line {line}: {cell!r} {advice}" for cell in wrong]
+        found.append((files, caption_texts(row.get(caption), f"{path}: line {line}: "), path.name))
     if problems:
-        raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
+        raise UserError(f"{path}: {len(problems)} file name(s) cannot be used:{as_lines(problems)}")
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
-    """(images, captions, where these come from) of each row of metadata, or image; what is not used is told by name."""
+def list_folder(args: Args) -> list[Row]:
+    """The rows of metadata, or the images, of --instance_data_dir; what is not used is told by name."""
     folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
-    names = {plain(path): path for path in files}
+    files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
-    tables = {path: list_metadata(args, folder, path, names) for path in metadata.values()}
+    tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
     for name in ("image_column", "caption_column", "cond_image_column"):
-        if vars(args).get(name) not in (None, "image") and not any(columns for columns, *_ in tables.values()):
+        if not tables and vars(args).get(name) not in (None, "image"):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
-    single = all([plain(image) for image in images] in ([], ["file_name"]) for _, images, _ in tables.values())
+    single = all([plain(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        captions = dict.fromkeys(list_images(files), ((), ""))
+        captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    targets = [images[0] for images, *_ in found]
-    beside, listed, empty = caption_files(files, targets), [], []
-    used = [path for path, (columns, *_) in tables.items() if columns]
-    for images, texts, origin in found:
-        if not texts and (file := beside.get(images[0])):
+    texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
+    stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
+    beside = dict(zip([*map(plain, stems), *stems], [*texts, *texts], strict=True))
+    used, listed = [*tables], []
+    for paths, texts, origin in found:
+        keys = [paths[0].with_suffix(""), paths[0], plain(paths[0].with_suffix("")), plain(paths[0])]
+        if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
-            used.append(file)
-            empty += [] if texts else [str(file.relative_to(folder))]
-        used += images
-        listed.append(([file_image(folder, image) for image in images], texts, origin))
+            used += [file] * len(texts)
+        used += paths
+        images = [Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path) for path in paths]
+        listed.append((images, texts, origin))
     tell_unused(folder, files, used)
-    if empty:
-        log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
-    inner = [path.relative_to(folder.parent).as_posix() for path in targets]
+    inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
         if int(number) != args.repeats:
-            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; give "
-                        f"--repeats {number} --instance_prompt '{prompt}'")  # fmt: skip
-    missed = [f"{path}: {', '.join(columns)}" for path, (columns, images, _) in tables.items()
-              if columns and (single or len(columns) > len(images))]  # fmt: skip
-    if missed and not any(texts for _, texts, _ in listed):
-        raise UserError("there is metadata, but no caption; give --caption_column, or remove the file:"
-                        + as_lines(missed))  # fmt: skip
+            advice = f"give --repeats {number} --instance_prompt '{prompt}'"
+            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
+    without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
+    if without and not any(texts for _, texts, _ in listed):
+        lines = as_lines([f"{path}: {', '.join(every)}" for path, every in without])
+        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
     return listed
 
 
-def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its images not decoded. Raises UserError with the cause if it cannot be loaded."""
-    import datasets  # only now: it costs a second and most runs use a folder
-
-    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
-    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
-    try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if split not in splits:
-                raise ValueError(f"it has {', '.join(splits)}")
-            return splits[split]
-        return datasets.load_dataset(builder, args.dataset_config_name, data_files=files, split=split,
-                                     cache_dir=args.cache_dir, token=args.hub_token)  # fmt: skip
-    except Exception as error:  # the readers of files and of the Hub have no common base of errors
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__
-        differ = isinstance(error, datasets.table.CastError)
-        text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
-        reason = " ".join(text.split())
-        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
-
-
-def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bool = False) -> list[Image]:
-    """One image per row of the column, whose cells may hold `lists` of them. Raises UserError if it has none."""
+def column_images(args: Args, table: Any, column: str, lists: bool = False) -> list[Image]:
+    """One image per row of the column, whose cells may hold `lists` of them; none is read. Raises UserError."""
     import datasets
 
-    kind = datasets.Image(decode=False)
+    kind, name, caches = datasets.Image(decode=False), args.dataset_name, ()
     try:
         cells = table.select_columns(column).cast_column(column, datasets.List(kind) if lists else kind)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
-    path, caches = Path(os.path.abspath(args.dataset_name)), ()
+        raise UserError(f"--dataset_name {name}: column {column} holds no images ({error})") from None
+    path = Path(os.path.abspath(name))
     if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
         caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
     roots = [Path(os.path.abspath(root)) for root in caches if root]
@@ -1679,97 +1505,126 @@ def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bo
 
 
 def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
-    """The image in a cell, or the one that it names: in `folder` or below one of `roots`, if any. Raises OSError."""
+    """The image in a cell, or the one that it names: in `folder`, and below one of `roots` if any. Raises OSError."""
     cell = table[row][column] if item is None else table[row][column][item]
     if not cell or cell["bytes"] is not None or not cell["path"]:
         return (cell and cell["bytes"]) or b""
-    if "://" in cell["path"]:
-        raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
-    path = Path(os.path.normpath(cell["path"]))
-    path = next((found for found in (folder / path, path) if found.is_file()), path)
-    if roots and not any(path.is_relative_to(root) for root in roots):
+    path = Path(os.path.normpath(folder / cell["path"]))
+    if roots and not any(map(path.is_relative_to, roots)):
         raise OSError(f"its path leads out of the data set, to {path}")
     return path.read_bytes()
 
 
-def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[Captions]]:
-    """(where they are from, captions of each row) of a data set whose image columns are `images`."""
-    name = args.dataset_name
-    column = caption_column(args, name, len(table), table.column_names, images)
-    if column is None:
-        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
-            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
-        return "", [()] * len(table)
-    feature, rows = table.features[column], enumerate(table[column][:])
-    classes = getattr(getattr(feature, "feature", feature), "names", ())
-    return f"column {column}", [
-        caption_texts(cell, f"{name}: row {row}, column {column}: ", classes) for row, cell in rows
-    ]
+def list_dataset(args: Args) -> list[Row]:
+    """The rows of --dataset_name, no image of which is read. Raises UserError with the cause if it cannot be loaded."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
+    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
+    options = {"data_files": files, "split": split, "cache_dir": args.cache_dir, "token": args.hub_token}
+    try:
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"it has {', '.join(saved)}")
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(builder, args.dataset_config_name, **options)
+    except Exception as error:  # the readers of files and of the Hub have no common base of errors
+        says_nothing = type(error) is datasets.exceptions.DatasetGenerationError
+        reason = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
+    images = image_columns(args, name, table.column_names, table)
+    caption = caption_column(args, name, len(table), table.column_names, images)
+    files = list_files(path)[0] if caption is None and path.is_dir() else []
+    if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
+        log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+    cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
+    classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
+    texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
+    return [(*row, f"column {caption}") for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
 
 
-# differs: samples of the text-to-image script have no references
-def list_samples(args: Args) -> list[Sample]:
-    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
-    if args.dataset_name:
-        samples = list_dataset(args)
-    else:
-        samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in list_folder(args)]
-        samples = add_references(args, samples) if args.cond_data_dir else samples
-    if len(counts := Counter(len(sample.references) for sample in samples)) > 1:
-        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
-        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
-    if without := counts[0]:
-        level = log.info if without < len(samples) else log.warning
-        level(f"data: {without} of {len(samples)} rows have no reference and train as text-to-image")
-    return samples
-
-
+USUAL_TARGETS = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
 USUAL_REFERENCES = (
     r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
 )
 
 
-def find_file_column(columns: list[str], name: str) -> str | None:
-    """The column `name` of a metadata file, by what the Hub's image folders make of it: `image` is file_name there."""
-    usual = ["file_name"] if name == "image" else []
-    return find_column(columns, name, f"{name}_file_name", f"{name}_file_names", *usual)
-
-
-def names_images(rows: Table, column: str) -> bool:
-    """Whether a column of a metadata file holds names of image files, and not addresses or words."""
-    cells = [row.get(column) for row in rows.values()]
+def holds_images(table: Any, column: str) -> bool:
+    """Whether a column of a data set has the type of images, or one of a metadata file (a dict of rows) names some."""
+    if not isinstance(table, dict):
+        feature = table.features[column]
+        return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
+    cells = [row.get(column) for row in table.values()]
     names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
     return any("://" not in name and Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES for name in names)
 
 
 # differs: metadata files of the text-to-image script name no references
-def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
-    """The column of the targets of a metadata file, then those of the references. Raises UserError.
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column of the targets and those of the references. Between two possible targets is not guessed."""
+    in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
+    for name in (*asked, args.image_column):
+        endings = ["_file_name", "_file_names"] if in_metadata else []
+        more = ["file_name"] if in_metadata and name == "image" else []
+        found[name] = find_column(columns, name, *(name + ending for ending in endings), *more)
+    targets, references = [found[args.image_column]], [found[name] for name in asked]
+    if in_metadata and args.image_column == "image":
+        usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
+        holds = {column for column in usual if column and (plain(column) != "image" or holds_images(table, column))}
+        targets = [column for column in usual if column in holds and column not in references]
+    missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
+    missing += [] if any(targets) else [f"--image_column {args.image_column}"]
+    if missing:
+        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
+        raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
+    if len(targets) > 1 or targets[0] in references:
+        raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
+    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", plain(name))]
+    usual = [name for name in columns if re.fullmatch(USUAL_REFERENCES, plain(name)) and holds_images(table, name)]
+    return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
 
-    The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
-    References are --cond_image_column, else every other `*_file_name` column and usual names.
-    """
-    references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
-    wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
-    if args.image_column == "image":
-        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
-        found = {name: find_column(columns, name) for name in usual}
-        targets = [column for name, column in found.items() if column and column not in references.values()
-                   and (name != "image" or names_images(rows, column))]  # fmt: skip
-        wanted += [] if targets else ["every row needs a 'file_name', or an --image_column"]
-    else:
-        targets = list(filter(None, [find_file_column(columns, args.image_column)]))
-        wanted += [] if targets else [f"--image_column {args.image_column} is not there"]
-    if wanted:
-        raise UserError(f"{path}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
-    if len(targets) > 1 or targets[0] in references.values():
-        raise UserError(f"{path}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
-    usual = [name for name in columns if name != targets[0] and (re.fullmatch(r"(.+_)?file_names?", plain(name)) or
-             re.fullmatch(USUAL_REFERENCES, plain(name)) and names_images(rows, name))]  # fmt: skip
-    return [targets[0], *(references.values() or usual)]
+
+# differs: data sets of the text-to-image script have no references
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    """The target of each row and its references: none where a cell is empty, several where it holds a list."""
+    rows = [[image] for image in column_images(args, table, columns[0])]
+    for column in columns[1:]:
+        lists, counts = hasattr(table.features[column], "feature"), []
+        for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
+            if lists:
+                counts += chunk.value_lengths().to_pylist()
+            else:  # some writers leave a struct of nulls, bytes and path, instead of none
+                fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
+                counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
+        for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
+            name = f"{image.name}, {column}"
+            if lists:
+                cells = [functools.partial(image.cell, item) for item in range(count or 0)]
+                row += [Image(f"{name} {item}", cell=cell) for item, cell in enumerate(cells)]
+            elif count:
+                row.append(replace(image, name=name))
+    return rows
+
+
+# differs: samples of the text-to-image script have no references
+def list_samples(args: Args) -> list[Sample]:
+    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
+    rows = list_dataset(args) if args.dataset_name else list_folder(args)
+    samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in rows]
+    samples = add_references(args, samples) if args.cond_data_dir else samples
+    counts = Counter(len(sample.references) for sample in samples)
+    if len(counts) > 1:
+        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
+        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
+    if counts[0]:
+        level = log.info if len(counts) > 1 else log.warning
+        level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
+    return samples
 
 
 def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
@@ -1790,56 +1645,21 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     listed, found = {sample.image.path: sample for sample in samples}, []
     targets = by_stem(folder, listed)
     for other in others:
-        images = list_images(files := list_files(other))
+        files, images = list_files(other)
         tell_unused(other, files, images)
         found.append(by_stem(other, images))
-    without = [str(path) for stem, path in targets.items() if not any(stem in stems for stems in found)]
-    without += [str(path) for stems in found for stem, path in stems.items() if stem not in targets]
-    if without:
-        raise UserError(f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove "
-                        f"them (rows without references: see metadata.jsonl):{as_lines(without)}")  # fmt: skip
-    partners = {path: [stems[stem] for stems in found if stem in stems] for stem, path in targets.items()}
-    return [replace(listed[path], references=tuple(Image(printable(str(partner)), partner) for partner in paths))
-            for path, paths in partners.items()]  # fmt: skip
-
-
-def list_dataset(args: Args) -> list[Sample]:
-    """The samples of --dataset_name with references from --cond_image_column, else from columns usual for them."""
-    import datasets
-
-    table = open_dataset(args)
-    name, there = args.dataset_name, table.column_names
-    target = choose_column("image_column", args.image_column, name, there)
-    columns = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
-    columns = columns or [
-        name for name, feature in table.features.items() if name != target
-        and re.fullmatch(USUAL_REFERENCES, plain(name))
-        and isinstance(getattr(feature, "feature", feature), datasets.Image)
-    ]  # fmt: skip
-    if target in columns:
-        raise UserError(f"--image_column {target}: is a --cond_image_column too; columns: {', '.join(there)}")
-    origin, captions = dataset_captions(args, table, [target, *columns])
-    references = [column_references(args, table, column) for column in columns]
-    rows = zip(column_images(args, table, "image_column", target), captions, *references, strict=True)
-    return [Sample(image, texts, origin, tuple(itertools.chain(*found))) for image, texts, *found in rows]
-
-
-def column_references(args: Args, table: Any, column: str) -> list[list[Image]]:
-    """The references of each row in one column: none where the cell is empty, several where it holds a list."""
-    lists, counts = hasattr(table.features[column], "feature"), []
-    for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
-        if lists:
-            counts += chunk.value_lengths().to_pylist()
-        else:  # some writers leave a struct of nulls, bytes and path, instead of none
-            fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
-            counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
-    images = column_images(args, table, "cond_image_column", column, lists)
-    references = []
-    for image, count in zip(images, counts, strict=True):
-        image = replace(image, name=f"{image.name}, {column}")
-        items = [(f"{image.name} {item}", functools.partial(image.cell, item)) for item in range(count or 0)]
-        references.append([Image(name, cell=cell) for name, cell in items] if lists else [image] * count)
-    return references
+    alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
+    alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
+    if alone:
+        advice = "add it or remove them (rows without references: see metadata.jsonl)"
+        reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
+        raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
+    paired = []
+    for stem, path in targets.items():
+        partners = [stems[stem] for stems in found if stem in stems]
+        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
+        paired.append(replace(listed[path], references=images))
+    return paired
 
 
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
@@ -1857,7 +1677,7 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
-    prompt = args.instance_prompt
+    prompt = args.instance_prompt or ""
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
@@ -1867,10 +1687,10 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    given = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
-    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt or "") for text in s.captions)) for s in given]
-    counts = Counter(sample.origin for sample in filled)
+    filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
+    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
+    counts = Counter(sample.origin for sample in filled)
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
         others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
@@ -1879,45 +1699,45 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     return filled
 
 
-def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
-    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used."""
-    # `checked_images.json` says what was found at an earlier start, so that only what is new is decoded
-    index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
+def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
+    """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
+    # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
+    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
+    index, good, bad = {}, {}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
-        files, contents = json.loads(index.read_text(encoding="utf-8"))[policy]
-    known, checked = (len(files), len(contents)), {}
-    inspect = functools.partial(inspect_image, files, contents)
+        index = json.loads(file.read_text(encoding="utf-8"))[policy]
+    known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, found in zip(images, pool.map(inspect, images), strict=True):
-            checked[image] = found
+        for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
+            if reason:
+                bad[image.name] = reason
+            else:
+                good[image] = replace(image, sha256=sha256, size=(height, width))
             progress.advance()
-    if known != (len(files), len(contents)):
-        write_atomically(index, json.dumps({policy: [files, contents]}).encode())
-    log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
-    return checked
+    if len(index) > known:
+        write_atomically(file, json.dumps({policy: index}).encode())
+    return good, bad
 
 
-def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image) -> Image | str:
-    """A file of the same size and time is not read again, content of the same SHA-256 is not decoded again."""
+def inspect_image(index: dict[str, list], image: Image) -> list:
+    """[sha256, height, width, reason of the refusal or None]; unchanged files are not read, known bytes not decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else ""
-        if (sha256 := files.get(stamp)) not in contents:
-            data = image.read()
-            sha256 = hashlib.sha256(data).hexdigest()
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
+        if stamp in index:
+            return index[stamp]
+        data = image.read()
     except OSError as error:
-        return f"cannot be read ({error.strerror if image.path and error.strerror else error})"
-    if stamp:
-        files[stamp] = sha256
-    if sha256 not in contents:
-        try:
+        return ["", 0, 0, f"cannot be read ({error})"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        if sha256 not in index:
             decoded = decode_image(data)
-            contents[sha256] = [decoded.height, decoded.width, None]
-        except ValueError as error:
-            contents[sha256] = [0, 0, str(error)]
-    *size, reason = contents[sha256]
-    return reason or replace(image, sha256=sha256, size=tuple(size))
+            index[sha256] = [sha256, decoded.height, decoded.width, None]
+    except ValueError as error:
+        index[sha256] = [sha256, 0, 0, str(error)]
+    index[stamp or sha256] = index[sha256]
+    return index[sha256]
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
@@ -1931,7 +1751,6 @@ def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
-    # not the process's number: containers on two machines number theirs alike, and share the drive
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1940,18 +1759,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or error
-        raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
+        reason = f"cannot be written ({error.strerror or error}); free space, or choose another folder"
+        raise CannotWrite(f"{path}: {reason}") from error
 
 
 def remove_left_overs(run: Run) -> None:
     """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
-    class_dir = vars(run.args).get("class_data_dir")
-    for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
-        for path in folder.rglob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+    for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
+        age = 3600 if path.is_relative_to(run.cache_dir) else 0
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -1962,25 +1780,22 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
 
 @functools.lru_cache(maxsize=256)
 def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
-    """Order of a bucket's samples in its `turn`-th round."""
     return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, how often it came before in this cycle) of each micro-step of a cycle."""
-    # a bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle
+    """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
 
 
 class SampleStream:
-    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+    """Endless batch sampler: (sample index, position) pairs of this process; a function of (seed, step) alone.
 
-    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples.
     Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
-    into the next one: nothing is dropped.
+    into the next one: nothing is dropped. The position counts drawn samples.
     """
 
     def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
@@ -2006,12 +1821,11 @@ class SampleStream:
         return pairs
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Micro-batches from `first` on, for ever."""
         return map(self.micro_batch, itertools.count(self.first))
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
+    """Stacks tensors, keeps the rest as lists."""
     return {
         key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
         for key, value in items[0].items()
@@ -2021,14 +1835,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 def choose_buckets(run: Run) -> list[Size]:
     """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
     if run.args.aspect_ratio_buckets:
-        buckets = parse_sizes(run.args.aspect_ratio_buckets)
-    elif run.args.use_aspect_ratio_buckets:
-        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
-    else:
-        buckets = [(run.args.resolution, run.args.resolution)]
-    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
-        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
-    return buckets
+        return parse_sizes(run.args.aspect_ratio_buckets)
+    if run.args.use_aspect_ratio_buckets:
+        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    return [(run.args.resolution, run.args.resolution)]
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
@@ -2052,17 +1862,16 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
 
 
 # differs: samples of the text-to-image script have no references
-def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
-    """The samples, every image decoded once and every caption final, and the (height, width) sizes to train at."""
-    buckets = choose_buckets(run)
-    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), buckets)
+def check_data(run: Run) -> list[Sample]:
+    """The samples, every image decoded once and every caption final."""
+    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     check_references(run, samples)
     for row, prompt in enumerate(run.args.validation_prompt or final_prompts(run.args)):
         sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
-    return samples, buckets
+    return samples
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
@@ -2077,33 +1886,30 @@ def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
 # differs: samples of the text-to-image script have no references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
     """The samples whose images are good: the target in its bucket, references as at inference."""
-    checked = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
-    samples, bad = [], {}
+    good, bad = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
+    samples = []
     for sample in listed:
-        found = [(image.name, checked[image]) for image in sample.images]
-        problems = {name: reason for name, reason in found if isinstance(reason, str)}
-        if not problems:
-            image, *others = (image for _, image in found)
-            image = replace(image, target=nearest_bucket(image.size, buckets))
-            pair = image if run.args.align_cond_image else None
-            reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
-            problems = {name: reason for name, reason in reasons.items() if reason}
-        if not problems:
+        if not good.keys() >= {*sample.images}:
+            continue
+        image, *others = map(good.get, sample.images)
+        image = replace(image, target=nearest_bucket(image.size, buckets))
+        pair = image if run.args.align_cond_image else None
+        reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
+        bad |= {name: reason for name, reason in reasons.items() if reason}
+        if not any(reasons.values()):
             references = tuple(as_reference(other, run.cell, pair) for other in others)
             samples.append(replace(sample, image=image, references=references))
-        bad |= problems
     refuse_bad_images(run.args, bad, len(listed), len(samples))
     return samples
 
 
 # differs: samples of the text-to-image script have no references
 class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+    """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
 
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
-        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
-        self.space, self.samples, self.stream, self.prompts = space, samples, stream, PromptCache(run)
+        self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
         """noise (L, C), u and prompt embedding of the visit, and latent moments or pixels (3, H, W) of each image."""
@@ -2116,18 +1922,19 @@ class TrainingSet(Dataset):
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
-        references = () if chance["cond dropout"] < run.args.cond_dropout else sample.references
+        images = sample.images[:1] if chance["cond dropout"] < run.args.cond_dropout else sample.images
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        target, *references = (self.view(image, crop, flip) for image in images)
         item = {
+            "moments" if run.args.cache_latents else "pixels": target,
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
             "caption": caption,
-            "prompt_embeds": self.prompts.load(caption),
+            "prompt_embeds": self.prompts.get(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
             "u": draw_u(run.args, generator("sigma", position)),
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
-            "references": [self.view(image, crop, flip) for image in references],
+            "references": references,
         }
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
@@ -2137,7 +1944,7 @@ class TrainingSet(Dataset):
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
         """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
         if self.run.args.cache_latents:
-            return load_file(self.space.path(image, flip))["moments"]
+            return self.space.cache.get(*self.space.key(image, flip))
         return image.pixels(crop, flip)
 
 
@@ -2145,26 +1952,22 @@ def check_references(run: Run, samples: list[Sample]) -> None:
     """Logs groups and lengths; warns of what would be learned by accident."""
     batch, align = run.args.train_batch_size, run.args.align_cond_image
     paired = [sample for sample in samples if sample.references]
-    large = [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]
-    if large and align:
-        raise UserError(f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, "
-                        f"such as {large[0]}; the pipelines shrink such references: choose smaller sizes")  # fmt: skip
+    if align and (large := [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]):
+        reason = f"{len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as {large[0]}"
+        raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
-    if not paired and (align or run.args.cond_dropout):
-        log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
     target, *references = max(([math.prod(size) // run.cell**2 for size in sizes] for sizes in groups), key=sum)
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
-        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other "
-                    "noise; --train_batch_size 1 with --gradient_accumulation_steps mixes rows")  # fmt: skip
+        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch repeats some, with other noise")
     images = [sample.image for sample in paired]
     cut = [i for i in images if math.prod(i.target) < 0.9 * math.prod(cover_size(i.size, i.target))]
     if cut and not align:
-        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
-                    "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
+        remedy = "the LoRA will learn to crop; see --use_aspect_ratio_buckets and --align_cond_image"
+        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: {remedy}")
 
 
 def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
@@ -2185,23 +1988,54 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
 # Each different prompt and image is encoded once, by one process, into a file named by all that it depends on; encoder
 # and VAE leave the device before the transformer is loaded. Of the encoder only the layers that are read are loaded.
 # Training reads the files in the loader's workers: kept in memory, an embedding of [dev] would take 15.7 MB.
-def load_tokenizer(run: Run) -> Any:
-    """The family's tokenizer or processor. Raises UserError unless a prompt comes through it whole.
+class TensorCache:
+    """A folder of safetensors files, a tensor in each. A file has its name from all that the tensor depends on."""
 
-    In silence transformers makes an empty one where the vocabulary is missing, and takes any text for a template.
-    """
-    trial, where, config = "a photo", f"{run.model.name}/tokenizer", run.model.config("text_encoder")
+    def __init__(self, folder: Path, *model: Any) -> None:
+        self.folder, self.key = folder, digest(*model)
+
+    def path(self, *what: Any) -> Path:
+        return self.folder / f"{digest(self.key, *what)}.safetensors"
+
+    def has(self, *what: Any) -> bool:
+        """Whether a whole file is there; one that a crash has damaged, or of another kind, is made anew."""
+        try:
+            with safe_open(self.path(*what), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def get(self, *what: Any) -> torch.Tensor:
+        [tensor] = load_file(self.path(*what)).values()
+        return tensor
+
+    def put(self, tensor: torch.Tensor, name: str, *what: Any) -> None:
+        """Raises UserError with this name if the tensor is not finite: it would be read from there for ever."""
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: its encoding is not finite; are the weights whole? If so, --mixed_precision no")
+        write_atomically(self.path(*what), save({"tensor": tensor.cpu().contiguous()}))
+
+
+def open_prompts(run: Run) -> TensorCache:
+    """The cache of prompt embeddings (L, D) by prompt."""
+    encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
+    template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
+
+
+def load_tokenizer(run: Run) -> Any:
+    """The tokenizer, tried on a prompt: transformers makes an empty one in silence where the vocabulary is missing."""
+    config = run.model.config("text_encoder")
     known = config.get("text_config", config)["vocab_size"]
     try:
         tokenizer = getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
-        ids = token_ids(run.family, tokenizer, trial)
-        whole = trial in tokenizer.decode(ids) and max(ids) < known
+        ids = token_ids(run.family, tokenizer, "a photo")
+        if "a photo" not in tokenizer.decode(ids) or max(ids) >= known:
+            raise ValueError(f"a prompt becomes {ids[:8]} of {known} tokens")
     except Exception as error:  # the libraries have no common base of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{where}: cannot be read ({reason}); download it again") from None
-    if not whole:
-        raise UserError(f"{where}: is not the text encoder's, a prompt becomes {ids[:8]} of {known} tokens; "
-                        "download it again, or after a clone run `git lfs pull`")  # fmt: skip
+        advice = "download it again, or after a clone run `git lfs pull`"
+        raise UserError(f"{run.model.name}/tokenizer: is not the text encoder's ({reason}); {advice}") from None
     return tokenizer
 
 
@@ -2218,15 +2052,12 @@ UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.
 
 
 def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, list]]:
-    """The text encoder by transformers with only the layers that are read, and its report for `refuse_misfits`.
-
-    One layer more than the last hidden state stays, because transformers puts the final norm on the last one: with
-    exactly max(layers) of them the third slice would differ from the pipeline's.
-    """
+    """The text encoder with only the layers that are read, and what `refuse_misfits` has to know of its weights."""
     kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
+        # one layer more than the last hidden state, for transformers puts the final norm on the last of all
         keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:keep]
@@ -2245,7 +2076,7 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 
 
 def load_text_encoder(run: Run) -> nn.Module:
-    """The text encoder with only the layers that are read, frozen, in the compute dtype."""
+    """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
     spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
     options = {"device_map": "auto"} if spread else {}
@@ -2258,10 +2089,10 @@ def load_text_encoder(run: Run) -> nn.Module:
     encoder.lm_head = nn.Identity()  # the head over the vocabulary and what would see images: 2 GB of [dev] in bf16
     if hasattr(encoder.model, "vision_tower"):
         encoder.model.vision_tower = encoder.model.multi_modal_projector = None
-    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
         shard(run, encoder, getattr(encoder.model, "language_model", encoder.model).layers)
+    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     return encoder if spread or stored or run.args.fsdp_text_encoder else encoder.to(run.device)
 
 
@@ -2274,26 +2105,34 @@ def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> 
     return pipeline.encode_prompt(prompt, device=run.device, **options)[0][0].to(run.dtype)
 
 
-REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer
+REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer or a wait for it
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
     """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
 
-    A busy server is asked again after a wait. The answer is a saved tensor: read with `weights_only`, capped in size,
-    packed and unpacked, checked for shape and finite numbers. Redirects are not followed, so the token stays here.
+    A busy server is asked again. Only the Hub's hosts and this machine see the token; a redirect is not followed, its
+    target would. The answer is a saved tensor, read with `weights_only`, capped in size packed and unpacked.
     """
-    url, width = run.args.remote_text_encoder_url, run.model.config("transformer")["joint_attention_dim"]
-    expected = (1, run.args.max_sequence_length, width)
-    most, headers = 4 * math.prod(expected) + 1_000_000, {"Accept-Encoding": "identity"}  # all bytes are counted
-    headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
-    # the Hub's client asks nobody when HF_HUB_OFFLINE is set, but a server of one's own is not the Hub
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE and is_hub_host(urllib.parse.urlsplit(url))
-    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": REMOTE_SILENCE, "follow_redirects": False}
+    expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
+    url, most, body = run.args.remote_text_encoder_url, 4 * math.prod(expected) + 1_000_000, bytearray()
+    scheme, host = urllib.parse.urlsplit(url).scheme, str(urllib.parse.urlsplit(url).hostname)
+    hub = scheme == "https" and host.endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
+    token = (run.args.hub_token or huggingface_hub.get_token()) if hub or host in LOOPBACK else None
+    request = {"json": {"prompt": prompt}, "headers": {"Authorization": f"Bearer {token}"} if token else {}}
+    busy = {"status_forcelist": (429, 500, 502, 503, 504), "allowed_methods": None, "retry_after_max": REMOTE_PATIENCE}
+    request |= {"timeout": REMOTE_SILENCE, "stream": True, "allow_redirects": False}
+    session = requests.Session()
+    session.mount(url, HTTPAdapter(max_retries=Retry(5, backoff_factor=1, **busy)))
     try:
-        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline):
-            with http_stream_backoff("POST", url, **request) as response:
-                body = read_answer(response, most)
+        with session, session.post(url, **request) as response:
+            if response.status_code != 200:
+                raise ValueError(f"status {response.status_code} {response.reason}")
+            end = time.monotonic() + REMOTE_PATIENCE
+            while piece := response.raw.read1(2**20):
+                body += piece
+                if len(body) > most or time.monotonic() > end:
+                    raise ValueError(f"more than {most} bytes, or only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
         with zipfile.ZipFile(io.BytesIO(body)) as archive:  # torch.load would unpack a thousand times the size
             if (size := sum(entry.file_size for entry in archive.infolist())) > most:
                 raise ValueError(f"{size} bytes when unpacked, more than {most}")
@@ -2303,92 +2142,16 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
         if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
             raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}). To encode here, leave "
-                        "--remote_text_encoder out and add --offload") from None  # fmt: skip
+        advice = "to encode here, leave --remote_text_encoder out and add --offload"
+        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
     return embedding[0].to(run.dtype)
-
-
-def read_answer(response: Any, most: int) -> bytes:
-    """The body as it comes in. Raises ValueError as soon as it is longer than `most` bytes, or late."""
-    if response.status_code != 200:
-        raise ValueError(f"status {response.status_code} {response.reason_phrase}")
-    body, end = bytearray(), time.monotonic() + REMOTE_PATIENCE
-    try:
-        for piece in response.iter_raw():
-            body += piece
-            if len(body) > most:
-                raise ValueError(f"more than {most} bytes")
-            if time.monotonic() > end:
-                raise ValueError(f"only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
-    except Exception as error:  # the HTTP library's own must not reach `http_stream_backoff` from here
-        raise ValueError(f"the answer broke off: {error or type(error).__name__}") from None
-    return bytes(body)
-
-
-def remote_token(args: Args) -> str | None:
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    seen = is_hub_host(url) or url.hostname in LOOPBACK
-    return (args.hub_token or huggingface_hub.get_token()) if seen else None
-
-
-def is_hub_host(url: urllib.parse.SplitResult) -> bool:
-    return url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
-
-
-class PromptCache:
-    """Prompt embeddings (L, D) on disk, named by everything they depend on: encoder, layers, length, dtype, prompt."""
-
-    def __init__(self, run: Run) -> None:
-        """The key holds everything but the prompt."""
-        url = run.args.remote_text_encoder_url if run.args.remote_text_encoder else None
-        encoder = url or run.model.identity("text_encoder")
-        template = run.model.identity("tokenizer"), SYSTEM_MESSAGE
-        self.key = digest(encoder, *run.text_layers, run.args.max_sequence_length, run.dtype, *template)
-        self.folder, self.device = run.cache_dir / "prompts", run.device
-
-    def path(self, prompt: str) -> Path:
-        return self.folder / f"{digest(self.key, prompt)}.safetensors"
-
-    def load(self, prompt: str) -> torch.Tensor:
-        """(L, D) on the CPU: in training the loader's workers read it."""
-        return load_file(self.path(prompt))["prompt_embeds"]
-
-    def batch(self, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([self.load(prompt) for prompt in prompts]).to(self.device, dtype)
-
-
-def is_cached(path: Path) -> bool:
-    """Whether a whole safetensors file is there; one that a crash has damaged, or of another kind, is made anew."""
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def write_cached(path: Path, name: str, tensor: torch.Tensor, what: str) -> None:
-    """Writes one tensor to the cache. Raises UserError if it is not finite: it would be read from there for ever."""
-    if not tensor.isfinite().all():
-        raise UserError(f"{what}: its encoding is not finite; are the weights whole? If so, add --mixed_precision no")
-    write_atomically(path, save({name: tensor.cpu().contiguous()}))
-
-
-def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
-    data = save(tensors)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = {"__metadata__": metadata} if metadata else {}
-    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 @contextlib.contextmanager
 def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[list[Any]]:
-    """Gives this process's part of the work; nobody starts before all know what there is, and all end together.
+    """This process's part of the work; nobody starts before all know what there is, and all end together.
 
-    Also one that fails; but in lock-step, as sharded models need it, the others wait for its part of the weights, so
-    its end has to end the run. There all parts have the same length: the last piece is done more than once.
+    In lock-step, for sharded models, the parts are equally long, and who fails does not wait: that has to end the run.
     """
     run.accelerator.wait_for_everyone()
     try:
@@ -2401,75 +2164,57 @@ def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[li
     run.accelerator.wait_for_everyone()
 
 
-def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
-    """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
-    cache = PromptCache(run)
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_cached(cache.path(prompt))]
+def encode_prompts(run: Run, prompts: list[str], most: int | None = None) -> TensorCache:
+    """Encodes the prompts, or so many of them, that the cache lacks; the encoder is loaded, used once and freed."""
+    cache = open_prompts(run)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.has(prompt)]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
-    with shared_out(run, missing, lockstep=run.args.fsdp_text_encoder) as mine:
+    with shared_out(run, missing[:most], lockstep=run.args.fsdp_text_encoder) as mine:
         if mine:
             encode = functools.partial(encode_prompt_remotely, run)
             if not run.args.remote_text_encoder:
                 encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
             with Progress("encode prompts", len(mine)) as progress:
                 for prompt in mine:
-                    write_cached(cache.path(prompt), "prompt_embeds", encode(prompt), f"prompt {prompt[:80]!r}")
+                    cache.put(encode(prompt), f"prompt {prompt[:80]!r}", prompt)
                     progress.advance()
             del encode
             release_memory()
     return cache
 
 
-def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
-    """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
-    cache = PromptCache(run)
-    encode_prompts(run, [prompt for prompt in prompts if not is_cached(cache.path(prompt))][:1])
-
-
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
     prompts = [caption for sample in samples for caption in sample.captions]
-    prompts += final_prompts(run.args) + (run.args.validation_prompt or []) + own_prompts(run.args)
+    others = *final_prompts(run.args), *(run.args.validation_prompt or []), vars(run.args).get("class_prompt")
+    prompts += [prompt for prompt in others if prompt is not None]
     if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
         prompts.append("")
     return prompts
 
 
-# endregion shared: text
-
-
-# differs: there is no class prompt
-def own_prompts(args: Args) -> list[str]:
-    """Prompts that only this script encodes."""
-    return []
-
-
-# region shared: latents
 @dataclass(frozen=True)
 class LatentSpace:
     """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
 
-    mean_C: torch.Tensor  # per channel of a token
+    mean_C: torch.Tensor
     std_C: torch.Tensor
+    channels: int  # of a token
     cell: int  # pixels per token side
-    folder: Path
-    identity: str
+    cache: TensorCache
 
-    @property
-    def channels(self) -> int:
-        return len(self.mean_C)
-
-    def path(self, image: Image, flip: bool) -> Path:
-        key = digest(image.sha256, DECODE_POLICY, *image.target, image.fit, flip, self.identity)
-        return self.folder / f"{key}.safetensors"
+    def key(self, image: Image, flip: bool) -> tuple:
+        return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
 
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
     fetch_part(run, "vae")
-    weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae").get("batch_norm_eps", 1e-4)
-    mean, std = weights["bn.running_mean"].float(), torch.sqrt(weights["bn.running_var"].float() + epsilon)
-    return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", run.model.identity("vae"))
+    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
+    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
+    cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
+    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2486,15 +2231,10 @@ def rest_vae(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
     return vae
 
 
-def position_ids(rows: int, columns: int, time: int = 0, device: torch.device | None = None) -> torch.Tensor:
-    """(1, rows*columns, 4) coordinates (T, row, column, 0) of an image's tokens; T is 0 for the target."""
-    ends = ((time, time + 1), (0, rows), (0, columns), (0, 1))
+def position_ids(height: int, width: int, time: int = 0, length: int = 1, device: Any = None) -> torch.Tensor:
+    """(1, N, 4) coordinates (T, row, column, l) of tokens: of an image, whose T is 0 for the target, or of a text."""
+    ends = ((time, time + 1), (0, height), (0, width), (0, length))
     return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
-
-
-def text_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
-    """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, 1, 1, length)))[None]
 
 
 @torch.no_grad()
@@ -2518,51 +2258,52 @@ def tokens_from_moments(
 
 @torch.no_grad()
 def decode_tokens(
-    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
+    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
 ) -> list[PIL.Image.Image]:
-    """Images from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    """Images from normalised tokens (B, height*width, C); the inverse of `tokens_from_moments` and the VAE."""
     tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
-    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
     # one at a time: at 1024 px the decoder's activations are several GB per image
     pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
     bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [PIL.Image.fromarray(array) for array in bytes_BHWC]
 
 
-def cache_latents(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """Encodes every image (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
-
-    Only the image in work is in memory. Raises UserError when the disk is too small.
-    """
-    flips = (False, True) if run.args.random_flip else (False,)
-    wanted = {space.path(image, flip): (image, flip) for image in images for flip in flips}
-    missing = [(path, *work) for path, work in wanted.items() if not is_cached(path)]
-    log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
-    with shared_out(run, missing) as mine:
-        if not mine:
-            return None
-        numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-        need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
-        check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
-        vae = load_vae(run)
-        with Progress("encode images", len(mine)) as progress:
-            for path, image, flip in mine:
-                moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                write_cached(path, "moments", moments, f"image {image.name}")
-                progress.advance()
-        return vae
-
-
 def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it.
+    """With --cache_latents encodes what is not cached, with --random_flip mirrored too. Only one image is in memory.
 
-    It waits on the CPU: the transformer may need all of the device while it is loaded and quantised.
+    Returns the VAE if training or drawing still needs it; it waits on the CPU, out of the way of the transformer.
     """
-    vae = cache_latents(run, space, images) if run.args.cache_latents else None
+    vae, flips = None, (False, True) if run.args.random_flip else (False,)
+    wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
+    missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
+    if wanted:
+        log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
+    with shared_out(run, missing) as mine:
+        if mine:
+            numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+            need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in mine)
+            check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
+            vae = load_vae(run)
+            with Progress("encode images", len(mine)) as progress:
+                for image, flip in mine:
+                    moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
+                    space.cache.put(moments, f"image {image.name}", *space.key(image, flip))
+                    progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
     release_memory()
     return vae
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
@@ -2573,7 +2314,7 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
         raise UserError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; see {remedy}")
 
 
-# endregion shared: latents
+# endregion shared: text
 
 
 # ------------------------------------------------------------------------------------------------------ Models and LoRA
@@ -2880,13 +2621,7 @@ def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks:
     """Keeps only the inputs of the first blocks; inside `forward`, so that torch.compile and FSDP go around it."""
     blocks = blocks_of(transformer)
     for block in blocks[: math.ceil(share_of_blocks * len(blocks))]:
-        block.forward = functools.partial(recompute, block.forward)
-
-
-def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*inputs, **named_inputs)
-    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) -> None:
@@ -3073,9 +2808,7 @@ def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
 # endregion shared: flow-matching
 
 
-def encode_references(
-    run: Run, parts: TrainingParts, views: list[list[torch.Tensor]]
-) -> list[tuple[torch.Tensor, ...]]:
+def encode_references(run: Run, training: Training, views: list[list[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
     """(tokens (B, L, C), position ids (1, L, 4)) of each reference; `views` holds those of every sample.
 
     Tokens are clean, from the mean of the VAE's distribution; reference k = 1, 2, ... of a sample has T = 10 k.
@@ -3084,45 +2817,15 @@ def encode_references(
     for number, view in enumerate(zip(*views, strict=True), start=1):
         moments = torch.stack([each.to(run.device, non_blocking=True) for each in view])
         if not run.args.cache_latents:
-            moments = encode_pixels(parts.vae_on_device(run), moments)
-        rows, columns = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
-        ids = position_ids(rows, columns, 10 * number, run.device)
-        references.append((tokens_from_moments(parts.space, moments), ids))
+            moments = encode_pixels(training.vae_on_device(run), moments)
+        height, width = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
+        ids = position_ids(height, width, time=10 * number, device=run.device)
+        references.append((tokens_from_moments(training.space, moments), ids))
     return references
 
 
-# differs: references stand behind the noisy tokens
-def predict_velocity(
-    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, height: int, width: int,
-    references: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
-) -> torch.Tensor:  # fmt: skip
-    """The transformer's velocity (B, L, C) for noisy tokens of `height` x `width`, seen beside `references`.
-
-    The sequence is target, reference 1, reference 2, ... (tokens and position ids of each); what the model says at the
-    references is of no meaning. Called exactly as the pipeline's denoising loop does. The timestep takes the
-    pipeline's way (1000 sigma, rounded to the compute dtype, / 1000), so that bf16 sees the same grid in training as at
-    inference.
-    """
-    dtype, device, guidance = prompt_embeds_BLD.dtype, noisy_BLC.device, None
-    if transformer.config.guidance_embeds:
-        guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
-    tokens_BLC = torch.cat([noisy_BLC, *(tokens for tokens, _ in references)], dim=1)
-    ids = torch.cat([position_ids(height, width, device=device), *(ids for _, ids in references)], dim=1)
-    output_BLC = transformer(
-        hidden_states=tokens_BLC.to(dtype),
-        timestep=(sigmas_B * 1000).to(dtype) / 1000,
-        guidance=guidance,
-        encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1], device),
-        img_ids=ids,
-        return_dict=False,
-    )[0]
-    return output_BLC[:, : noisy_BLC.shape[1]]
-
-
 # differs: some samples have references
-def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses (B), sigmas (B)) of one micro-batch from the loader: what is minimised, from the cache to the number.
 
     x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0. The loss of a sample is the mean of the
@@ -3130,31 +2833,45 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     transformer.
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
-    height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
-    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width)
-    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
-    tensors = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
-    sigmas_B, noise_BLC = tensors["sigmas"], tensors["noise"]
+    height, width = (side // training.space.cell for side in batch["target"][0])  # in tokens
+    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width).to(run.device, non_blocking=True)
+    tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
+    noise_BLC, prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]
 
     # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
     if "moments" not in tensors:
-        tensors["moments"] = encode_pixels(parts.vae_on_device(run), tensors["pixels"])
-    clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
-    references = encode_references(run, parts, [views for views in batch["references"] if views])
+        tensors["moments"] = encode_pixels(training.vae_on_device(run), tensors["pixels"])
+    clean_BLC = tokens_from_moments(training.space, tensors["moments"], tensors.get("posterior_noise"))
+    references = encode_references(run, training, [views for views in batch["references"] if views])
     if not run.args.cache_latents:
-        parts.rest_vae(run.args)
+        training.rest_vae(run.args)
 
-    # what the transformer makes of the mix, against what it should
+    # x_t, and the velocity there, by the very call of the pipelines' denoising loop: the timestep is rounded to the
+    # compute dtype as there, so that bf16 sees the same grid in training as at inference. The sequence is target,
+    # reference 1, reference 2, ...; what comes out at the references is of no meaning.
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    prompt_embeds_BLD = tensors["prompt_embeds"]
+    timestep_B, guided = (sigmas_B * 1000).to(run.dtype) / 1000, training.transformer.config.guidance_embeds
+    text_ids = position_ids(1, 1, length=prompt_embeds_BLD.shape[1], device=run.device)
+    target_ids = position_ids(height, width, device=run.device)
     velocity_BLC = torch.empty_like(noise_BLC, dtype=run.dtype)
     for given in (True, False):  # samples whose references are dropped have shorter sequences: a forward of their own
         chosen = [place for place, views in enumerate(batch["references"]) if bool(views) == given]
-        if chosen:
-            chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
-            inputs = *(x[chosen] for x in (noisy_BLC, sigmas_B, prompt_embeds_BLD)), height, width
-            velocity_BLC[chosen] = predict_velocity(run.args, parts.transformer, *inputs, references if given else [])
+        if not chosen:
+            continue
+        chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
+        behind = references if given else []
+        velocity_BLC[chosen] = training.transformer(
+            hidden_states=torch.cat([noisy_BLC[chosen], *(tokens for tokens, _ in behind)], dim=1).to(run.dtype),
+            timestep=timestep_B[chosen],
+            guidance=torch.full_like(sigmas_B[chosen], run.args.guidance_scale) if guided else None,
+            encoder_hidden_states=prompt_embeds_BLD[chosen],
+            txt_ids=text_ids,
+            img_ids=torch.cat([target_ids, *(ids for _, ids in behind)], dim=1),
+            return_dict=False,
+        )[0][:, : height * width]
+
+    # against what it should be
     errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
@@ -3172,30 +2889,28 @@ def total_steps(run: Run, samples: int) -> int:
 
 
 def peak_learning_rate(run: Run) -> float:
-    """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
     rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
     return rate * (samples_per_step(run) if run.args.scale_lr else 1)
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the fp32 adapter; the optional packages are imported when they are used."""
-    shared = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2),
-              "eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}  # fmt: skip
+    options = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2)}
+    options |= {"eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}
     if run.args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        own = {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple,
-               "use_bias_correction": run.args.prodigy_use_bias_correction,
-               "safeguard_warmup": run.args.prodigy_safeguard_warmup}  # fmt: skip
-        return Prodigy(parameters, **shared, **own)
+        options |= {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple}
+        options |= {"use_bias_correction": run.args.prodigy_use_bias_correction}
+        return Prodigy(parameters, safeguard_warmup=run.args.prodigy_safeguard_warmup, **options)
     if run.args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
 
 
-def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
+def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any]:
     """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
@@ -3203,57 +2918,54 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    parameters, rows, weights, names = list(state.parameters.values()), [], [], []
+    parameters, rows, weights, names = list(training.parameters.values()), [], [], []
 
     # the gradient of each stream's mean loss, summed over streams, averaged over micro-batches by accelerate's backward
     for micro in range(accumulation):
-        for stream, batch in zip(parts.streams, next(batches), strict=True):
+        for stream, batch in zip(training.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
                 # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
-                key = (state.step * accumulation + micro, len(rows) * run.processes + run.process_index)
+                key = (training.step * accumulation + micro, len(rows) * run.processes + run.process_index)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
-            losses_B, sigmas_B = batch_losses(run, parts, batch)
+            losses_B, sigmas_B = batch_losses(run, training, batch)
             run.accelerator.backward(stream.weight * losses_B.mean())
             rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
             weights += [stream.weight] * len(sigmas_B)
             names += batch["name"]
 
     # averaged over processes, each of which learns (loss, sigma) of every sample, and whether one got a signal
-    received = (state.stop and state.stop.received) or 0
-    rows_N3 = average_over_processes(run, parameters, nn.functional.pad(torch.cat(rows), (0, 1), value=received))
+    rows_N3 = nn.functional.pad(torch.cat(rows), (0, 1), value=training.stop.received or 0)
+    rows_N3 = average_over_processes(run, parameters, rows_N3)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
-    lora_norm = torch.stack(torch._foreach_norm(lora_ups(state))).norm()
-    last_update = torch.zeros_like(lora_norm) if state.update_norm is None else state.update_norm
-    norms = torch.stack([grad_norm, lora_norm, last_update])
+    norms = torch.stack([grad_norm, torch.stack(torch._foreach_norm(training.ups)).norm(), training.update_norm])
     *numbers, grad_norm, lora_norm, last_update = torch.cat([rows_N3.flatten(), norms]).tolist()
     losses, sigmas, signals = numbers[0::3], numbers[1::3], numbers[2::3]
-    state.signal = int(max(signals))
+    training.signal = int(max(signals))
 
     # what is minimised: the weighted mean over the global batch
     loss = sum(losses) / samples_per_step(run)
-    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values = {"step": training.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": training.schedule.get_last_lr()[0]}
     values |= {"lora_norm": lora_norm, "update_ratio": last_update / lora_norm if lora_norm else 0.0}
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
-    state.whole = False
+    training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(state)
-        state.skipped = 0
+        apply_update(training)
+        training.skipped = 0
     else:
-        state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
-        state.skipped += 1
-        name_bad_samples(run, state.step + 1, names, losses, sigmas)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
-    state.step += 1
-    state.whole = True
+        training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
+        training.skipped += 1
+        name_bad_samples(run, training.step + 1, names, losses, sigmas)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.schedule.step()
+    training.step += 1
+    training.whole = True
     return {**values, "seconds": time.perf_counter() - started}
 
 
 def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch.Tensor) -> torch.Tensor:
     """Averages the LoRA's gradients, and returns the rows of all processes in their order, with one all-reduce.
 
-    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
-    nothing else has to be synchronised, under FSDP neither.
+    The LoRA is whole and the same everywhere, so nothing else has to be synchronised, under FSDP neither.
     """
     if run.processes == 1:
         return rows
@@ -3269,16 +2981,10 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     return slots.view(-1, rows.shape[1])
 
 
-def lora_ups(state: TrainState) -> list[torch.Tensor]:
-    """All lora_B, without autograd: what the LoRA has moved, since they start from 0."""
-    return [parameter.detach() for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
-
-
-def apply_update(state: TrainState) -> None:
-    """The optimizer's step; keeps the norm of the update on the device."""
-    before = [up.clone() for up in lora_ups(state)]
-    state.optimizer.step()
-    state.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(lora_ups(state), before))).norm()
+def apply_update(training: Training) -> None:
+    before = [up.clone() for up in training.ups]
+    training.optimizer.step()
+    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3339,8 +3045,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
+def list_checkpoints(output_dir: Path) -> list[Path]:  # oldest first
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, folders), key=step_of)
 
@@ -3354,10 +3059,9 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
     for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
         if (problem := verify_checkpoint(folder)) is None:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state.get("format") == CHECKPOINT_FORMAT:
-                return Checkpoint(folder, state)
-            raise UserError(f"{folder}: is of format {state.get('format', 1)}, not {CHECKPOINT_FORMAT}: go on with the "
-                            "script that wrote it, or start anew from its LoRA with --init_lora_from")  # fmt: skip
+            if state.get("format") != CHECKPOINT_FORMAT:
+                raise UserError(f"{folder}: is of another script's format; start anew with --init_lora_from its LoRA")
+            return Checkpoint(folder, state)
         if target != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
@@ -3373,23 +3077,21 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
     """
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
-    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {
-        "rank": run.lora.rank, "lora_alpha": run.lora.alpha, "learning_rate": peak_learning_rate(run), "seed": run.seed,
-        "lora_layers": sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets}),
-        "LoRA modules": len(run.lora.targets),
-        "prodigy_beta3": math.sqrt(run.args.adam_beta2) if beta3 is None else beta3,
-        "timestep_shift": shift if shift.isalpha() else float(shift),
-        "text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization,
-        "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
-        "transformer": run.model.identity("transformer"), "text encoder and tokenizer": PromptCache(run).key,
-    }  # fmt: skip
+    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {"seed": run.seed, "dtype": str(run.dtype)}
+    result |= {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "LoRA modules": len(run.lora.targets)}
+    result["lora_layers"] = sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets})
+    result["learning_rate"] = peak_learning_rate(run)
+    result["train_batch_size x processes"] = run.args.train_batch_size * run.processes
+    result["timestep_shift"] = shift if shift.isalpha() else float(shift)
+    result["prodigy_beta3"] = math.sqrt(run.args.adam_beta2) if beta3 is None else beta3
+    result |= {"transformer": run.model.identity("transformer"), "bnb_quantization_config": run.quantization}
+    result |= {"text_encoder_out_layers": list(run.text_layers), "text encoder and tokenizer": open_prompts(run).key}
     if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
     for stream in streams:
         result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
         result[f"{stream.name} data"] = digest(*(sample.content for sample in stream.samples))
-    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        # these schedules bend towards the end: another end is another run
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):  # these bend towards the end
         result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
     return result
 
@@ -3402,56 +3104,40 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
-        lines += ("\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
-                  f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}")  # fmt: skip
+        new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
+        lines += (
+            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
+        )
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
 
-@dataclass
-class TrainState:
-    """What changes while training, beside the weights."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    fingerprint: dict[str, Any]
-    step: int = 0  # optimizer steps done
-    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
-    whole: bool = True  # False within an update: weights and moments of one step, the count of another
-    skipped: int = 0  # steps in a row that were not finite
-    smoothed_loss: float | None = None
-    update_norm: torch.Tensor | None = None  # of lora_B in the last step
-    stop: StopSignals | None = None
-    signal: int = 0  # the highest that any process had received in the last step
-    steps_here: int = 0  # optimizer steps since this start, and the seconds that they took
-    seconds: float = 0.0
-
-
-def save_checkpoint(run: Run, state: TrainState) -> Path:
+def save_checkpoint(run: Run, training: Training) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
-    if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
-        raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
-    final, temporary = run.output_dir / f"checkpoint-{state.step}", run.output_dir / f".tmp-checkpoint-{os.getpid()}"
+    if bad := [name for name, parameter in training.parameters.items() if not parameter.isfinite().all()]:
+        raise NotFinite(f"step {training.step}: {bad[0]} is not finite, so it is not saved; what was saved stays")
+    final = run.output_dir / f"checkpoint-{training.step}"
     if verify_checkpoint(final) is None:
         return final  # a finished run was resumed: this is what it goes on from
-    tensors, scalars = {f"lora/{name}": parameter for name, parameter in state.parameters.items()}, {}
-    for name, parameter in state.parameters.items():
-        for key, value in state.optimizer.state[parameter].items():
+    tensors, scalars = {f"lora/{name}": parameter for name, parameter in training.parameters.items()}, {}
+    for name, parameter in training.parameters.items():
+        for key, value in training.optimizer.state[parameter].items():
             (tensors if torch.is_tensor(value) else scalars)[f"{name}/{key}"] = value
     # cloned, since bitsandbytes' quantisation maps are shared by all parameters, which safetensors refuses
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    groups = [{k: value for k, value in group.items() if k != "params"} for group in training.optimizer.param_groups]
+    schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
-        "format": CHECKPOINT_FORMAT, "step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss,
-        "seed": run.seed, "fingerprint": state.fingerprint, "optimizer": {"state": scalars, "groups": groups},
-        "schedule": {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"},
+        "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
+        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
+        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
-    try:
+    with tempfile.TemporaryDirectory(prefix=".tmp-checkpoint-", dir=run.output_dir) as holder:
+        temporary = Path(holder) / final.name
         temporary.mkdir()
         (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
-        save_lora(run, state.parameters, temporary)
+        save_lora(run, training.parameters, temporary)
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -3460,18 +3146,12 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         if final.exists():  # a damaged one, which was skipped
             shutil.rmtree(final)
         temporary.rename(final)
-        flush_to_disk(run.output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    flush_to_disk(run.output_dir)
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
     older = [folder for folder in list_checkpoints(run.output_dir) if folder != final]
     for folder in older[: max(0, len(older) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            log.warning(f"checkpoint: {folder} could not be removed ({error})")
+        shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
@@ -3489,30 +3169,36 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside_newer(run: Run) -> None:
-    """Renames checkpoints beyond the step at which a resumed run goes on: `latest` must not find them later."""
-    for folder in reversed(list_checkpoints(run.output_dir)) if run.resume else ():
-        if step_of(folder) > run.resume.state["step"]:
+def rewind(run: Run) -> None:
+    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice."""
+    step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
+    for folder in reversed(list_checkpoints(run.output_dir)):
+        if run.resume and step_of(folder) > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             log.warning(f"checkpoint: {folder.name} is newer than where the run goes on: it is now {aside}")
+    if path.is_file():
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(path, b"".join(kept))
 
 
-def restore(run: Run, state: TrainState) -> None:
+def restore(run: Run, training: Training) -> None:
     """Brings weights, optimizer and schedule to the point of the run's checkpoint."""
     tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
-    for name, parameter in state.parameters.items():
+    for name, parameter in training.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
-    slots: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    slots: dict[str, dict[str, Any]] = {name: {} for name in training.parameters}
     for path, value in {**tensors, **stored["optimizer"]["state"]}.items():
         name, key = path.split("/")
         slots[name][key] = value
     groups = [{**group, "params": [*range(len(slots))]} for group in stored["optimizer"]["groups"]]  # there is one
-    state.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
-    state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
-    state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
-    log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")
+    training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
+    training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
+    training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
 # endregion shared: checkpoints
@@ -3524,46 +3210,47 @@ def restore(run: Run, state: TrainState) -> None:
 # by training alone, and no random number of training moves. Images are not worth a run: a failure is a warning, except
 # under sharding, where the other processes wait for this one's part of the weights.
 # region shared: validation
-def make_pipeline(run: Run, parts: TrainingParts) -> Any:
-    """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
+def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
+    """The installed pipeline around models that are on the device, without encoder; they stay as they are."""
     distilled = bool(run.model.index.get("is_distilled"))
     klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
-    models = {"transformer": parts.transformer, "vae": parts.vae_on_device(run), "text_encoder": None}
-    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, tokenizer=None, **models, **klein)
+    models = {"transformer": transformer, "vae": vae, "text_encoder": None, "tokenizer": None}
+    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
 def generate(
-    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
+    run: Run, space: LatentSpace, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
     """Images of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
+    prompts, dtype = open_prompts(run), pipeline.transformer.x_embedder.weight.dtype  # class images may have their own
     options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
-        options["negative_prompt_embeds"] = parts.prompts.batch([""] * len(seeds), run.dtype)
-    prompt_embeds = parts.prompts.batch([prompt] * len(seeds), run.dtype)
+        options["negative_prompt_embeds"] = torch.stack([prompts.get("")] * len(seeds)).to(run.device, dtype)
+    prompt_embeds = torch.stack([prompts.get(prompt)] * len(seeds)).to(run.device, dtype)
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
     if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
-        tokens_BLC = tokens_from_moments(parts.space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
-    height, width = (side // parts.space.cell for side in size)
-    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, height, width)
+        tokens_BLC = tokens_from_moments(space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
+    return decode_tokens(space, pipeline.vae, tokens_BLC, *(side // run.cell for side in size))
 
 
 # endregion shared: validation
 
 
 # differs: images of the text-to-image script have no references
-def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, dict[str, Any]]:
+def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
     """(height, width) of the images of the prompt in this row, and its references for the pipeline.
 
     The size is as asked, or the trained one nearest in shape to the first reference. With --align_cond_image references
     are brought to it, as in training.
     """
-    images, size = validation_references(run.args, row), buckets[0]
+    images, buckets = validation_references(run.args, row), choose_buckets(run)
+    size = buckets[0]
     if run.args.validation_size:
         size = parse_sizes(run.args.validation_size)[0]
     elif images:
@@ -3574,18 +3261,18 @@ def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, di
 
 
 # region shared: sheets
-def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> None:
+def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
     """Draws --num_validation_images of each prompt into `folder`, by all processes, in lock-step where they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
     with shared_out(run, everything, lockstep=run.sharding) as todo:
-        pipeline = make_pipeline(run, parts)
+        pipeline = make_pipeline(run, training.transformer, training.vae_on_device(run))
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
-                size, inputs = validation_inputs(run, row, parts.buckets)
-                image = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
+                size, inputs = validation_inputs(run, row)
+                seeds = [("validation", row, number)]
+                image = generate(run, training.space, pipeline, prompt, seeds, size, **inputs)[0]
                 write_image(image, folder / f"prompt-{row}_image-{number}.png")
                 progress.advance()
-        parts.rest_vae(run.args)
 
 
 def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
@@ -3597,71 +3284,76 @@ def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_sheet(run: Run, parts: TrainingParts, prompts: list[str], folders: list[Path], path: Path) -> None:
+def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) -> None:
     """A contact sheet: a row per prompt, with its references and the first image that each folder has of it."""
-    given = [validation_inputs(run, row, parts.buckets)[1].get("image", []) for row in range(len(prompts))]
+    given = [validation_inputs(run, row)[1].get("image", []) for row in range(len(prompts))]
     titles = [f"reference {number + 1}" for number in range(max(map(len, given)))]
     cells = {(x, y): image for y, images in enumerate(given) for x, image in enumerate(images)}
     for (x, folder), y in itertools.product(enumerate(folders, start=len(titles)), range(len(prompts))):
         if (file := folder / f"prompt-{y}_image-0.png").is_file():
             cells[x, y] = PIL.Image.open(file).convert("RGB")
     titles += [folder.name for folder in folders]
-    widest, highest = (max(image.size[side] for image in cells.values()) for side in (0, 1))
-    scale = 256 / max(widest, highest)
-    width, height = round(widest * scale), round(highest * scale)
-    sheet = PIL.Image.new("RGB", (len(titles) * (width + 8) + 8, len(prompts) * (height + 28) + 24), "white")
+    sheet = PIL.Image.new("RGB", (len(titles) * 264 + 8, len(prompts) * 284 + 24), "white")  # 256 pixels an image
     draw = PIL.ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
-        draw.text((8 + x * (width + 8), 6), title, fill="black")
+        draw.text((8 + 264 * x, 6), title, fill="black")
     for y, prompt in enumerate(prompts):
-        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(titles) * width // 7], fill="black")
+        draw.text((8, 284 + 284 * y), prompt[: len(titles) * 36], fill="black")
     for (x, y), image in cells.items():
-        filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
-        fitted = PIL.ImageOps.contain(image, (width, height), filter)
-        sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
+        sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
 
 
+def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
+    """The first image of each prompt, to a tracker that takes images; TensorBoard and wandb get the prompt with it."""
+    for row, prompt in enumerate(prompts):
+        name, image = f"validation/{row}", np.asarray(PIL.Image.open(folder / f"prompt-{row}_image-0.png"))
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Image(image, caption=prompt)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+            tracker.log({f"{name}/prompt": prompt}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: image[None]}, step=step)
+
+
 @torch.no_grad()
-def validation_loss(run: Run, parts: TrainingParts) -> float:
+def validation_loss(run: Run, training: Training) -> float:
     """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, parts.space, parts.samples, "validation"), min(4, len(parts.samples))
-    losses = [batch_losses(run, parts, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
+    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
+    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
     return sum(losses) / len(losses)
 
 
-def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
+def validate(run: Run, training: Training) -> dict[str, float]:
     """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
-    samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
-    folder = samples_dir / f"step-{state.step:06d}"
-    parts.transformer.eval()
+    samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
+    folder = samples_dir / f"step-{training.step:06d}"
+    training.transformer.eval()
     try:
-        draw_samples(run, parts, prompts, folder)
+        draw_samples(run, training, prompts, folder)
+        training.rest_vae(run.args)
         if run.is_main:
-            draw_sheet(run, parts, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            images = [np.asarray(PIL.Image.open(path)) for path in sorted(folder.glob("prompt-*_image-0.png"))]
-            for tracker in run.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    named = {f"validation/{row}": image[None] for row, image in enumerate(images)}  # sizes may differ
-                    track(run, tracker.log_images, named, step=state.step, **options)
-        return {"validation_loss": validation_loss(run, parts)}
+            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+            track(run, functools.partial(send_images, prompts, folder, training.step))
+        values["validation_loss"] = validation_loss(run, training)
     except Exception as error:
         if run.sharding:
             raise
-        log.error(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
-    finally:
-        parts.transformer.train()
-    parts.rest_vae(run.args)
+        log.error(f"validation: failed at step {training.step} ({type(error).__name__}: {error}); training goes on")
+    training.transformer.train()
+    training.rest_vae(run.args)
     release_memory()  # training has the memory that it had before
-    return {}
+    return values
 
 
 # endregion shared: sheets
 
 
 # differs: the text-to-image script has class images and no references
-def prepare_streams(run: Run, parts: TrainingParts, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
     return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
 
@@ -3681,10 +3373,7 @@ def card_inputs(run: Run) -> tuple[str, str]:
 
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
-    """The resolved command line, a flag per line in shell quoting, no secrets: `@config.args` reproduces the run.
-
-    With `basenames` paths lose their folders: this is the copy that leaves the machine.
-    """
+    """The resolved flags, one a line, no secrets; with `basenames`, to leave the machine, paths lose their folders."""
     precision, lines = "bf16" if run.dtype == torch.bfloat16 else "no", [CONFIG_HEAD]
     left_out = (*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
     for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
@@ -3709,18 +3398,18 @@ def without_folders(path: str) -> str:
 
 
 def warn_once(run: Run, subject: str, problem: Any) -> None:
-    """A warning of what is not worth a run, the first time that it happens."""
     if subject not in run.told:
         run.told.add(subject)
         log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
 
 
-def track(run: Run, send: Callable, *what: Any, **options: Any) -> None:
-    """Calls a method of the trackers; whatever one of them raises does not stop the run."""
-    try:
-        send(*what, **options)
-    except Exception as error:
-        warn_once(run, "trackers", f"{send.__name__} failed ({error})")
+def track(run: Run, send: Callable) -> None:
+    """Calls `send` with each tracker; what one of them raises stops neither the run nor the others."""
+    for tracker in run.accelerator.trackers:
+        try:
+            send(tracker)
+        except Exception as error:
+            warn_once(run, f"tracker {tracker.name}", f"failed ({type(error).__name__}: {error})")
 
 
 def write_metrics(run: Run, values: dict[str, Any]) -> None:
@@ -3731,30 +3420,20 @@ def write_metrics(run: Run, values: dict[str, Any]) -> None:
                 stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
     except OSError as error:
         warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
-    track(run, run.accelerator.log, values, step=values["step"])
+    track(run, lambda tracker: tracker.log(values, step=values["step"]))
 
 
-def trim_metrics(run: Run, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again, and lines that a power failure has damaged."""
-    path, kept = run.output_dir / "metrics.jsonl", []
-    if path.is_file():
-        for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(path, b"".join(kept))
-
-
-def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
     """Images from the saved file, read back into the resident adapter: (prompt, path) of each for the card."""
     prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
-    parts.transformer.eval()
+    training.transformer.eval()
     try:
-        load_lora(parameters, run.output_dir / LORA_FILE)
-        draw_samples(run, parts, prompts, final)
+        load_lora(training.parameters, run.output_dir / LORA_FILE)
+        draw_samples(run, training, prompts, final)
         if run.is_main:
-            draw_sheet(run, parts, prompts, [final], final / "contact_sheet.png")
+            draw_sheet(run, prompts, [final], final / "contact_sheet.png")
     except Exception as error:
         if run.sharding:
             raise
@@ -3764,69 +3443,49 @@ def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.P
     return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
-def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
-
-    The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
-    """
-    base, on_hub, trigger = run.model.public_name, run.model.remote, run.args.instance_prompt
-    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
-    pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
+def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
+    """README.md of the result: YAML head, gallery of (prompt, path), how to get and use it, what was trained."""
+    base, trigger, data = run.model.public_name, run.args.instance_prompt, run.args.dataset_name
+    adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
+    adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
+    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
+    widget = [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None
     head = huggingface_hub.ModelCardData(
-        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
-        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
-        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
+        library_name="diffusers", pipeline_tag=TASK, tags=tags, instance_prompt=trigger, widget=widget, **adapted,
+        **run.family.license,
     )  # fmt: skip
-    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}",
-             "steps": state.step, "seed": run.seed, "base in": run.base_format,
-             "resolution": run.args.resolution}  # fmt: skip
+    facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
+    facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
-    layers = f', "text_encoder_out_layers": {run.text_layers}' if run.args.text_encoder_out_layers else ""
-    prompts = {"prompt_embeds": next(iter(final_prompts(run.args)), trigger or "a photo")}
-    if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
-        prompts["negative_prompt_embeds"] = ""
-    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
-    (imports, inputs), (more_imports, quantization) = card_inputs(run), card_quantization(run)
+    files = f"[{LORA_FILE}]({LORA_FILE}) is for diffusers."
+    if run.args.comfyui_lora:
+        files += f" For ComfyUI put [{COMFYUI_FILE}]({COMFYUI_FILE}) into `models/loras`; other programs take it too."
+    files += f"\n\n`hf download {run.hub_repo} --local-dir lora` fetches all." if run.hub_repo else ""
     card = f"""---
 {head.to_yaml()}
 ---
-# {escape_markdown(Path(repo).name)}
-A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
+# {escape_markdown(Path(run.hub_repo or run.output_dir.absolute()).name)}
 
 <Gallery />
+
+A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
+
+## Trigger words
+
+{f'Write "{escape_markdown(trigger)}" in the prompt.' if trigger else "None: the images have captions of their own."}
+
+## Download
+
+{files}
+
+## Use it with diffusers
+
+{card_snippets(run)}
+## Training
 
 | | |
 |---|---|
 {table}
-
-```python
-import gc
-
-import torch
-from diffusers import {pipeline}
-from transformers import {encoder}
-{more_imports}{imports}
-base, dtype = {base!r}, {run.dtype}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-
-# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
-encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
-encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
-options = {{"device": device, "max_sequence_length": {run.args.max_sequence_length}{layers}}}
-with torch.no_grad():
-    text = {{{text}}}
-del encoder, encode
-gc.collect()
-torch.cuda.empty_cache()
-
-# the transformer as it was trained
-parts = {{"text_encoder": None, "tokenizer": None{quantization}}}
-pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
-pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-steps = {{"num_inference_steps": {run.args.num_inference_steps}, "guidance_scale": {guidance}}}
-pipeline(**text, **steps, {inputs}).images[0].save("image.png")
-```
 """
     try:
         write_atomically(run.output_dir / "README.md", card.encode())
@@ -3834,30 +3493,74 @@ pipeline(**text, **steps, {inputs}).images[0].save("image.png")
         log.warning(f"card: {error}")
 
 
-def card_quantization(run: Run) -> tuple[str, str]:
-    """(import lines, argument) of the card's snippet for the base as it was trained on; a stored format needs none."""
+def card_snippets(run: Run) -> str:
+    """Two ways to draw with the LoRA: in five lines, and with a model that is larger than the GPU.
+
+    The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
+    """
+    base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
+    pipeline, encoder, (imports, inputs) = run.family.pipeline, run.family.text_encoder, card_inputs(run)
+    given = {name: vars(run.args)[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
+    given = "".join(f", {name}={value}" for name, value in given.items() if value != DEFAULTS[name])
+    steps = f"num_inference_steps={run.args.num_inference_steps}, guidance_scale={run.args.validation_guidance_scale}"
+    prompt = next(iter(final_prompts(run.args)), run.args.instance_prompt or "a photo")
+    # klein has real guidance, against the empty prompt
+    prompts = {"prompt_embeds": prompt} | ({} if pipeline == "Flux2Pipeline" else {"negative_prompt_embeds": ""})
+    text = ", ".join(f"{k!r}: encode({v!r}, device=device{given})[0].to(dtype)" for k, v in prompts.items())
+    return f"""On a GPU that holds the whole model:
+
+```python
+import torch
+from diffusers import {pipeline}
+{imports}
+pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+pipeline({prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
+```
+
+Part by part, with the transformer as it was trained:
+
+```python
+import gc
+
+import torch
+from diffusers import {pipeline}
+from transformers import {encoder}
+{imports}
+base, dtype = {base!r}, {run.dtype}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
+encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
+encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
+with torch.no_grad():
+    text = {{{text}}}
+del encoder, encode
+gc.collect()
+torch.cuda.empty_cache()
+
+# the transformer as it was trained
+parts = {{"text_encoder": None, "tokenizer": None}}
+{card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
+pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+pipeline(**text, {inputs}, {steps}).images[0].save("image.png")
+```
+"""
+
+
+def card_quantization(run: Run) -> str:
+    """Lines of the card's snippet for the base as it was trained on; a stored format needs none."""
     if run.args.do_fp8_training:  # the weights alone: products are in the compute dtype there
-        classes, more_imports = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
-        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)})"
+        name, more = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
+        options = f"Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)}"
     elif run.args.bnb_quantization_config_path:
-        classes, more_imports = "BitsAndBytesConfig", ""
-        config = f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in run.quantization.items())})"
+        name, more = "BitsAndBytesConfig", ""
+        options = ", ".join(f"{key}={value!r}" for key, value in run.quantization.items())
     else:
-        return "", ""
-    imports = f"from diffusers import {classes}, PipelineQuantizationConfig\n{more_imports}"
-    return (
-        imports,
-        f',\n    "quantization_config": PipelineQuantizationConfig(quant_mapping={{"transformer": {config}}})',
-    )
-
-
-def base_license(run: Run) -> dict[str, str]:
-    """Licence fields of the base model: from its own card if it has one here, else the family's."""
-    card, keys = run.model.folder / "README.md", ("license", "license_name", "license_link")
-    with contextlib.suppress(OSError, ValueError):
-        data = huggingface_hub.ModelCard.load(card).data.to_dict()
-        return {key: data[key] for key in keys if data.get(key)} or run.family.license
-    return run.family.license
+        return ""
+    mapping = f'{{"transformer": {name}({options})}}'
+    line = f'parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping={mapping})\n'
+    return f"from diffusers import {name}, PipelineQuantizationConfig\n{more}{line}"
 
 
 def printable(text: str) -> str:
@@ -3873,19 +3576,13 @@ def escape_markdown(text: str) -> str:  # it cannot end a table cell, a line or 
 HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
 
 
-def open_hub(args: Args) -> huggingface_hub.HfApi:
-    """The Hub, which by itself would be waited for without an end."""
+def open_hub(args: Args) -> huggingface_hub.HfApi:  # by itself it would be waited for without an end
     huggingface_hub.get_session().timeout = HUB_SILENCE
     return huggingface_hub.HfApi(token=args.hub_token)
 
 
 def push(run: Run) -> None:
-    """With --push_to_hub uploads settings, weights, card and images; never checkpoints, logs, caches.
-
-    A failure is a warning with the line that does it by hand: the result is on disk.
-    """
-    if not run.args.push_to_hub:
-        return
+    """Uploads settings, weights, card and images, no checkpoints or caches; a failure is a warning."""
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
@@ -3894,9 +3591,10 @@ def push(run: Run) -> None:
         hub.upload_file(path_or_fileobj=settings, path_in_repo="config.args", **target)
         log.info(f"hub: uploaded: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
-        names = " ".join(f"--include {shlex.quote(name)}" for name in wanted)
-        log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {shlex.quote(str(run.output_dir))} {names}")  # fmt: skip
+        included = [word for name in wanted for word in ("--include", name)]
+        line = shlex.join(["hf", "upload", run.hub_repo, str(run.output_dir), *included])
+        reason = f"{type(error).__name__}: {error}"
+        log.warning(f"hub: the upload failed ({reason}). The result is on disk; upload it with\n    {line}")
 
 
 # endregion shared: results
@@ -3914,25 +3612,30 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
-    if run.args.remote_text_encoder:
-        probe_remote_encoder(run, prompts)
+    if run.args.remote_text_encoder:  # a server that is down shows before the output folder is begun
+        encode_prompts(run, prompts, most=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
-        log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
-                    "is left to train; raise --max_train_steps")  # fmt: skip
+        done = f"{run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}"
+        log.warning(f"plan: {done}, nothing is left to train; raise --max_train_steps")
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
-        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at "
-                    f"{steps / warm_up:.0%} of its peak")  # fmt: skip
+        share = f"the learning rate ends at {steps / warm_up:.0%} of its peak"
+        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: {share}")
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
 
 
 def begin_output(run: Run) -> Run:
     """Makes the repository, writes the settings, which make the rest ours, and starts the trackers with them.
 
-    What a killed run left goes, with --overwrite_output_dir all that an earlier one left, but never the cache. Neither
-    secrets nor folders go to the trackers. Returns the run with its repository.
+    What a killed run left goes, with --overwrite_output_dir all of an earlier one. Returns the run with its repository.
     """
-    hub_repo = create_hub_repo(run.args) if run.is_main else None
+    if run.is_main and run.args.push_to_hub:  # now, so that a missing permission shows before training
+        name = run.args.hub_model_id or run.output_dir.absolute().name
+        try:
+            repo = open_hub(run.args).create_repo(name, private=run.args.hub_private, exist_ok=True)
+        except Exception as error:  # the network has no common base of errors
+            raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+        run = replace(run, hub_repo=repo.repo_id)
     if run.is_main:
         write_atomically(run.output_dir / "config.args", write_config(run).encode())
         doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
@@ -3941,44 +3644,46 @@ def begin_output(run: Run) -> Run:
         for path in doomed:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         remove_left_overs(run)
-        set_aside_newer(run)
+        rewind(run)
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
-    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
+    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}  # no folders
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
+    name = run.output_dir.absolute().name
+    options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name},
+               "mlflow": {"run_name": name}, "clearml": {"task_name": name}}  # fmt: skip
     try:
-        run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+        run.accelerator.init_trackers("flux2-lora", {**settings, "seed": run.seed}, options)
     except Exception as error:  # whatever a tracker raises
         raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
+    if plain := [tracker.name for tracker in run.accelerator.trackers if not hasattr(tracker, "log_images")]:
+        log.info(f"trackers: {', '.join(plain)} get the numbers only; the images are in {run.output_dir / 'samples'}")
     run.accelerator.wait_for_everyone()
-    return replace(run, hub_repo=hub_repo)
+    return run
 
 
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
-    """Raises UserError unless all processes see the same data, settings and checkpoint.
-
-    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
-    """
+    """Raises UserError unless all processes see the same: machines without a shared drive would go apart in silence."""
     own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
     flags = {name: value for name, value in vars(run.args).items() if name not in own}
     seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
     if others := [str(index) for index, number in enumerate(numbers) if number != numbers[0]]:
-        raise UserError(f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0: "
-                        "start all with the same command, data and --output_dir on a shared drive")  # fmt: skip
+        where = f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0"
+        raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
+def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
-    now, steps = fingerprint(run, parts.streams), total_steps(run, len(parts.samples))
+    now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
         check_resume(run.resume, now)
     check_agreement(run, now)
-    transformer = parts.transformer = load_transformer(run)
+    transformer = load_transformer(run)
     parameters = add_lora(run, transformer)
     if run.args.init_lora_from:
         load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
-    geometries = {sample.geometry for stream in parts.streams for sample in stream.samples}
+    geometries = {sample.geometry for stream in streams for sample in stream.samples}
     compile_blocks(transformer, several_sizes=len(geometries) > 1)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
@@ -3986,12 +3691,14 @@ def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
         run.args.lr_scheduler, optimizer, num_warmup_steps=run.args.lr_warmup_steps, num_training_steps=steps,
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
-    state = TrainState(parameters, optimizer, schedule, now)
+    ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
+    training = Training(
+        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
+        optimizer, schedule, now, StopSignals(),
+    )  # fmt: skip
     if run.resume:
-        restore(run, state)
-    if run.is_main:
-        trim_metrics(run, state.step)
-    return state
+        restore(run, training)
+    return training
 
 
 def start_worker(_worker: int) -> None:
@@ -4001,31 +3708,30 @@ def start_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
-    """Endless micro-batches from micro-step `first` on, each a tuple with one batch per stream."""
-    loaders, place = [], (run.process_index, run.processes)
-    for stream in parts.streams:
-        geometries = [sample.geometry for sample in stream.samples]
+def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
+    """Endless micro-batches from the present step on, each a tuple with one batch per stream."""
+    loaders, first = [], training.step * run.args.gradient_accumulation_steps
+    for stream in training.streams:
+        geometries, place = [sample.geometry for sample in stream.samples], (run.process_index, run.processes)
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
         loaders.append(DataLoader(
-            TrainingSet(run, parts.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
+            TrainingSet(run, training.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
             num_workers=run.args.dataloader_num_workers, pin_memory=run.device.type == "cuda",
             worker_init_fn=start_worker,
         ))  # fmt: skip
     return zip(*loaders, strict=True)
 
 
-def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
+def announce_training(run: Run, training: Training, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    images, repeats, per_step = len(parts.samples), run.args.repeats, samples_per_step(run)
-    batch, accumulation, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
-    processes = f"{run.processes} process{'es' * (run.processes > 1)}"
+    images, repeats, per_step = len(training.samples), run.args.repeats, samples_per_step(run)
+    batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
     log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
-    log.info(f"train: batch {batch} x accumulation {accumulation} x {processes} = {per_step} samples per step")
+    log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
-    if homes := parts.transformer.stream.homes:
+    if homes := training.transformer.stream.homes:
         pinned = sum(home.nbytes for home in homes) / 1e9
         log.info(f"train: {len(homes)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
     if run.sharding and run.quantization:
@@ -4036,118 +3742,103 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
 
-def validation_is_due(run: Run, samples: int, step: int) -> bool:
-    """Whether images are drawn after `step`: before the first one, then by steps or by epochs.
-
-    An epoch is images x repeats drawn samples; its event comes at the first step that reaches it.
-    """
-    if not run.args.validation_prompt or run.args.num_validation_images == 0:
-        return False
-    if step == 0 or run.args.validation_steps:
-        return step == 0 or step % run.args.validation_steps == 0
-    per_step, period = samples_per_step(run), samples * run.args.repeats * run.args.validation_epochs
-    return step * per_step // period > (step - 1) * per_step // period
-
-
 def peak_memory(run: Run) -> dict[str, float]:
     """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
     if run.device.type == "cuda":
         return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
-    if importlib.util.find_spec("resource") is None:
-        return {}
-    import resource  # POSIX only
+    with contextlib.suppress(ImportError):
+        import resource  # POSIX only
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
-    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+        return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+    return {}
 
 
-def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
+def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
-    steps, samples, state.stop = total_steps(run, len(parts.samples)), len(parts.samples), stop
-    announce_training(run, parts, steps)
-    if state.step == 0 and validation_is_due(run, samples, 0):
-        track(run, run.accelerator.log, validate(run, parts, state), step=0)
-    batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
-    parts.transformer.train()
-    with Progress("train", steps, done=state.step) as progress:
-        while state.step < steps and stop.agreed is None:
-            values = train_step(run, parts, state, batches)
-            state.steps_here, state.seconds = state.steps_here + 1, state.seconds + values["seconds"]
+    steps, stop = total_steps(run, len(training.samples)), training.stop
+    announce_training(run, training, steps)
+    epochs = run.args.validation_epochs * len(training.samples) * run.args.repeats / samples_per_step(run)
+    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
+    if training.step == 0 and drawing:
+        values = validate(run, training)
+        track(run, lambda tracker: tracker.log(values, step=0))
+    batches = make_loaders(run, training)
+    training.transformer.train()
+    with Progress("train", steps, done=training.step) as progress:
+        while training.step < steps and stop.agreed is None:
+            values = train_step(run, training, batches)
+            training.seconds += values["seconds"]
             if math.isfinite(values["loss"]):  # an average over about 50 steps
-                last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
-                state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
-            stop.agree(run, state.signal)
-            if stop.agreed is None and validation_is_due(run, samples, state.step):
-                values |= validate(run, parts, state)
+                last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
+                training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
+            progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
+            stop.agree(run, training.signal)
+            if stop.agreed is None and training.step % period == 0:
+                values |= validate(run, training)
             write_metrics(run, values | peak_memory(run))
-            if state.skipped >= 10:
-                raise NotFinite(f"step {state.step}: ten steps in a row were not finite. Look at the samples named "
-                                "above; if they are good, start anew with a lower --learning_rate")  # fmt: skip
-            if state.step == 50 and values["lora_norm"] == 0.0:
+            if training.skipped >= 10:
+                advice = "look at the samples named above; if they are good, start anew with a lower --learning_rate"
+                raise NotFinite(f"step {training.step}: ten steps in a row were not finite: {advice}")
+            if training.step == 50 and values["lora_norm"] == 0.0:
                 log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
-            due = state.step % run.args.checkpointing_steps == 0 or (state.unsaved and state.step % 10 == 0)
-            if due and state.step < steps and stop.agreed is None:
-                try_save_checkpoint(run, state)
+            due = training.step % run.args.checkpointing_steps == 0 or (training.unsaved and training.step % 10 == 0)
+            if due and training.step < steps and stop.agreed is None:
+                try_save_checkpoint(run, training)
 
 
-def try_save_checkpoint(run: Run, state: TrainState) -> None:
-    """Saves; if that fails, training goes on, every tenth step tries again, and the last save must succeed."""
+def try_save_checkpoint(run: Run, training: Training) -> None:
+    """Saves the last whole step; if that fails, training goes on, and every tenth step tries again."""
     try:
-        if run.is_main:
-            log.info(f"checkpoint: step {state.step} is kept in {save_checkpoint(run, state)}")
-        state.unsaved = False
+        if run.is_main and training.whole and training.step:
+            log.info(f"checkpoint: step {training.step} is kept in {save_checkpoint(run, training)}")
+        training.unsaved = False
     except Exception as error:
-        state.unsaved = True
-        log.warning(f"checkpoint: step {state.step} was not saved ({error})")
+        training.unsaved = True
+        log.warning(f"checkpoint: step {training.step} was not saved ({error})")
 
 
-@contextlib.contextmanager
-def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
-    """Saves the last whole step when training breaks off by an exception, which goes on."""
-    try:
-        yield
-    except Exception:
-        if state.whole and state.step:
-            try_save_checkpoint(run, state)
-        raise
-
-
-def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
-    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
-    finished = stop.agreed is None
+def save_results(run: Run, training: Training) -> None:
+    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or SystemExit."""
+    stopped, lora = training.stop.agreed, run.output_dir / LORA_FILE
     try:
         if run.is_main:
-            folder = save_checkpoint(run, state)
-        if run.is_main and finished:
-            save_lora(run, state.parameters, run.output_dir)
-            flush_to_disk(run.output_dir / LORA_FILE)
+            folder = save_checkpoint(run, training)
+        if run.is_main and stopped is None:
+            save_lora(run, training.parameters, run.output_dir)
+            flush_to_disk(lora)
             if run.args.comfyui_lora:
-                save_lora(run, state.parameters, run.output_dir, for_comfyui=True)
-            write_card(run, state, [])
+                save_lora(run, training.parameters, run.output_dir, for_comfyui=True)
+            write_card(run, training, [])
     except OSError as error:
-        kept = [str(path) for path in list_checkpoints(run.output_dir)[-1:]]
         with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
-            if finished:
-                save_lora(run, state.parameters, run.output_dir)
-                kept.insert(0, str(run.output_dir / LORA_FILE))
-        raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
-                         f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
+            save_lora(run, training.parameters, run.output_dir)
+        kept = [str(path) for path in (lora, *list_checkpoints(run.output_dir)[-1:]) if path.exists()]
+        told = f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}"
+        raise SaveFailed(f"{told}. Free space in {run.output_dir}, then resume") from error
     run.accelerator.wait_for_everyone()
-    if not finished:
+    track(run, lambda tracker: tracker.finish())
+    if stopped is not None:
         if run.is_main:
-            log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
-        track(run, run.accelerator.end_training)
-        raise Stopped(128 + stop.agreed)
+            log.info(f"stopped at step {training.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
+        run.accelerator.state.destroy_process_group()
+        raise SystemExit(128 + stopped)
 
 
-def print_results(run: Run, state: TrainState) -> None:
-    """The last lines of a run: what it did, what it took, and where everything is."""
+def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
+    """Card, upload and the last lines of a run: what it did, what it took, and where everything is."""
+    run.accelerator.state.destroy_process_group()
+    if run.is_main:
+        write_card(run, training, gallery)
+    if run.hub_repo:
+        push(run)
+    steps = training.step - (run.resume.state["step"] if run.resume else 0)
     facts = {
-        "steps": state.step,
+        "steps": training.step,
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
-        "seconds per step": f"{state.seconds / state.steps_here:.3g}" if state.steps_here else "none was left to do",
-        "loss, running mean": f"{state.smoothed_loss or math.nan:.4f}",
+        "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
+        "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
     results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
@@ -4163,27 +3854,25 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples, buckets = check_data(run)
+            samples = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
+        encode_prompts(run, all_prompts(run, samples))
         space = open_latent_space(run)
-        prompts = encode_prompts(run, all_prompts(run, samples))
-        parts = TrainingParts(space, prompts, None, None, [], buckets)
-        parts.streams, images = prepare_streams(run, parts, samples)
-        parts.vae = encode_images(run, space, images)
-        state = set_up_training(run, parts)
-        with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-            with keep_progress(run, state):
-                train(run, parts, state, stop)
-            save_results(run, state, stop)
-        gallery = draw_final_images(run, parts, state.parameters)
-        track(run, run.accelerator.end_training)
-        if run.is_main:
-            write_card(run, state, gallery)
-            push(run)
-        print_results(run, state)
+        streams, images = make_streams(run, space, samples)
+        vae = encode_images(run, space, images)
+        training = prepare_training(run, space, streams, vae)
+        with training.stop:  # before and after, a signal acts at once: what is done is on disk
+            try:
+                train(run, training)
+            except Exception:
+                try_save_checkpoint(run, training)
+                raise
+            save_results(run, training)
+        gallery = draw_final_images(run, training)
+        finish(run, training, gallery)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 LORA = "pytorch_lora_weights.safetensors"
+
+
+def has_fp8_kernel() -> bool:
+    """Whether the CPU multiplies FP8 matrices with a scale per row."""
+    values, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(values, values.t(), scales, scales.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+NO_KERNEL = (
+    f"PyTorch {torch.__version__} has no CPU kernel for FP8 products with a scale per row; its GPU kernels are there"
+)
+needs_fp8 = pytest.mark.skipif(not has_fp8_kernel(), reason=NO_KERNEL)
 
 
 def spy(monkeypatch, owner: Any, name: str) -> list[SimpleNamespace]:

@@ -346,7 +346,7 @@ def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it
     )
     prompt = "a photo of sks toy"
     embedding = script.encode_prompt(run, script.load_tokenizer(run), whole.eval(), prompt)
-    used = script.PromptCache(script.replace(run, cache_dir=first / "cache")).load(prompt)
+    used = script.open_prompts(script.replace(run, cache_dir=first / "cache")).get(prompt)
     assert torch.equal(embedding, used)
 
 
@@ -424,8 +424,8 @@ RUNGS = {
 
 
 def python_of(folder: Path) -> str:
-    """The snippet of the model card."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
+    """The second snippet of the model card, with the base as it was trained on."""
+    _, code = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
     return code
 
 

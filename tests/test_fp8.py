@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import assert_same_run, column, lora, spy
+from runs import assert_same_run, column, lora, needs_fp8, spy
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit_parts import start_run
 
 FP8 = ("--do_fp8_training",)
+pytestmark = needs_fp8
 # Row-wise e4m3 of 3 bits of mantissa; 3.3 to 3.7 % were seen at these widths.
 FORMAT_ERROR = 0.045
 

@@ -9,7 +9,7 @@ import bare_training
 import plan_memory
 import pytest
 import torch
-from bare_training import make_batches, make_parts, quantise_by_script, read_architecture, set_up, start_run
+from bare_training import make_batches, make_streams, quantise_by_script, read_architecture, set_up, start_run
 from memory_counter import LiveStorages
 from plan_memory import BASES, GB, Job, count_training, largest_share_kept, sharded, share_of
 
@@ -51,11 +51,11 @@ def test_on_real_tensors_the_counter_agrees_with_the_allocator_to_one_percent(t2
     Not with FP8, which the CPU emulates with copies of its own inside the kernel.
     """
     run = start_run(t2i, read_architecture(small), tmp_path / "run", "--resolution", 192, *flags)
-    parts = make_parts(t2i, run)
+    streams = make_streams(t2i, run)
 
     def train() -> None:
-        state = set_up(t2i, run, parts)
-        t2i.train_step(run, parts, state, make_batches(t2i, run, parts))
+        training = set_up(t2i, run, streams)
+        t2i.train_step(run, training, make_batches(t2i, run, training))
 
     counted, allocated = allocated_peak(train)
     assert counted > 20e6 and counted == pytest.approx(allocated, rel=0.01), (counted, allocated)

@@ -162,10 +162,10 @@ def test_loss_and_gradient_are_linear_in_the_prior_weight(script, quick, class_d
     """Weight w adds w times the class part to what a run without prior preservation has."""
     gradients = {}
 
-    def keep(state, original=script.apply_update):
-        flat = torch.cat([p.grad.flatten() for name, p in state.parameters.items() if "lora_B" in name])
+    def keep(training, original=script.apply_update):
+        flat = torch.cat([p.grad.flatten() for name, p in training.parameters.items() if "lora_B" in name])
         gradients.setdefault(current, flat.clone())
-        return original(state)
+        return original(training)
 
     monkeypatch.setattr(script, "apply_update", keep)
     runs = {}
@@ -221,9 +221,10 @@ def test_the_bare_base_model_draws_the_class_images(script, quick, ready, tmp_pa
     """Images drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
     modes = []
 
-    def look(run, parts, *rest, original=script.generate):
-        modes.append((parts.transformer.training, any("lora" in name for name, _ in parts.transformer.named_modules())))
-        return original(run, parts, *rest)
+    def look(run, space, pipeline, *rest, original=script.generate):
+        names = [name for name, _ in pipeline.transformer.named_modules()]
+        modes.append((pipeline.transformer.training, any("lora" in name for name in names)))
+        return original(run, space, pipeline, *rest)
 
     first = quick("--learning_rate", "1e-1", output="first")
     monkeypatch.setattr(script, "generate", look)

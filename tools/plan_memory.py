@@ -202,14 +202,14 @@ def count_training(job: Job, base: str, share: float) -> Training:
     counter = LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder, *flags)
-        parts = bare_training.make_parts(job.script, run, job.references)
+        streams = bare_training.make_streams(job.script, run, job.references)
         with planned(counter):
-            state = bare_training.set_up(job.script, run, parts, base_quantiser(base))
-            batches = bare_training.make_batches(job.script, run, parts)
+            training = bare_training.set_up(job.script, run, streams, base_quantiser(base))
+            batches = bare_training.make_batches(job.script, run, training)
             counter.restart()
-            job.script.train_step(run, parts, state, batches)
-            sizes = tuple(frozen_bytes(block) for block in blocks_of(parts.transformer))
-            count = sum(parameter.numel() for parameter in state.parameters.values())
+            job.script.train_step(run, training, batches)
+            sizes = tuple(frozen_bytes(block) for block in blocks_of(training.transformer))
+            count = sum(parameter.numel() for parameter in training.parameters.values())
             tokens = run.args.max_sequence_length + sum(target_tokens(size) for size in sequence(job))
             return Training(counter.peak, counter.now, sizes, count, tokens)
 
