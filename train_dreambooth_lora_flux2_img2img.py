@@ -2453,7 +2453,9 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
-        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of capability 8.9 or higher (from Ada), {found}")
+        raise UserError(
+            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
+        )
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:
