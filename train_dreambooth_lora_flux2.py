@@ -3291,7 +3291,7 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline({prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
+pipeline(prompt={prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
 ```
 
 Part by part, with the transformer as it was trained:
