@@ -163,6 +163,7 @@ SHARED_FLAGS = [
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: text encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
     flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
@@ -393,12 +394,13 @@ def check_model_and_data(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings:
+    for name in ("bnb_quantization_config_path", "text_encoder_bnb_config_path"):
         try:
-            read_quantization(args)
+            read_quantization(getattr(args, name))
         except (OSError, ValueError) as error:
-            example = "configs/quantization/nf4.json"
-            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see {example}"
+            yield f"--{name} {getattr(args, name)}: cannot be used ({error}); see configs/quantization/nf4.json"
+    if args.text_encoder_bnb_config_path and (args.fsdp_text_encoder or args.remote_text_encoder):
+        yield "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder"
     if settings and args.do_fp8_training:
         yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
     if settings and args.stream_blocks:
@@ -412,9 +414,11 @@ def check_model_and_data(args: Args) -> Iterator[str]:
         yield f"--instance_data_dir {folder}: {reason}"
 
 
-def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
-    settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
+def read_quantization(path: str | None) -> dict[str, Any] | None:
+    """The settings of bitsandbytes in a file, if there is one. Raises OSError or ValueError if it has none."""
+    if not path:
+        return None
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
         raise ValueError('it must be an object with one of "load_in_4bit" and "load_in_8bit" true')
     return settings
@@ -479,6 +483,7 @@ def check_services(args: Args) -> Iterator[str]:
     wanted |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
     wanted |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
     wanted |= {"--bnb_quantization_config_path": "bitsandbytes"} if settings else {}
+    wanted |= {"--text_encoder_bnb_config_path": "bitsandbytes"} if args.text_encoder_bnb_config_path else {}
     wanted |= {"--dataset_name": "datasets"} if args.dataset_name else {}
     for reason, package in wanted.items():
         if importlib.util.find_spec(package) is None:
@@ -667,6 +672,7 @@ class Run:
     cell: int  # pixels per token side
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
@@ -825,7 +831,8 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
     if "prompts" in phase:
-        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+        names, smaller = ["offload", "text_encoder_bnb_config_path"], ["max_sequence_length"]
+        names += ["fsdp_text_encoder", "remote_text_encoder"]
     elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
@@ -834,7 +841,8 @@ def memory_flags(run: Run, phase: str) -> list[str]:
         names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
         smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
-    useless += ["fsdp_text_encoder"] if run.processes == 1 else []
+    useless += ["fsdp_text_encoder"] if run.processes == 1 or run.text_quantization else []
+    useless += ["text_encoder_bnb_config_path"] if run.args.fsdp_text_encoder else []
     helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
     return helping + [f"a smaller --{name}" for name in smaller]
 
@@ -931,7 +939,8 @@ def start_accelerator(args: Args) -> Run:
         args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        lora=find_lora(args, model), quantization=find_quantization(args, model),
+        lora=find_lora(args, model), quantization=find_quantization(args, model, "transformer"),
+        text_quantization=find_quantization(args, model, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
     )  # fmt: skip
@@ -1146,28 +1155,34 @@ BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": (
               "llm_int8_skip_modules": (None,), "llm_int8_enable_fp32_cpu_offload": (False,)}  # fmt: skip
 
 
-def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
+def find_quantization(args: Args, model: ModelFiles, part: str) -> dict[str, Any] | None:
     """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
 
-    Raises UserError for settings or a machine that will not do, another format, and what would be quantised twice.
+    Of the text encoder only those of its flag: one that is stored quantised is used as it is. Raises UserError for
+    settings or a machine that will not do, another format, and what would be quantised twice.
     """
-    stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
+    own_flag = "bnb_quantization_config_path" if part == "transformer" else "text_encoder_bnb_config_path"
+    path = getattr(args, own_flag)
+    stored = model.config(part).get("quantization_config") if part == "transformer" or path else None
     if not (stored or path):
         return None
-    where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
+    where = f"{model.name} is stored quantised" if stored else f"--{own_flag} {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
         raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
-    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
-        if getattr(args, name):
+    for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
+        if stored and getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where} already")
-    settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
+    settings, known = stored or read_quantization(path), diffusers.BitsAndBytesConfig().to_dict()
     for name, value in settings.items() if not stored else ():
         if name not in known:  # diffusers would ignore it
             raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; it knows {', '.join(known)}")
         if value not in (allowed := BNB_VALUES.get(name, (value,))):
             raise UserError(f"{where}: {name} is {json.dumps(value)}; use {' or '.join(map(json.dumps, allowed))}")
-    try:  # bitsandbytes itself, and a GPU
-        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+    try:  # bitsandbytes itself, and for the loader of diffusers a GPU
+        if part == "transformer":
+            DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        else:
+            transformers.BitsAndBytesConfig(**settings)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
@@ -2021,7 +2036,8 @@ def open_prompts(run: Run) -> TensorCache:
     """The cache of prompt embeddings (L, D) by prompt."""
     encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
     template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
-    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
+    formats = [json.dumps(run.text_quantization, sort_keys=True)] if run.text_quantization else []
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template, *formats)
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -2079,8 +2095,13 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 def load_text_encoder(run: Run) -> nn.Module:
     """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
-    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
+    quantized = run.text_quantization is not None  # whole on the device: bitsandbytes' layers are not spread
+    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder and not quantized
     options = {"device_map": "auto"} if spread else {}
+    if quantized:
+        default = {"bnb_4bit_compute_dtype": run.dtype}
+        settings = transformers.BitsAndBytesConfig(**{**default, **run.text_quantization})
+        options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
         free = torch.cuda.mem_get_info(run.device)[0] - 2**30
         options["max_memory"] = {run.device.index: free, "cpu": 2**62}
