@@ -3339,7 +3339,9 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
     training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(training)
+        before = [up.clone() for up in training.ups]
+        training.optimizer.step()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
         training.skipped = 0
     else:
         training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -3369,12 +3371,6 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
     return slots.view(-1, rows.shape[1])
-
-
-def apply_update(training: Training) -> None:
-    before = [up.clone() for up in training.ups]
-    training.optimizer.step()
-    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
