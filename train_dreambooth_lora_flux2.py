@@ -3585,22 +3585,24 @@ def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
     return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
-def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, two snippets that run.
+def card_head(run: Run, gallery: list[tuple[str, str]]) -> str:
+    """The card's YAML; the Hub shows the gallery of (prompt, path)."""
+    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
+    facts = {"library_name": "diffusers", "pipeline_tag": TASK, "tags": tags, **run.family.license}
+    facts |= {"instance_prompt": run.args.instance_prompt}
+    facts |= {"widget": [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None}
+    if run.model.remote:
+        facts |= {"base_model": public_name(run.model), "base_model_relation": "adapter"}
+    if run.args.dataset_name and not Path(run.args.dataset_name).exists():
+        facts |= {"datasets": [run.args.dataset_name]}
+    return huggingface_hub.ModelCardData(**facts).to_yaml()
 
-    The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
-    """
-    base, trigger, data = public_name(run.model), run.args.instance_prompt, run.args.dataset_name
+
+def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
+    """README.md of the result: YAML head, gallery of (prompt, path), two snippets that run, what was trained."""
+    base, trigger = public_name(run.model), run.args.instance_prompt
     pipeline, encoder = run.family.pipeline, run.family.text_encoder
     repo = run.hub_repo or run.output_dir.absolute().name
-    adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
-    adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
-    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
-    widget = [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None
-    head = huggingface_hub.ModelCardData(
-        library_name="diffusers", pipeline_tag=TASK, tags=tags, instance_prompt=trigger, widget=widget, **adapted,
-        **run.family.license,
-    )  # fmt: skip
     facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
     facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
@@ -3618,7 +3620,7 @@ def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> 
         download += f" For ComfyUI put [{COMFYUI_FILE}]({COMFYUI_FILE}) into `models/loras`; others take it too."
     download += f"\n\n`hf download {run.hub_repo} --local-dir lora` fetches all." if run.hub_repo else ""
     card = f"""---
-{head.to_yaml()}
+{card_head(run, gallery)}
 ---
 # {escape_markdown(Path(repo).name)}
 
