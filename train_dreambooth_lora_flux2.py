@@ -3231,8 +3231,8 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += (
-            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
+        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    " + shlex.join(
+            new
         )
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
