@@ -2993,7 +2993,9 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
     training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(training)
+        before = [up.clone() for up in training.ups]
+        training.optimizer.step()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
         training.skipped = 0
     else:
         training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -3023,12 +3025,6 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
     return slots.view(-1, rows.shape[1])
-
-
-def apply_update(training: Training) -> None:
-    before = [up.clone() for up in training.ups]
-    training.optimizer.step()
-    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3149,9 +3145,8 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += (
-            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
-        )
+        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    "
+        lines += shlex.join(new)
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
