@@ -3506,10 +3506,8 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
     ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
-    training = Training(
-        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
-        optimizer, schedule, now, StopSignals(),
-    )  # fmt: skip
+    rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals()
+    training = Training(space, streams, vae, transformer, parameters, ups, *rest)
     if run.resume:
         restore(run, training)
     return training
