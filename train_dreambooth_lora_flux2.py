@@ -25,6 +25,7 @@ Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import csv
 import difflib
@@ -530,6 +531,10 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+
 # news from libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -765,8 +770,9 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 def resume_line(run: Run, *more: str) -> str:
     """What goes on from the last checkpoint: a command, or the call of a notebook."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
+    if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
+        several = f"notebook_launcher(train, ({words},), {run.processes})"
+        return f"main(parse_args({words}))" if run.processes == 1 else several
     launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
     return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
@@ -816,7 +822,8 @@ def set_up_logging() -> None:
         log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
+            library.logging.disable_progress_bar()
 
 
 def start_accelerator(args: Args) -> Run:
@@ -895,11 +902,12 @@ def create_hub_repo(args: Args) -> str | None:
 
 
 class Progress(tqdm):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.in_lines = not sys.stderr.isatty()
+        self.in_lines = not (sys.stderr.isatty() or in_notebook())
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
+        options["bar_format"] = "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}"
         silent = not log.isEnabledFor(logging.INFO)
         super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
 
@@ -907,13 +915,25 @@ class Progress(tqdm):
         self.set_postfix_str(note, refresh=False)
         self.update()
 
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        facts = super().format_dict
+        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
+        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
+        return facts | {"left": f"{left} left"}
+
     def display(self, *args: Any, **options: Any) -> None:
         """Called by tqdm when something is to be shown."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
-            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
-            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
+            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
+            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
+
+
+def in_notebook() -> bool:
+    return "ipykernel" in sys.modules
 
 
 class LogHandler(logging.Handler):
@@ -1161,11 +1181,14 @@ def check_parts(run: Run) -> None:
             check_part(run, part)
 
 
-def fetch_part(run: Run, part: str) -> Path:
-    """The folder of a part; after a download it is checked before the next one."""
+def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
+    """The folder of a part, to load it from; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
+    if announced:
+        size = sum(path.stat().st_size for path in run.model.weight_files(part) if path.is_file())
+        log.info(f"load: {part}, {size / 1e9:.2f} GB on disk")
     return folder
 
 
@@ -2195,7 +2218,7 @@ class LatentSpace:
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
+    fetch_part(run, "vae", announced=False)
     weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae").get("batch_norm_eps", 1e-4)
     mean, std = weights["bn.running_mean"].float(), torch.sqrt(weights["bn.running_var"].float() + epsilon)
     return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", run.model.identity("vae"))
@@ -3373,6 +3396,9 @@ def draw_sheet(run: Run, parts: TrainingParts, prompts: list[str], folders: list
         fitted = PIL.ImageOps.contain(image, (width, height), filter)
         sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
     write_image(sheet, path)
+    if in_notebook():  # IPython's builtin; a new sheet replaces the one below the cell
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
+        run.told.add("contact sheet")
 
 
 @torch.no_grad()
@@ -3863,7 +3889,7 @@ def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) 
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
                 state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
+            progress.advance(f"loss (running mean) {state.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
             stop.agree(run, state.signal)
             if stop.agreed is None and validation_is_due(run, samples, state.step):
                 values |= validate(run, parts, state)
