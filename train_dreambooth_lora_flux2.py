@@ -108,9 +108,7 @@ def to_sizes(text: str) -> str:
     """What `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
-        raise argparse.ArgumentTypeError(
-            f"'{text}': write it as 'height,width', several with ';' between, multiples of 16"
-        )
+        raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
     return text
 
 
@@ -180,8 +178,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-         "empirical (as at inference) or a number"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear in image tokens, none, empirical (inference's), a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -327,9 +324,10 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            word.encode()  # what is no UTF-8 could not be written down
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
-            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
+            parser.error(f"{word}: cannot read it ({error})")
     trigger = parser.parse_args(words).instance_prompt or "[trigger]"
     return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
@@ -385,12 +383,10 @@ def read_quantization(args: Args) -> dict[str, Any]:
 
 
 def launched_with(name: str) -> bool:
-    """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def process_count() -> int:
-    """Processes that the launcher started, on all machines."""
+def process_count() -> int:  # on all machines
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -500,10 +496,7 @@ def flag_notes(args: Args) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
-
-    Any other parent, a shell or a supervisor, may end before the run does.
-    """
+    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
     words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
     if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
@@ -581,7 +574,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-log = logging.getLogger("flux2_lora")
+log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 # endregion shared: imports
 
 
@@ -716,9 +709,7 @@ def output_lock(args: Args) -> Iterator[None]:
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
             who = path.read_text(encoding="utf-8").strip()
-            raise UserError(
-                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
-            ) from None
+            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -905,7 +896,7 @@ class Progress(tqdm):
     """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.in_lines = not (sys.stderr.isatty() or in_notebook())
+        self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
         options["bar_format"] = "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}"
         silent = not log.isEnabledFor(logging.INFO)
@@ -930,10 +921,6 @@ class Progress(tqdm):
         elif self.n > self.last_print_n:
             facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
             log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
-
-
-def in_notebook() -> bool:
-    return "ipykernel" in sys.modules
 
 
 class LogHandler(logging.Handler):
@@ -3396,7 +3383,7 @@ def draw_sheet(run: Run, parts: TrainingParts, prompts: list[str], folders: list
         fitted = PIL.ImageOps.contain(image, (width, height), filter)
         sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
     write_image(sheet, path)
-    if in_notebook():  # IPython's builtin; a new sheet replaces the one below the cell
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
         builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
         run.told.add("contact sheet")
 
