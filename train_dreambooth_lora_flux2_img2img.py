@@ -27,6 +27,7 @@ Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import csv
 import difflib
@@ -109,9 +110,7 @@ def to_sizes(text: str) -> str:
     """What `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
-        raise argparse.ArgumentTypeError(
-            f"'{text}': write it as 'height,width', several with ';' between, multiples of 16"
-        )
+        raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
     return text
 
 
@@ -182,8 +181,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-         "empirical (as at inference) or a number"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear in image tokens, none, a number, empirical"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -330,9 +328,10 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            word.encode()  # what is no UTF-8 could not be written down
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
-            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
+            parser.error(f"{word}: cannot read it ({error})")
     trigger = parser.parse_args(words).instance_prompt or "[trigger]"
     return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
@@ -390,12 +389,10 @@ def read_quantization(flag: str, path: str) -> dict[str, Any]:
 
 
 def launched_with(name: str) -> bool:
-    """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def process_count() -> int:
-    """Processes that the launcher started, on all machines."""
+def process_count() -> int:  # on all machines
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -520,10 +517,7 @@ def flag_notes(args: Args) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
-
-    Any other parent, a shell or a supervisor, may end before the run does.
-    """
+    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
     words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
     if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
@@ -551,6 +545,10 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+
 # news from libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -596,7 +594,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-log = logging.getLogger("flux2_lora")
+log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 # endregion shared: imports
 
 
@@ -744,9 +742,7 @@ def output_lock(args: Args) -> Iterator[None]:
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
             who = path.read_text(encoding="utf-8").strip()
-            raise UserError(
-                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
-            ) from None
+            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -800,8 +796,9 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 def resume_line(run: Run, *more: str) -> str:
     """What goes on from the last checkpoint: a command, or the call of a notebook."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
+    if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
+        several = f"notebook_launcher(train, ({words},), {run.processes})"
+        return f"main(parse_args({words}))" if run.processes == 1 else several
     launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
     return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
@@ -851,7 +848,8 @@ def set_up_logging() -> None:
         log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
+            library.logging.disable_progress_bar()
 
 
 def start_accelerator(args: Args) -> Run:
@@ -920,11 +918,13 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
 
 
 class Progress(tqdm):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.in_lines = not sys.stderr.isatty()
+        """`total` things to do, of which `done` were done before."""
+        self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
+        options["bar_format"] = "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}"
         silent = not log.isEnabledFor(logging.INFO)
         super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
 
@@ -932,13 +932,21 @@ class Progress(tqdm):
         self.set_postfix_str(note, refresh=False)
         self.update()
 
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        facts = super().format_dict
+        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
+        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
+        return facts | {"left": f"{left} left"}
+
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
-            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
-            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
+            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
+            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
 
 
 class LogHandler(logging.Handler):
@@ -1159,10 +1167,14 @@ def check_parts(run: Run) -> None:
             check_part(run, part)
 
 
-def fetch_part(run: Run, part: str) -> Path:
+def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
+    """The folder of a part, to load it from; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
+    if announced:
+        size = sum(path.stat().st_size for path in run.model.weight_files(part) if path.is_file())
+        log.info(f"load: {part}, {size / 1e9:.2f} GB on disk")
     return folder
 
 
@@ -2253,7 +2265,7 @@ class LatentSpace:
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
+    fetch_part(run, "vae", announced=False)
     weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
     mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
     std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
@@ -3341,6 +3353,9 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
     for (x, y), image in cells.items():
         sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
+        run.told.add("contact sheet")
 
 
 def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
@@ -3812,7 +3827,7 @@ def train(run: Run, training: Training) -> None:
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
                 training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
+            progress.advance(f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
             stop.agree(run, training.signal)
             if stop.agreed is None and training.step % period == 0:
                 values |= validate(run, training)
