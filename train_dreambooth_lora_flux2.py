@@ -232,6 +232,7 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
@@ -261,7 +262,7 @@ LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safe
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
@@ -636,6 +637,7 @@ class Training:
 
     space: LatentSpace
     streams: list[Stream]  # the first one is what is learned
+    held_out: list[Sample]  # what is never trained on
     vae: Any  # None when the images are cached and nothing is drawn
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
@@ -650,6 +652,7 @@ class Training:
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
     signal: int = 0  # the highest that any process had received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
     unsaved: bool = False  # the last checkpoint that was due did not fit the disk
     seconds: float = 0.0  # that the steps since this start took
 
@@ -823,7 +826,8 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    log.handlers = [LogHandler()]  # of one script, where both are imported
+    others = [handler for handler in log.handlers if type(handler).__name__ != "LogHandler"]  # both may be imported
+    log.handlers = [*others, LogHandler()]
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -1703,12 +1707,23 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
 
 
+def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+    held_out = [samples[index] for index in sorted(order[:count])]
+    if held_out:
+        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+    return [samples[index] for index in sorted(order[count:])], held_out
+
+
 # endregion shared: samples
 
 
 # differs: samples of the image-to-image script have references
-def check_data(run: Run) -> list[Sample]:
-    """The samples, every image decoded once and every caption final."""
+def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on and what is held out; every image decoded once, every caption final."""
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     folder, asked = run.args.class_data_dir, run.args.class_prompt
@@ -1717,7 +1732,7 @@ def check_data(run: Run) -> list[Sample]:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
                 was = f"{path.name} was drawn from '{prompt}', not from --class_prompt '{asked}'"
                 raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
-    return samples
+    return split_samples(run, samples)
 
 
 # differs: samples of the image-to-image script have references
@@ -2886,7 +2901,7 @@ def save_checkpoint(run: Run, training: Training) -> Path:
     schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
         "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
-        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
+        "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
         "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
@@ -2955,6 +2970,7 @@ def restore(run: Run, training: Training) -> None:
     training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
     training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    training.best = tuple(stored["best"]) if stored.get("best") else None
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
@@ -3065,25 +3081,42 @@ def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> No
 
 
 @torch.no_grad()
-def validation_loss(run: Run, training: Training) -> float:
-    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
-    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
-    return sum(losses) / len(losses)
+def validation_loss(run: Run, training: Training) -> dict[str, float]:
+    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+
+    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    """
+    samples = training.held_out or training.samples[:4]
+    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    losses, sigmas = [], []
+    for number in range(visits):
+        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
+            found.append(value.item())
+    by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
+    return {"validation_loss": sum(losses) / visits, **{f"validation_{name}": value for name, value in by_sigma}}
 
 
 def validate(run: Run, training: Training) -> dict[str, float]:
-    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+
+    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
     training.transformer.eval()
     try:
-        draw_samples(run, training, prompts, folder)
-        training.rest_vae(run.args)
-        if run.is_main:
-            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            track(run, functools.partial(send_images, prompts, folder, training.step))
-        values["validation_loss"] = validation_loss(run, training)
+        if prompts and run.args.num_validation_images:
+            draw_samples(run, training, prompts, folder)
+            training.rest_vae(run.args)
+            if run.is_main:
+                draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+                track(run, functools.partial(send_images, prompts, folder, training.step))
+        values = validation_loss(run, training)
+        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+            training.best = values["validation_loss"], training.step
+            if run.is_main and training.step:
+                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
@@ -3098,7 +3131,9 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 
 
 # differs: the image-to-image script has references and no class images
-def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(
+    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+) -> tuple[list[Stream], list[Image]]:
     """What is learned, beside it the class, whose missing images are generated first; and all the images to encode."""
     streams = [Stream("instance", samples)]
     if run.args.with_prior_preservation:
@@ -3115,7 +3150,8 @@ def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[l
         tell_unused(folder, files, images)
         listed = [Sample(Image(printable(path.name), path), (run.args.class_prompt,)) for path in images]
         streams.append(Stream("class", make_samples(run, listed, choose_buckets(run)), run.args.prior_loss_weight))
-    return streams, [sample.image for stream in streams for sample in stream.samples]
+    learned = [sample for stream in streams for sample in stream.samples]
+    return streams, [sample.image for sample in learned + held_out]
 
 
 def generate_class_images(run: Run, space: LatentSpace, folder: Path, batches: list[list[int]]) -> None:
@@ -3445,7 +3481,9 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
         raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
+def prepare_training(
+    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
@@ -3466,7 +3504,7 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
     )  # fmt: skip
     ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
     training = Training(
-        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
+        space, streams, held_out, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
         optimizer, schedule, now, StopSignals(),
     )  # fmt: skip
     if run.resume:
@@ -3532,9 +3570,9 @@ def train(run: Run, training: Training) -> None:
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
     epochs = run.args.validation_epochs * len(training.samples) * run.args.repeats / samples_per_step(run)
-    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
-    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
-    if training.step == 0 and drawing:
+    drawing = run.args.validation_prompt and run.args.num_validation_images
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if training.step == 0 and period < math.inf:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))
     batches = make_loaders(run, training)
@@ -3612,9 +3650,10 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
         "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
         "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
+        **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
-    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    results = {"LoRA": LORA_FILE, "best": "best", "images": "samples", "card": "README.md", "settings": "config.args"}
     facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
@@ -3627,16 +3666,16 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples = check_data(run)
+            samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples))
+        encode_prompts(run, all_prompts(run, samples + held_out))
         space = open_latent_space(run)
-        streams, images = make_streams(run, space, samples)
+        streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
-        training = prepare_training(run, space, streams, vae)
+        training = prepare_training(run, space, streams, vae, held_out)
         with training.stop:  # before and after, a signal acts at once: what is done is on disk
             try:
                 train(run, training)
