@@ -150,10 +150,10 @@ SHARED_FLAGS = [
     flag("dataset_split", str, "train", "split of that data set"),
     flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
     flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-    flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+    flag("instance_data_dir", to_path, None, "folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
-    flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+    flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
@@ -361,8 +361,10 @@ def check_values(args: Args) -> Iterator[str]:
         yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
-        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+    for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
+        yield f"--instance_data_dir {folder}: no such folder"
+    if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
+        yield f"--repeats: {len(args.repeats)} number(s) for {count} --instance_data_dir; give one for each"
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
@@ -477,10 +479,10 @@ def check_own(args: Args) -> Iterator[str]:
     for folder in args.cond_data_dir or []:
         if not os.path.isdir(folder):
             yield f"--cond_data_dir {folder}: no such folder"
-        elif args.instance_data_dir and os.path.realpath(folder) == os.path.realpath(args.instance_data_dir):
+        elif os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
             yield f"--cond_data_dir {folder}: is --instance_data_dir too; references need a folder of their own"
-    if args.cond_data_dir and (args.dataset_name or args.cond_image_column):
-        yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
+    if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
+        yield "--cond_data_dir: goes with one --instance_data_dir alone; else give metadata, see --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
         yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
@@ -499,7 +501,7 @@ def split_paths(text: str) -> list[str]:
 # differs: there are folders of references too
 def data_folders(args: Args) -> list[str]:
     """The folders that the images are read from, into which nothing may be written."""
-    return [folder for folder in (args.instance_data_dir, *(args.cond_data_dir or [])) if folder]
+    return [*(args.instance_data_dir or []), *(args.cond_data_dir or [])]
 
 
 # region shared: arguments-result
@@ -844,8 +846,8 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    others = [handler for handler in log.handlers if type(handler).__name__ != "LogHandler"]  # both may be imported
-    log.handlers = [*others, LogHandler()]
+    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
+        log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -1304,6 +1306,7 @@ class Sample:
     captions: Captions  # one of them is drawn at each visit
     origin: str = ""  # where the captions come from, for the report
     references: tuple[Image, ...] = ()
+    repeats: int = 1  # how often it is in a round of all samples
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -1320,7 +1323,7 @@ class Sample:
 
 
 # region shared: listing
-Row = tuple[list[Image], Captions, str]  # an image and what belongs to it, the captions, and where those come from
+Row = tuple[list[Image], Captions, str, int]  # an image and what belongs to it, captions, their origin, and repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
@@ -1444,9 +1447,20 @@ def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[Row]:
-    """The rows of metadata, or the images, of --instance_data_dir; what is not used is told by name."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
+def list_rows(args: Args) -> list[Row]:
+    """The rows of --dataset_name, or of each --instance_data_dir with its share of --repeats."""
+    if args.dataset_name:
+        return list_dataset(args)
+    repeats = args.repeats or [1] * len(args.instance_data_dir)
+    folders = zip(args.instance_data_dir, repeats, strict=True)
+    return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
+
+
+def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
+    """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
+    folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
+    root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
+    others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
     names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
@@ -1473,7 +1487,7 @@ def list_folder(args: Args) -> list[Row]:
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
         used += paths
-        images = [Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path) for path in paths]
+        images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
         listed.append((images, texts, origin))
     tell_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
@@ -1481,8 +1495,8 @@ def list_folder(args: Args) -> list[Row]:
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
-        if int(number) != args.repeats:
-            advice = f"give --repeats {number} --instance_prompt '{prompt}'"
+        if int(number) != repeats:
+            advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"
             log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
     without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
     if without and not any(texts for _, texts, _ in listed):
@@ -1546,7 +1560,7 @@ def list_dataset(args: Args) -> list[Row]:
     cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
     classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
     texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
-    return [(*row, f"column {caption}") for row in zip(dataset_images(args, table, images), texts, strict=True)]
+    return [(*row, f"column {caption}", 1) for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
@@ -1618,8 +1632,7 @@ def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Imag
 # differs: samples of the text-to-image script have no references
 def list_samples(args: Args) -> list[Sample]:
     """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
-    rows = list_dataset(args) if args.dataset_name else list_folder(args)
-    samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in rows]
+    samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
     samples = add_references(args, samples) if args.cond_data_dir else samples
     counts = Counter(len(sample.references) for sample in samples)
     if len(counts) > 1:
@@ -1836,6 +1849,17 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def epoch_rounds(args: Args) -> int:
+    """How often the samples are gone through in an epoch: what --repeats have in common."""
+    return math.gcd(*(args.repeats or [1]))
+
+
+def repeated(samples: list[Sample]) -> list[Sample]:
+    """Each sample as often as its repeats say, so that the stream visits it in proportion; different ones first."""
+    most = max(sample.repeats for sample in samples)
+    return [sample for turn in range(most) for sample in samples if turn < sample.repeats]
+
+
 def choose_buckets(run: Run) -> list[Size]:
     """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
     if run.args.aspect_ratio_buckets:
@@ -1870,7 +1894,7 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     held_out = [samples[index] for index in sorted(order[:count])]
     if held_out:
         log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
-    return [samples[index] for index in sorted(order[count:])], held_out
+    return repeated([samples[index] for index in sorted(order[count:])]), held_out
 
 
 # endregion shared: samples
@@ -2467,7 +2491,9 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
-        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of capability 8.9 or higher (from Ada), {found}")
+        raise UserError(
+            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
+        )
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:
@@ -2897,7 +2923,7 @@ def samples_per_step(run: Run) -> int:
 
 
 def total_steps(run: Run, samples: int) -> int:
-    visits = run.args.num_train_epochs * samples * run.args.repeats
+    visits = run.args.num_train_epochs * samples * epoch_rounds(run.args)
     return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
 
 
@@ -3548,7 +3574,7 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline({prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
+pipeline(prompt={prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
 ```
 
 Part by part, with the transformer as it was trained:
@@ -3759,11 +3785,13 @@ def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
 
 def announce_training(run: Run, training: Training, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    images, repeats, per_step = len(training.samples), run.args.repeats, samples_per_step(run)
+    rounds, per_step = epoch_rounds(run.args), samples_per_step(run)
+    epoch, groups = rounds * len(training.samples), Counter(Counter(training.samples).values())
+    images = " + ".join(f"{count} images x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
     batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
-    log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
+    log.info(f"train: {images} = {epoch} samples per epoch")
     log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")
-    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / epoch:.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if homes := training.transformer.stream.homes:
@@ -3793,7 +3821,7 @@ def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
-    epochs = run.args.validation_epochs * len(training.samples) * run.args.repeats / samples_per_step(run)
+    epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
     drawing = run.args.validation_prompt and run.args.num_validation_images
     period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
     if training.step == 0 and period < math.inf:

@@ -784,7 +784,7 @@ def test_help_names_every_declared_flag_and_imports_nothing_heavy(script: str):
 
 @pytest.mark.parametrize("script", existing_scripts())
 def test_the_minimal_command_line_parses(script: str):
-    assert load_arguments(script).parse_args([*MINIMAL_ARGUMENTS]).instance_data_dir == "tests"
+    assert load_arguments(script).parse_args([*MINIMAL_ARGUMENTS]).instance_data_dir == ["tests"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -177,13 +177,18 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
 def test_held_out_images_are_measured_at_all_sigmas_and_never_trained_on(script, quick, monkeypatch):
     """Without any prompt; the run is that of a folder without them."""
     flags = ("--validation_split", "2", "--validation_steps", "2", "--max_train_steps", "6", "--seed", "3")
+    names = {True: set(), False: set()}
+
+    def batch_losses(run, training, batch, original=script.batch_losses):
+        names[torch.is_grad_enabled()] |= {*batch["name"]}
+        return original(run, training, batch)
+
+    monkeypatch.setattr(script, "batch_losses", batch_losses)
     with log_lines() as lines:
-        calls = spy(monkeypatch, script, "batch_losses")
         folder = quick(*flags)
     (told,) = (line for line in lines if "held out" in line)
-    trained = {name for call in calls if call.args[1].transformer.training for name in call.args[2]["name"]}
-    measured = {name for call in calls for name in call.args[2]["name"]} - trained
-    assert len(measured) == 2 and all(name in told for name in measured)
+    assert len(names[False]) == 2 and len(names[True]) == 3 and not names[True] & names[False]
+    assert all(name in told for name in names[False])
     found = [line for line in metrics(folder) if "validation_loss" in line]
     assert [line["step"] for line in found] == [2, 4, 6]
     assert {f"validation_loss_sigma_{tenth / 10}" for tenth in (5, 7, 9)} <= found[0].keys()
