@@ -154,6 +154,9 @@ SHARED_FLAGS = [
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
     flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+         resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
@@ -1254,6 +1257,7 @@ class Image:
     size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1266,6 +1270,15 @@ class Image:
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        if not self.mask:
+            return torch.ones(math.prod(self.target) // cell**2)
+        grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
+        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
 
 # endregion shared: data
@@ -1328,7 +1341,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
-    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
@@ -1456,12 +1469,18 @@ def list_rows(args: Args) -> list[Row]:
     return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
 
 
+def is_mask(args: Args, path: Path) -> bool:
+    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
+
+
 def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
     """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
     folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
     root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
     others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
+    images = [path for path in images if not is_mask(args, path)]
     names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
     tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
@@ -1486,8 +1505,10 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
-        used += paths
+        mask = masks.get(paths[0].with_suffix(""))
+        used += [*paths, mask]
         images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
+        images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
         listed.append((images, texts, origin))
     tell_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
@@ -1719,17 +1740,20 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
     # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
-    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    index, good, bad = {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"policy {DECODE_POLICY}", {}, {}, {}
+    images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
         for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
-            if reason:
-                bad[image.name] = reason
+            mask = good.get(image.mask)  # before its image
+            if image.mask and mask and mask.size != (height, width):
+                reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
+            if reason or (image.mask and not mask):
+                bad[image.name] = reason or f"{image.mask.name} is bad"
             else:
-                good[image] = replace(image, sha256=sha256, size=(height, width))
+                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
             progress.advance()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
@@ -1755,6 +1779,18 @@ def inspect_image(index: dict[str, list], image: Image) -> list:
         index[sha256] = [sha256, 0, 0, str(error)]
     index[stamp or sha256] = index[sha256]
     return index[sha256]
+
+
+def refuse_black_masks(args: Args, samples: list[Sample]) -> None:
+    """Logs how many images have a mask. Raises UserError if one is black everywhere: nothing would be learned."""
+    masked = [sample.image for sample in samples if sample.image.mask]
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; remove the images")
+    if args.mask_suffix:
+        log.info(
+            f"data: {len(masked)} of {len(samples)} images have a mask, {args.unmasked_weight:g} of the loss outside"
+        )
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
