@@ -364,6 +364,8 @@ def check_values(args: Args) -> Iterator[str]:
         yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    if args.mask_suffix and args.dataset_name:
+        yield "--mask_suffix: masks are files beside the images of --instance_data_dir, a data set has none"
     for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
         yield f"--instance_data_dir {folder}: no such folder"
     if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
@@ -1332,7 +1334,8 @@ class Sample:
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
-        return self.image.sha256, *self.captions, self.image.target, *references
+        masks = [self.image.mask.sha256] if self.image.mask else []
+        return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
 
 # region shared: listing
@@ -1781,18 +1784,6 @@ def inspect_image(index: dict[str, list], image: Image) -> list:
     return index[sha256]
 
 
-def refuse_black_masks(args: Args, samples: list[Sample]) -> None:
-    """Logs how many images have a mask. Raises UserError if one is black everywhere: nothing would be learned."""
-    masked = [sample.image for sample in samples if sample.image.mask]
-    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
-    if black and args.unmasked_weight == 0:
-        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; remove the images")
-    if args.mask_suffix:
-        log.info(
-            f"data: {len(masked)} of {len(samples)} images have a mask, {args.unmasked_weight:g} of the loss outside"
-        )
-
-
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
     """Raises UserError with one list of all bad images, or says with --on_bad_image skip what is left out."""
     lines, count = as_lines([f"{name}: {reason}" for name, reason in bad.items()]), f"{len(bad)} image(s)"
@@ -1918,6 +1909,12 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    masked = [image for image in images if image.mask]
+    if run.args.mask_suffix:
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and run.args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
 
@@ -1993,7 +1990,8 @@ class TrainingSet(Dataset):
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        centre = run.args.center_crop or run.args.cache_latents
+        crop = None if centre else torch.rand(2, generator=generator("crop", position)).tolist()
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
@@ -2014,6 +2012,8 @@ class TrainingSet(Dataset):
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
+        if run.args.mask_suffix:
+            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
 
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
@@ -2947,7 +2947,10 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
         )[0][:, : height * width]
 
     # against what it should be
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
+    if "weights" in tensors:  # of the loss masks
+        errors_BLC = errors_BLC * tensors["weights"][..., None]
+    errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
