@@ -173,6 +173,7 @@ SHARED_FLAGS = [
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: text encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
     flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
@@ -362,6 +363,8 @@ def check_values(args: Args) -> Iterator[str]:
         yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
     if settings and args.stream_blocks:
         yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
+    if args.text_encoder_bnb_config_path and (args.fsdp_text_encoder or args.remote_text_encoder):
+        yield "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder"
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         yield "--instance_data_dir or --dataset_name: give exactly one of them"
     if args.mask_suffix and args.dataset_name:
@@ -381,16 +384,14 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
 
 
-def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises UserError."""
-    path = args.bnb_quantization_config_path
+def read_quantization(flag: str, path: str) -> dict[str, Any]:
+    """The settings of bitsandbytes in the file of this flag. Raises UserError."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
             raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
     except (OSError, ValueError, AttributeError) as error:
-        example = "configs/quantization/nf4.json"
-        raise UserError(f"--bnb_quantization_config_path {path}: cannot be used ({error}); see {example}") from None
+        raise UserError(f"--{flag} {path}: cannot be used ({error}); see configs/quantization/nf4.json") from None
     return settings
 
 
@@ -626,6 +627,7 @@ class Run:
     cell: int  # pixels per token side
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
@@ -787,7 +789,8 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
     if "prompts" in phase:
-        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+        names, smaller = ["offload", "text_encoder_bnb_config_path"], ["max_sequence_length"]
+        names += ["fsdp_text_encoder", "remote_text_encoder"]
     elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
@@ -796,7 +799,8 @@ def memory_flags(run: Run, phase: str) -> list[str]:
         names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
         smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
-    useless += ["fsdp_text_encoder"] if run.processes == 1 else []
+    useless += ["fsdp_text_encoder"] if run.processes == 1 or run.text_quantization else []
+    useless += ["text_encoder_bnb_config_path"] if run.args.fsdp_text_encoder else []
     helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
     return helping + [f"a smaller --{name}" for name in smaller]
 
@@ -894,7 +898,8 @@ def start_accelerator(args: Args) -> Run:
         dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype),
+        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype, "transformer"),
+        text_quantization=find_quantization(args, model, dtype, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(), sharding=launched_with("ACCELERATE_USE_FSDP"),
     )  # fmt: skip
@@ -1082,18 +1087,24 @@ BNB_VALUES |= {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_skip_modules": (N
 BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
 
 
-def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict[str, Any] | None:
-    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None."""
-    stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
+def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: str) -> dict[str, Any] | None:
+    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
+
+    Of the text encoder only those of its flag: one that is stored quantised is used as it is. Raises UserError for
+    settings or a machine that will not do, another format, and what would be quantised twice.
+    """
+    own_flag = "bnb_quantization_config_path" if part == "transformer" else "text_encoder_bnb_config_path"
+    path = getattr(args, own_flag)
+    stored = model.config(part).get("quantization_config") if part == "transformer" or path else None
     if not (stored or path):
         return None
-    where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
+    where = f"{model.name} is stored quantised" if stored else f"--{own_flag} {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
         raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
-    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
-        if getattr(args, name):
+    for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
+        if stored and getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where} already")
-    settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
+    settings, known = stored or read_quantization(own_flag, path), diffusers.BitsAndBytesConfig().to_dict()
     if not stored:
         for name, value in settings.items():
             usable = BNB_VALUES.get(name, (value,) if name in known else ())  # diffusers would ignore another name
@@ -1101,9 +1112,12 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict
                 choices = " or ".join(map(json.dumps, usable)) or f"one of {', '.join(known)}"
                 raise UserError(f"{where}: {name} is {json.dumps(value)}; use {choices}")
         settings = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), **settings}
-        settings["llm_int8_skip_modules"] = outside_blocks(model)
-    try:  # bitsandbytes itself, and a GPU
-        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        settings |= {"llm_int8_skip_modules": outside_blocks(model)} if part == "transformer" else {}
+    try:  # bitsandbytes itself, and for the loader of diffusers a GPU
+        if part == "transformer":
+            DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        else:
+            transformers.BitsAndBytesConfig(**settings)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
@@ -2095,7 +2109,8 @@ def open_prompts(run: Run) -> TensorCache:
     """The cache of prompt embeddings (L, D) by prompt."""
     encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
     template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
-    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
+    formats = [json.dumps(run.text_quantization, sort_keys=True)] if run.text_quantization else []
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template, *formats)
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -2153,8 +2168,12 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 def load_text_encoder(run: Run) -> nn.Module:
     """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
-    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
+    quantized = run.text_quantization is not None  # whole on the device: bitsandbytes' layers are not spread
+    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder and not quantized
     options = {"device_map": "auto"} if spread else {}
+    if quantized:
+        settings = transformers.BitsAndBytesConfig(**run.text_quantization)
+        options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
         free = torch.cuda.mem_get_info(run.device)[0] - 2**30
         options["max_memory"] = {run.device.index: free, "cpu": 2**62}
@@ -3027,7 +3046,9 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
     training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(training)
+        before = [up.clone() for up in training.ups]
+        training.optimizer.step()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
         training.skipped = 0
     else:
         training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -3057,12 +3078,6 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
     return slots.view(-1, rows.shape[1])
-
-
-def apply_update(training: Training) -> None:
-    before = [up.clone() for up in training.ups]
-    training.optimizer.step()
-    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3183,9 +3198,8 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += (
-            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
-        )
+        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    "
+        lines += shlex.join(new)
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 

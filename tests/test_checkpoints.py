@@ -308,6 +308,19 @@ def test_a_resolved_value_that_differs_is_another_run(script, tiny, photos, tmp_
     assert first[name] != second[name]
 
 
+def test_paths_that_are_written_otherwise_are_the_same_run(quick, finished, tiny, photos):
+    """What counts is what they lead to."""
+    quick(
+        *SIX,
+        *RESUME,
+        "--instance_data_dir",
+        f"{photos}/../{photos.name}",
+        "--pretrained_model_name_or_path",
+        f"{tiny}/.",
+    )
+    assert column(finished, "step") == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_changed_prompt_is_told_in_words_with_the_way_that_works(script, quick, finished):
     """No hash is printed; the line that is printed starts a new run from the LoRA."""
     with pytest.raises(script.UserError) as caught:
