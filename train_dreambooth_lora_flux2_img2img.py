@@ -297,6 +297,7 @@ PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_p
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
@@ -359,16 +360,20 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.text_encoder_bnb_config_path and (args.fsdp_text_encoder or args.remote_text_encoder):
-        yield "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder"
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if args.mask_suffix and args.dataset_name:
-        yield "--mask_suffix: masks are files beside the images of --instance_data_dir, a data set has none"
+    text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
+    together = {
+        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+            settings and args.do_fp8_training,
+        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+            settings and args.stream_blocks,
+        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+            text_format and elsewhere,
+        "--instance_data_dir or --dataset_name: give exactly one of them":
+            bool(args.instance_data_dir) == bool(args.dataset_name),
+        "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
+            args.mask_suffix and args.dataset_name,
+    }  # fmt: skip
+    yield from (problem for problem, holds in together.items() if holds)
     for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
         yield f"--instance_data_dir {folder}: no such folder"
     if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
