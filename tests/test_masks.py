@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from runs import column, metrics
 from unit_parts import log_lines, start_run, training_set
 
@@ -20,7 +20,7 @@ def masked(photos, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
         if path.suffix in (".jpg", ".png"):
             with Image.open(path) as image:
-                mask = Image.new("L", image.size, 0)
+                mask = Image.new("L", ImageOps.exif_transpose(image).size, 0)
             mask.paste(255, (0, 0, mask.width // 2, mask.height))
             mask.save(folder / f"{path.stem}-mask.png")
     return folder
