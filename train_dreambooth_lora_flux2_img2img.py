@@ -154,6 +154,9 @@ SHARED_FLAGS = [
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
     flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+         resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
@@ -235,6 +238,7 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
@@ -264,7 +268,7 @@ LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safe
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
@@ -293,6 +297,7 @@ PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_p
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
@@ -357,14 +362,20 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.text_encoder_bnb_config_path and (args.fsdp_text_encoder or args.remote_text_encoder):
-        yield "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder"
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
+    together = {
+        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+            settings and args.do_fp8_training,
+        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+            settings and args.stream_blocks,
+        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+            text_format and elsewhere,
+        "--instance_data_dir or --dataset_name: give exactly one of them":
+            bool(args.instance_data_dir) == bool(args.dataset_name),
+        "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
+            args.mask_suffix and args.dataset_name,
+    }  # fmt: skip
+    yield from (problem for problem, holds in together.items() if holds)
     for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
         yield f"--instance_data_dir {folder}: no such folder"
     if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
@@ -659,6 +670,7 @@ class Training:
 
     space: LatentSpace
     streams: list[Stream]  # the first one is what is learned
+    held_out: list[Sample]  # what is never trained on
     vae: Any  # None when the images are cached and nothing is drawn
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
@@ -674,6 +686,7 @@ class Training:
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
     signal: int = 0  # the highest that any process had received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
     unsaved: bool = False  # the last checkpoint that was due did not fit the disk
     seconds: float = 0.0  # that the steps since this start took
 
@@ -1290,6 +1303,7 @@ class Image:
     size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1302,6 +1316,15 @@ class Image:
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        if not self.mask:
+            return torch.ones(math.prod(self.target) // cell**2)
+        grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
+        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
 
 # endregion shared: data
@@ -1355,7 +1378,8 @@ class Sample:
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
-        return self.image.sha256, *self.captions, self.image.target, *references
+        masks = [self.image.mask.sha256] if self.image.mask else []
+        return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
 
 # region shared: listing
@@ -1364,7 +1388,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
-    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
@@ -1492,12 +1516,18 @@ def list_rows(args: Args) -> list[Row]:
     return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
 
 
+def is_mask(args: Args, path: Path) -> bool:
+    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
+
+
 def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
     """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
     folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
     root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
     others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
+    images = [path for path in images if not is_mask(args, path)]
     names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
     tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
@@ -1522,8 +1552,10 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
-        used += paths
+        mask = masks.get(paths[0].with_suffix(""))
+        used += [*paths, mask]
         images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
+        images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
         listed.append((images, texts, origin))
     tell_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
@@ -1755,17 +1787,20 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
     # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
-    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    index, good, bad = {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"policy {DECODE_POLICY}", {}, {}, {}
+    images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
         for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
-            if reason:
-                bad[image.name] = reason
+            mask = good.get(image.mask)  # before its image
+            if image.mask and mask and mask.size != (height, width):
+                reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
+            if reason or (image.mask and not mask):
+                bad[image.name] = reason or f"{image.mask.name} is bad"
             else:
-                good[image] = replace(image, sha256=sha256, size=(height, width))
+                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
             progress.advance()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
@@ -1918,16 +1953,33 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    masked = [image for image in images if image.mask]
+    if run.args.mask_suffix:
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and run.args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
+
+
+def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+    held_out = [samples[index] for index in sorted(order[:count])]
+    if held_out:
+        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+    return repeated([samples[index] for index in sorted(order[count:])]), held_out
 
 
 # endregion shared: samples
 
 
 # differs: samples of the text-to-image script have no references
-def check_data(run: Run) -> list[Sample]:
-    """The samples, every image decoded once and every caption final."""
+def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on and what is held out; every image decoded once, every caption final."""
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     check_references(run, samples)
@@ -1935,7 +1987,7 @@ def check_data(run: Run) -> list[Sample]:
         sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
-    return repeated(samples)
+    return split_samples(run, samples)
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
@@ -1982,7 +2034,8 @@ class TrainingSet(Dataset):
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        centre = run.args.center_crop or run.args.cache_latents
+        crop = None if centre else torch.rand(2, generator=generator("crop", position)).tolist()
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
@@ -2003,6 +2056,8 @@ class TrainingSet(Dataset):
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
+        if run.args.mask_suffix:
+            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
 
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
@@ -2976,7 +3031,10 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
         )[0][:, : height * width]
 
     # against what it should be
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
+    if "weights" in tensors:  # of the loss masks
+        errors_BLC = errors_BLC * tensors["weights"][..., None]
+    errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
@@ -3228,7 +3286,7 @@ def save_checkpoint(run: Run, training: Training) -> Path:
     schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
         "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
-        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
+        "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
         "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule, "compiled": training.compiled > 0,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
@@ -3297,6 +3355,7 @@ def restore(run: Run, training: Training) -> None:
     training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
     training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    training.best = tuple(stored["best"]) if stored.get("best") else None
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
@@ -3422,25 +3481,42 @@ def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> No
 
 
 @torch.no_grad()
-def validation_loss(run: Run, training: Training) -> float:
-    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
-    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
-    return sum(losses) / len(losses)
+def validation_loss(run: Run, training: Training) -> dict[str, float]:
+    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+
+    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    """
+    samples = training.held_out or training.samples[:4]
+    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    losses, sigmas = [], []
+    for number in range(visits):
+        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
+            found.append(value.item())
+    by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
+    return {"validation_loss": sum(losses) / visits, **{f"validation_{name}": value for name, value in by_sigma}}
 
 
 def validate(run: Run, training: Training) -> dict[str, float]:
-    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+
+    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
     training.transformer.eval()
     try:
-        draw_samples(run, training, prompts, folder)
-        training.rest_vae(run.args)
-        if run.is_main:
-            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            track(run, functools.partial(send_images, prompts, folder, training.step))
-        values["validation_loss"] = validation_loss(run, training)
+        if prompts and run.args.num_validation_images:
+            draw_samples(run, training, prompts, folder)
+            training.rest_vae(run.args)
+            if run.is_main:
+                draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+                track(run, functools.partial(send_images, prompts, folder, training.step))
+        values = validation_loss(run, training)
+        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+            training.best = values["validation_loss"], training.step
+            if run.is_main and training.step:
+                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
@@ -3455,9 +3531,11 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 
 
 # differs: the text-to-image script has class images and no references
-def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(
+    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
-    return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
+    return [Stream("instance", samples)], [image for sample in samples + held_out for image in sample.images]
 
 
 # -------------------------------------------------------------------------------------------------------------- Results
@@ -3774,7 +3852,9 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
         raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
+def prepare_training(
+    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
@@ -3796,7 +3876,7 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
     )  # fmt: skip
     ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
     rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals(), compiled
-    training = Training(space, streams, vae, transformer, parameters, ups, *rest)
+    training = Training(space, streams, held_out, vae, transformer, parameters, ups, *rest)
     if run.resume:
         restore(run, training)
     return training
@@ -3885,9 +3965,9 @@ def train(run: Run, training: Training) -> None:
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
     epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
-    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
-    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
-    if training.step == 0 and drawing:
+    drawing = run.args.validation_prompt and run.args.num_validation_images
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if training.step == 0 and period < math.inf:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))
     batches = make_loaders(run, training)
@@ -3969,9 +4049,10 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
         "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
         "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
+        **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
-    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    results = {"LoRA": LORA_FILE, "best": "best", "images": "samples", "card": "README.md", "settings": "config.args"}
     facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
@@ -3984,16 +4065,16 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples = check_data(run)
+            samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples))
+        encode_prompts(run, all_prompts(run, samples + held_out))
         space = open_latent_space(run)
-        streams, images = make_streams(run, space, samples)
+        streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
-        training = prepare_training(run, space, streams, vae)
+        training = prepare_training(run, space, streams, vae, held_out)
         with training.stop:  # before and after, a signal acts at once: what is done is on disk
             try:
                 train(run, training)
