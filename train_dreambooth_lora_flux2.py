@@ -183,7 +183,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift of sigma: linear in image tokens, none, a number, empirical"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (as drawn) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -932,9 +932,8 @@ class Progress(tqdm):
         """`total` things to do, of which `done` were done before."""
         self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
-        options["bar_format"] = "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}"
-        silent = not log.isEnabledFor(logging.INFO)
-        super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", "dynamic_ncols": True}
+        super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
         self.set_postfix_str(note, refresh=False)
