@@ -2437,6 +2437,7 @@ def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes
     """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries."""
     done, stored = (run.resume.state["step"], run.resume.state.get("compiled")) if run.resume else (0, None)
     pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps - done >= 500
+    pays = pays and not (run.args.do_fp8_training and several_sizes)  # which has crashed, see docs/memory.md
     wanted = [choice for choice in (asked_to_compile(run.args), stored, pays) if choice is not None]
     if not wanted[0]:
         return 0

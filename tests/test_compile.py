@@ -91,16 +91,18 @@ def test_a_failure_of_what_was_asked_for_is_an_error(script, quick, monkeypatch)
         quick("--compile_blocks", "--max_train_steps", "2", output="out")
 
 
-def compiled_blocks(script, steps=500, device="cuda", dtype=torch.bfloat16, flag=None, stored=None, bits8=False) -> int:
+def compiled_blocks(
+    script, steps=500, device="cuda", dtype=torch.bfloat16, flag=None, stored=None, bits8=False, fp8=False, sizes=1
+) -> int:
     """How many of three blocks `compile_blocks` compiles for such a run."""
     resume = None if stored is None else SimpleNamespace(state={"compiled": stored, "step": 0})
     run = SimpleNamespace(
-        args=SimpleNamespace(compile_blocks=flag), quantization={"load_in_8bit": bits8}, resume=resume,
+        args=SimpleNamespace(compile_blocks=flag, do_fp8_training=fp8), quantization={"load_in_8bit": bits8}, resume=resume,
         device=torch.device(device), dtype=dtype,
     )  # fmt: skip
     blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
     transformer = SimpleNamespace(transformer_blocks=blocks[:1], single_transformer_blocks=blocks[1:])
-    found = script.compile_blocks(run, transformer, False, steps)
+    found = script.compile_blocks(run, transformer, sizes > 1, steps)
     assert sum(block._compiled_call_impl is not None for block in blocks) == found
     return found
 
@@ -109,6 +111,7 @@ CHOICES = [
     ({}, 3), ({"steps": 499}, 0), ({"device": "cpu"}, 0), ({"device": "mps"}, 0), ({"dtype": torch.float32}, 0),
     ({"flag": False}, 0), ({"flag": True, "device": "cpu", "steps": 1}, 3), ({"stored": False}, 0),
     ({"stored": True, "steps": 1}, 3), ({"stored": False, "flag": True}, 3), ({"bits8": True}, 0),
+    ({"fp8": True}, 3), ({"sizes": 2}, 3), ({"fp8": True, "sizes": 2}, 0), ({"fp8": True, "sizes": 2, "flag": True}, 3),
 ]  # fmt: skip
 
 
