@@ -47,7 +47,6 @@ import shlex
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
@@ -2752,30 +2751,26 @@ def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # D
     return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
 
 
-def asked_to_compile(args: Args) -> bool | None:
-    """What the accelerate config's dynamo settings say, else --compile_blocks; None leaves it to the run."""
+def asked_to_compile(args: Args) -> bool | None:  # None: where it pays
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no") or args.compile_blocks
 
 
-def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes: bool, steps_to_go: int) -> int:
-    """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries.
-
-    A resumed run does as its checkpoint did. With several sizes one graph serves them all. Raises UserError.
-    """
-    asked, blocks = asked_to_compile(run.args), blocks_of(transformer)
-    pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps_to_go >= 500
-    stored = run.resume.state.get("compiled") if run.resume else None
-    if not (asked if asked is not None else pays if stored is None else stored):
+def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes: bool, steps: int) -> int:
+    """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries."""
+    done, stored = (run.resume.state["step"], run.resume.state.get("compiled")) if run.resume else (0, None)
+    pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps - done >= 500
+    pays = pays and not (run.args.do_fp8_training and several_sizes)  # which has crashed, see docs/memory.md
+    wanted = [choice for choice in (asked_to_compile(run.args), stored, pays) if choice is not None]
+    if not wanted[0]:
         return 0
     backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "").lower() for name in ("BACKEND", "MODE"))
-    backend = "inductor" if backend in ("", "no") else backend
-    needed = {"Triton": run.device.type != "cuda" or importlib.util.find_spec("triton"),
-              "a C compiler": os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cl"))),
-              "Python's headers": Path(sysconfig.get_path("include"), "Python.h").is_file()}  # fmt: skip
-    missing = [name for name, there in needed.items() if backend == "inductor" and not there]
-    problem = f"torch.compile needs {' and '.join(missing)}" if missing else None
+    backend, problem = "inductor" if backend in ("", "no") else backend, None
     if (run.quantization or {}).get("load_in_8bit"):
         problem = "bitsandbytes' int8 stays eager; FP8 and NF4 compile"
+    elif backend == "inductor" and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cl")))):
+        problem = "torch.compile needs a C compiler, such as gcc, and Python's headers"
+    elif backend == "inductor" and run.device.type == "cuda" and not importlib.util.find_spec("triton"):
+        problem = "torch.compile needs the package triton"
     if problem and run.args.compile_blocks:
         raise UserError(f"--compile_blocks: {problem}; leave it out")
     if problem:
@@ -2785,9 +2780,9 @@ def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes
     torch._dynamo.reset()  # graphs of an earlier run in this process
     torch.compiler.set_stance("default")
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what comes after it runs eager in silence
-    for block in blocks:  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
         block.compile(backend=backend, dynamic=several_sizes or None, mode=mode or None)
-    return len(blocks)
+    return len(blocks_of(transformer))
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
@@ -3865,8 +3860,7 @@ def prepare_training(
         load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
     geometries = {sample.geometry for stream in streams for sample in stream.samples}
-    steps_to_go = steps - (run.resume.state["step"] if run.resume else 0)
-    compiled = compile_blocks(run, transformer, len(geometries) > 1, steps_to_go)
+    compiled = compile_blocks(run, transformer, len(geometries) > 1, steps)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
     schedule = get_scheduler(  # in optimizer steps; stepped by us, never prepared by accelerate
@@ -3946,17 +3940,16 @@ def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> Non
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # Dynamo, Inductor, Triton and the C compiler have no common base
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = " ".join(f"{type(error).__name__}: {error}".split()).partition(" Set TORCHDYNAMO")[0][:200]
     training.optimizer.zero_grad(set_to_none=True)
-    failed = gather(torch.tensor([bool(problem)], device=run.device)).any()  # all processes do the same
-    if failed and asked_to_compile(run.args):
-        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
-    if failed:
-        training.compiled = 0
-        torch.compiler.set_stance("force_eager")
-        log.warning(f"compile: the trial failed ({problem}); this run is eager, also when it is resumed")
-    else:
+    if not gather(torch.tensor([bool(problem)], device=run.device)).any():  # all processes do the same
         log.info(f"compile: {training.compiled} blocks run compiled, after {time.perf_counter() - started:.0f} s")
+        return
+    if asked_to_compile(run.args):
+        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
+    training.compiled = 0
+    torch.compiler.set_stance("force_eager")
+    log.warning(f"compile: the trial failed ({problem}); this run is eager, also when it is resumed")
 
 
 def train(run: Run, training: Training) -> None:
