@@ -1807,21 +1807,13 @@ class SampleStream:
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors, keeps the rest as lists."""
-    return {
-        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
-        for key, value in items[0].items()
-    }
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
 
 
 def epoch_rounds(args: Args) -> int:
     """How often the samples are gone through in an epoch: what --repeats have in common."""
     return math.gcd(*(args.repeats or [1]))
-
-
-def repeated(samples: list[Sample]) -> list[Sample]:
-    """Each sample as often as its repeats say, so that the stream visits it in proportion; different ones first."""
-    most = max(sample.repeats for sample in samples)
-    return [sample for turn in range(most) for sample in samples if turn < sample.repeats]
 
 
 def choose_buckets(run: Run) -> list[Size]:
@@ -1865,7 +1857,8 @@ def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
                 was = f"{path.name} was drawn from '{prompt}', not from --class_prompt '{asked}'"
                 raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
-    return repeated(samples), buckets
+    rounds = range(max(sample.repeats for sample in samples))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in samples if turn < sample.repeats], buckets
 
 
 # differs: samples of the image-to-image script have references

@@ -71,14 +71,6 @@ def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
 
 
-def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
-    """Mean and log-variance (2, C, H, W) as the latent cache would hand them out; without one, pixels (3, H, W)."""
-    if not data.run.args.cache_latents:
-        return torch.randn(3, *image.target)
-    rows, columns = (side // data.run.cell for side in image.target)
-    return torch.randn(2, data.space.channels // 4, 2 * rows, 2 * columns)
-
-
 def fill(module: torch.nn.Module, run: Any) -> None:
     """Gives the parameters of a module on the meta device memory on the run's device, and random values."""
     for part in module.modules():
@@ -146,9 +138,14 @@ def set_up(script: ModuleType, run: Any, parts: Any, quantise: Callable[..., Non
 def make_batches(script: ModuleType, run: Any, parts: Any) -> Iterator[tuple[dict, ...]]:
     """The script's own loader, over latents and a prompt that were never encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    prompt = torch.randn(shape, dtype=run.dtype)
+    prompt, channels = torch.randn(shape, dtype=run.dtype), parts.space.channels // 4
+    # the cache hands out mean and log-variance (2, C, H, W); an image without one gives pixels (3, H, W)
     with (
-        mock.patch.object(script.TrainingSet, "view", random_moments),
+        mock.patch.object(
+            script.LatentSpace, "path", lambda _, image, flip: [2 * side // run.cell for side in image.target]
+        ),
+        mock.patch.object(script, "load_file", lambda size: {"moments": torch.randn(2, channels, *size)}),
+        mock.patch.object(script.Image, "pixels", lambda image, *_: torch.randn(3, *image.target)),
         mock.patch.object(script.PromptCache, "load", lambda *_: prompt),
     ):
         yield from script.make_loaders(run, parts, 0)
