@@ -243,7 +243,7 @@ def test_nothing_of_the_encoder_is_left_when_the_prompts_are_encoded(script, wid
     before = sum(live_tensors().values()), resident()
     prompts = script.encode_prompts(run, ["a toy", "a dog"])
     after = sum(live_tensors().values()), resident()
-    assert len(during) == 2 and prompts.load("a toy").shape == (64, 96)
+    assert len(during) == 2 and prompts.get("a toy").shape == (64, 96)
     for kind, allowed in ((0, 100_000), (1, 30_000_000)):
         assert during[-1][kind] - before[kind] > 180_000_000, (before, during, after)
         assert after[kind] - before[kind] < allowed, (before, during, after)

@@ -40,11 +40,11 @@ def checkpoints(folder: Path) -> list[str]:
 def busy(script, quick, monkeypatch, tmp_path):
     """Pid of a child that trains in `tmp_path/out` and waits there after its second step."""
 
-    def wait_at_two(run, parts, state, batches, original=script.train_step):
-        if state.step == 2:
+    def wait_at_two(run, training, batches, original=script.train_step):
+        if training.step == 2:
             (tmp_path / "waits").touch()
             time.sleep(120)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", wait_at_two)
     with forked(quick, "--max_train_steps", "6", "--checkpointing_steps", "1", log=tmp_path / "log") as child:
