@@ -1757,21 +1757,13 @@ class SampleStream:
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors, keeps the rest as lists."""
-    return {
-        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
-        for key, value in items[0].items()
-    }
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
 
 
 def epoch_rounds(args: Args) -> int:
     """How often the samples are gone through in an epoch: what --repeats have in common."""
     return math.gcd(*(args.repeats or [1]))
-
-
-def repeated(samples: list[Sample]) -> list[Sample]:
-    """Each sample as often as its repeats say, so that the stream visits it in proportion; different ones first."""
-    most = max(sample.repeats for sample in samples)
-    return [sample for turn in range(most) for sample in samples if turn < sample.repeats]
 
 
 def choose_buckets(run: Run) -> list[Size]:
@@ -1814,7 +1806,9 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     held_out = [samples[index] for index in sorted(order[:count])]
     if held_out:
         log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
-    return repeated([samples[index] for index in sorted(order[count:])]), held_out
+    rest = [samples[index] for index in sorted(order[count:])]
+    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
 # endregion shared: samples

@@ -1710,27 +1710,22 @@ def list_samples(args: Args) -> list[Sample]:
     return samples
 
 
-def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
-    """Images below `folder` by their path in it without the ending. Raises UserError where two share one."""
-    stems: dict[str, Path] = {}
-    for path in paths:
-        stem = plain(path.relative_to(folder).with_suffix(""))
-        if stems.setdefault(stem, path) != path:
-            raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
-    return stems
-
-
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     """Samples with the references of the same stem in each --cond_data_dir. Raises UserError where one has none."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    if any(sample.references for sample in samples):
-        raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
     listed, found = {sample.image.path: sample for sample in samples}, []
-    targets = by_stem(folder, listed)
-    for other in others:
-        files, images = list_files(other)
-        tell_unused(other, files, images)
-        found.append(by_stem(other, images))
+    if any(sample.references for sample in samples):
+        raise UserError("--cond_data_dir: the metadata name references too; leave one of them out")
+    for folder in (Path(os.path.abspath(path)) for path in data_folders(args)):
+        files, images = list_files(folder)
+        if found:
+            tell_unused(folder, files, images)
+        stems: dict[str, Path] = {}
+        for path in images if found else listed:
+            stem = plain(path.relative_to(folder).with_suffix(""))
+            if stems.setdefault(stem, path) != path:
+                raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
+        found.append(stems)
+    targets, *found = found
     alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
     alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
     if alone:
@@ -1748,10 +1743,9 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
     """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
     height, width = size
-    if min(size) < MIN_REFERENCE_SIDE:
-        return f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
-    if max(size) > MAX_REFERENCE_ASPECT * min(size):
-        return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+    if min(size) < MIN_REFERENCE_SIDE or max(size) > MAX_REFERENCE_ASPECT * min(size):
+        limits = f"{MIN_REFERENCE_SIDE} pixels a side and {MAX_REFERENCE_ASPECT}:1 at most"
+        return f"a reference needs {limits}, it has {width} x {height}"
     if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
         return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
     return None
@@ -1912,21 +1906,13 @@ class SampleStream:
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors, keeps the rest as lists."""
-    return {
-        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
-        for key, value in items[0].items()
-    }
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
 
 
 def epoch_rounds(args: Args) -> int:
     """How often the samples are gone through in an epoch: what --repeats have in common."""
     return math.gcd(*(args.repeats or [1]))
-
-
-def repeated(samples: list[Sample]) -> list[Sample]:
-    """Each sample as often as its repeats say, so that the stream visits it in proportion; different ones first."""
-    most = max(sample.repeats for sample in samples)
-    return [sample for turn in range(most) for sample in samples if turn < sample.repeats]
 
 
 def choose_buckets(run: Run) -> list[Size]:
@@ -1969,7 +1955,9 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     held_out = [samples[index] for index in sorted(order[:count])]
     if held_out:
         log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
-    return repeated([samples[index] for index in sorted(order[count:])]), held_out
+    rest = [samples[index] for index in sorted(order[count:])]
+    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
 # endregion shared: samples
@@ -2092,11 +2080,13 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
     images = []
     for path in map(Path, split_paths(args.validation_image[row]) if row < len(args.validation_image or []) else []):
         try:
-            images.append(decode_image(path.read_bytes()))
+            image = decode_image(path.read_bytes())
+            problem = reference_problem((image.height, image.width))
         except (OSError, ValueError) as error:
-            raise UserError(f"--validation_image {path}: {error}") from None
-        if problem := reference_problem((images[-1].height, images[-1].width)):
+            problem = error
+        if problem:
             raise UserError(f"--validation_image {path}: {problem}")
+        images.append(image)
     return images
 
 
