@@ -2,7 +2,7 @@
 #   make demo           train a LoRA on the CPU on the embedded tiny model; demo-edit: the same for an edit
 #   make check          lint, format, static and unit tests
 #   make test           every test that needs no GPU; test-learning: the longer proofs that training learns; test-soak:
-#                       hundreds of kills and faults
+#                       hundreds of kills and faults; test-oldest: the core of it on the oldest versions that are promised
 # Another interpreter: make demo PYTHON=python3.12. An environment that exists already: make test VENV=path/to/venv.
 
 PYTHON ?= python3
@@ -11,6 +11,11 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # Two processes with one thread each: the tiny models gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# test-oldest has an environment of its own: every lower bound of requirements_flux.txt, exactly.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
+OLDEST_TESTS := tests/test_training.py tests/test_checkpoints.py tests/test_lora.py tests/test_comfyui.py tests/test_fp8.py
 
 RUN_STAMP := $(VENV)/.installed-flux
 DEV_STAMP := $(VENV)/.installed-dev
@@ -21,7 +26,7 @@ LAST_DEMO_PAIR := $(DEMO_PAIRS)/unseen_target/003.png
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-edit check test test-learning test-soak format clean
+.PHONY: help demo demo-edit check test test-learning test-soak test-oldest format clean
 
 help:
 	@sed -n '2,6s/^# *//p' Makefile
@@ -73,6 +78,17 @@ test-learning: $(DEV_STAMP)
 test-soak: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 SOAK_JSON=1 $(BIN)/python -m pytest -q -m soak --durations=10 tests
 
+$(OLDEST_STAMP): requirements_flux.txt requirements_dev.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	sed 's/>=/==/' requirements_flux.txt > $(OLDEST_VENV)/requirements.txt
+	$(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check -r $(OLDEST_VENV)/requirements.txt \
+	  -r requirements_dev.txt
+	@touch $@
+
+# -rs: what is skipped there is said with its reason.
+test-oldest: $(OLDEST_STAMP)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q -n 2 --dist loadfile -rs $(OLDEST_TESTS)
+
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -80,4 +96,4 @@ format: $(DEV_STAMP)
 # Keeps $(VENV) and every other folder under outputs/: those may hold a LoRA that took hours.
 clean:
 	rm -rf outputs/demo .pytest_cache .ruff_cache
-	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -print | xargs rm -rf
+	find . \( -path './$(VENV)' -o -path './$(OLDEST_VENV)' \) -prune -o -type d -name __pycache__ -print | xargs rm -rf

@@ -1,10 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.15.0", "torchvision>=0.29.2", "diffusers>=0.42.1", "transformers>=5.23.0", "accelerate>=1.15.0",
-#     "peft>=0.21.2", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=2.4.0", "Pillow>=13.0.0",
-#     "numpy>=2.4.6", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
-#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2",
+#     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.0.0", "accelerate>=1.5.0",
+#     "peft>=0.20.0", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=1.33.0", "Pillow>=12.3.0",
+#     "numpy>=2.4.0", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2",
 # ]
 # ///
 """Train a FLUX.2 LoRA that edits images: reference image(s) and an instruction in, the edited image out.
@@ -27,6 +27,7 @@ Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import csv
 import difflib
@@ -47,7 +48,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
@@ -81,28 +81,24 @@ class CannotWrite(UserError, OSError):
     """A file that cannot be written, on a full disk for instance."""
 
 
-def parse_number(cast: type, least: float, most: float, above: bool, text: str) -> float:
-    """A number from `least` to `most`; `above` leaves out the lower end."""
+def parse_number(kind: tuple, text: str) -> float:
+    """The value of a flag whose kind is (type, least) or (type, least, most)."""
+    cast, least, most = (*kind, 1e18)[:3]
     try:
         value = cast(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid {cast.__name__} value: '{text}'") from None
-    if not least <= value <= most or (above and value == least):
-        end = f" and at most {most}" if most < sys.float_info.max else " and finite"
-        raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {least}{end}, not {text}")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
     return value
 
 
-def number(cast: type, least: float, most: float = sys.float_info.max, above: bool = False) -> Callable:
-    return functools.partial(parse_number, cast, least, most, above)
-
-
-COUNT, NATURAL, POSITIVE, NOT_NEGATIVE = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0)
-SHARE, BETA, FINITE = number(float, 0, 1), number(float, 0, 1 - 2**-24), number(float, -sys.float_info.max)
+COUNT, NATURAL, POSITIVE, NOT_NEGATIVE, SHARE = (int, 1), (int, 0), (float, 1e-30), (float, 0), (float, 0, 1)
+BETA = (float, 0, 1 - 2**-24)
 
 
 def share_or_switch(text: str) -> float:
-    return SHARE({"true": "1", "false": "0"}.get(text.lower(), text))
+    return parse_number(SHARE, {"true": "1", "false": "0"}.get(text.lower(), text))
 
 
 def to_path(text: str) -> str:
@@ -110,15 +106,23 @@ def to_path(text: str) -> str:
     return ",".join(map(os.path.expanduser, text.split(",")))
 
 
+def to_sizes(text: str) -> str:
+    """What `parse_sizes` reads: heights and widths in multiples of 16."""
+    grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
+    if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
+        raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
+    return text
+
+
 class Switch(argparse.Action):
-    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is on by default."""
+    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is, or may be, on by default."""
 
     def __call__(self, _parser: Any, found: Args, value: str | None, option: str | None = None) -> None:
         setattr(found, self.dest, (value != "false") != str(option).startswith("--no-"))
 
 
 def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
-    """One row of the flag table: `kind` is a type, bool for a switch, or 'a|b|c' for a closed set in any case.
+    """One row of the table: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or a range.
 
     `resume` marks what a resumed run must share with the run that it goes on with.
     """
@@ -128,7 +132,7 @@ def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **
     elif isinstance(kind, str):
         options |= {"type": str.lower, "choices": kind.split("|")}
     else:
-        options |= {"type": kind}
+        options |= {"type": functools.partial(parse_number, kind) if isinstance(kind, tuple) else kind}
     return name, options
 
 
@@ -145,39 +149,42 @@ SHARED_FLAGS = [
     flag("dataset_split", str, "train", "split of that data set"),
     flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
     flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-    flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+    flag("instance_data_dir", to_path, None, "folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
-    flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+    flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+         resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
     flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
-    flag("aspect_ratio_buckets", str, None, "train at these sizes instead of squares: 'height,width;height,width'"),
+    flag("aspect_ratio_buckets", to_sizes, None, "train at these sizes, not squares: 'height,width;height,width'"),
     flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
     flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
     flag("random_flip", bool, False, "mirror half of the visits", resume=True),
     flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
     "Prior preservation",
     "Text",
-    flag("max_sequence_length", number(int, 1, 512), 512, "text tokens with the template", resume=True),
+    flag("max_sequence_length", (int, 1, 512), 512, "text tokens with the template", resume=True),
     flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: text encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
-    flag("lora_alpha", number(float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
-    flag("lora_dropout", number(float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
+    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
+    flag("lora_dropout", (float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
     flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
     flag("init_lora_from", to_path, None, "start from this .safetensors LoRA, with its rank, alpha and modules"),
     "Flow matching",
     flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
-    flag("logit_mean", number(float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
+    flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
-    flag("mode_scale", FINITE, 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-         "empirical (as at inference) or a number"),
+    flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (as drawn) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -193,18 +200,18 @@ SHARED_FLAGS = [
     flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
     flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
     flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
-    flag("adam_weight_decay", number(float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
-    flag("adam_epsilon", number(float, 0, 0.01, above=True), 1e-8, "epsilon of the denominator", resume=True),
+    flag("adam_weight_decay", (float, 0, 10), 1e-4, "weight decay of the LoRA", resume=True),
+    flag("adam_epsilon", (float, 1e-30, 0.01), 1e-8, "epsilon of the denominator", resume=True),
     flag("prodigy_beta3", BETA, None, "decay of Prodigy's step-size estimate; None: sqrt(beta2)"),
     flag("prodigy_decouple", bool, True, "Prodigy: AdamW-style weight decay", resume=True),
     flag("prodigy_use_bias_correction", bool, True, "Prodigy: bias correction", resume=True),
     flag("prodigy_safeguard_warmup", bool, True, "Prodigy: no warm-up in its step-size estimate", resume=True),
-    flag("max_grad_norm", number(float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
+    flag("max_grad_norm", (float, 0.001), 1.0, "clip the LoRA's gradient to this L2 norm", resume=True),
     flag("lr_scheduler", "linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup", "constant",
          "schedule of the learning rate, in optimizer steps", resume=True),
     flag("lr_warmup_steps", NATURAL, 0, "optimizer steps of linear warm-up", resume=True),
     flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
-    flag("lr_power", number(float, 0, 10), 1.0, "power of polynomial", resume=True),
+    flag("lr_power", (float, 0, 10), 1.0, "power of polynomial", resume=True),
     "Memory and speed",
     flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in every "
          "block, 0.5 in half", nargs="?", const=1.0),
@@ -216,6 +223,7 @@ SHARED_FLAGS = [
     flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
     flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
     flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+    flag("compile_blocks", bool, None, "torch.compile the blocks; None: on a GPU, when 500 steps or more are to go"),
     flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
     "Checkpoints",
     flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
@@ -229,10 +237,11 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
-    flag("validation_size", str, None, "'height,width' of those images; None: --resolution or the first bucket"),
+    flag("validation_size", to_sizes, None, "'height,width' of those images; None: --resolution or the first bucket"),
     flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
     flag("skip_final_inference", bool, False, "no images at the end"),
     "Logging and Hub",
@@ -253,14 +262,13 @@ SHARED_FLAGS = [
 # Parsed so that saved command lines of other trainers run, and said so at start.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 SECRET_FLAGS = ("hub_token",)
-DRAWN_PROMPTS = ("validation_prompt", "final_validation_prompt", "class_prompt")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-FSDP_POLICY, FSDP_BLOCKS = "TRANSFORMER_BASED_WRAP", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
 
@@ -286,42 +294,37 @@ FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
-
-
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the processes of a machine one tells a mistake; the others wait, for the launcher ends all with the first."""
+    """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
 
     def error(self, message: str) -> NoReturn:
+        """Adds the likely cause."""
+        if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)
+            self.exit(2)
         causes = [cause for pattern, cause in LIKELY_CAUSES.items() if re.search(pattern, message)]
         self.exit(2, f"{self.prog}: error: {'. '.join([message, *causes])}\n")
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        silent = status != 0 and is_launched() and os.environ["LOCAL_RANK"] != "0"
-        if silent:
-            time.sleep(10)
-        super().exit(status, None if silent else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the flags in their groups."""
-    summary, _, story = (__doc__ or "").partition("\n")
-    parser = Parser(
-        prog=Path(__file__).name, description=summary, epilog=story.strip("\n"), allow_abbrev=False,
-        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(Path(__file__).name, argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False)
     groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
     for row in SHARED_FLAGS + OWN_FLAGS:
         if isinstance(row, str):
             group = groups[row]
             continue
         name, options = row
-        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
+        may_be_on = options.get("action") is Switch and options["default"] is not False
+        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * may_be_on
         group.add_argument(f"--{name}", *more, **options)
     return parser
 
@@ -332,24 +335,17 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            word.encode()  # what is no UTF-8 could not be written down
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
-            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
-    found = parser.parse_args(words)
-    for name in DRAWN_PROMPTS if found.instance_prompt else ():
-        if isinstance(text := getattr(found, name, None), str):
-            setattr(found, name, text.replace("[trigger]", found.instance_prompt))
-        elif text:
-            setattr(found, name, [prompt.replace("[trigger]", found.instance_prompt) for prompt in text])
-    return found
+            parser.error(f"{word}: cannot read it ({error})")
+    trigger = parser.parse_args(words).instance_prompt or "[trigger]"
+    return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """'height,width;height,width' as a list of (height, width). Raises ValueError on anything else."""
-    sizes = [tuple(int(side) for side in pair.split(",")) for pair in text.split(";") if pair.strip()]
-    if not sizes or any(len(size) != 2 for size in sizes):
-        raise ValueError(text)
-    return sizes
+    """'height,width;height,width' as a list of (height, width)."""
+    return [tuple(map(int, pair.split(","))) for pair in text.split(";")]
 
 
 def final_prompts(args: Args) -> list[str]:
@@ -357,112 +353,78 @@ def final_prompts(args: Args) -> list[str]:
 
 
 def check_values(args: Args) -> Iterator[str]:
-    """Problems of sizes, of --timestep_shift and of texts."""
+    """Problems of single flags, of texts, and of the flags that name the model and the data."""
+    model, settings = args.pretrained_model_name_or_path, args.bnb_quantization_config_path
+    if not model:
+        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
+    elif not os.path.isdir(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
+    if args.mixed_precision == "fp16":
+        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
+    text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
+    together = {
+        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+            settings and args.do_fp8_training,
+        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+            settings and args.stream_blocks,
+        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+            text_format and elsewhere,
+        "--instance_data_dir or --dataset_name: give exactly one of them":
+            bool(args.instance_data_dir) == bool(args.dataset_name),
+        "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
+            args.mask_suffix and args.dataset_name,
+    }  # fmt: skip
+    yield from (problem for problem, holds in together.items() if holds)
+    for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
+        yield f"--instance_data_dir {folder}: no such folder"
+    if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
+        yield f"--repeats: {len(args.repeats)} number(s) for {count} --instance_data_dir; give one for each"
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
     if not re.fullmatch(r"linear|none|empirical|[1-9]\d?(\.\d*)?|0?\.\d?[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
-    for name, most in (("aspect_ratio_buckets", 1000), ("validation_size", 1)):
-        text = getattr(args, name)
-        try:
-            sizes = parse_sizes(text) if text is not None else []
-        except ValueError:
-            sizes = [(0, 0)]
-        if len(sizes) > most or any(min(size) < 16 or size[0] % 16 or size[1] % 16 for size in sizes):
-            several = " (several with ';' between)" * (most > 1)
-            yield f"--{name} '{text}': write it as 'height,width', multiples of 16{several}"
-    for name, value in vars(args).items():
-        text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            yield f"--{name} {ascii(text)}: is not UTF-8; rename the file, or type it anew"
-        if "[trigger]" in text and name in DRAWN_PROMPTS and not args.instance_prompt:
-            yield f"--{name}: [trigger] stands for --instance_prompt, which is missing"
-    if "[trigger]" in (args.instance_prompt or ""):
-        yield "--instance_prompt: is what replaces [trigger] elsewhere; write the words themselves, as in 'sks dog'"
     if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
         yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
+    for name in (name for name, value in vars(args).items() if "[trigger]" in str(value)):
+        yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
 
 
-def check_model_and_data(args: Args) -> Iterator[str]:
-    """Problems of the flags that name the model and the data, as far as the disk can tell."""
-    model, folder = args.pretrained_model_name_or_path, args.instance_data_dir
-    settings = args.bnb_quantization_config_path
-    if not model:
-        yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
-    elif os.path.exists(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-        yield f"--pretrained_model_name_or_path {model}: has no model_index.json; give a diffusers folder"
-    elif not os.path.exists(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
-    if args.mixed_precision == "fp16":
-        yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings:
-        try:
-            read_quantization(args)
-        except (OSError, ValueError) as error:
-            example = "configs/quantization/nf4.json"
-            yield f"--bnb_quantization_config_path {settings}: cannot be used ({error}); see {example}"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.init_lora_from and not os.path.isfile(args.init_lora_from):
-        yield f"--init_lora_from {args.init_lora_from}: no such file; give a .safetensors LoRA"
-    if bool(folder) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if folder and not os.path.isdir(folder):
-        reason = "a file; give the folder of the images" if os.path.isfile(folder) else "no such folder"
-        yield f"--instance_data_dir {folder}: {reason}"
-
-
-def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises OSError or ValueError if it has none."""
-    settings = json.loads(Path(args.bnb_quantization_config_path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
-        raise ValueError('it must be an object with one of "load_in_4bit" and "load_in_8bit" true')
+def read_quantization(flag: str, path: str) -> dict[str, Any]:
+    """The settings of bitsandbytes in the file of this flag. Raises UserError."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
+            raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--{flag} {path}: cannot be used ({error}); see configs/quantization/nf4.json") from None
     return settings
 
 
-LAUNCH_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}  # and the values that change nothing
-
-
 def launched_with(name: str) -> bool:
-    """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def process_count() -> int:
-    """Processes that the launcher started, on all machines."""
-    count = os.environ.get("WORLD_SIZE", "")
-    return int(count) if count.isdigit() else 1
-
-
-def is_launched() -> bool:
-    """Whether the environment has all that a launcher tells a process."""
-    return "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCH_VARIABLES)
+def process_count() -> int:  # on all machines
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_launch(args: Args) -> Iterator[str]:
     """Problems of the accelerate configuration, which arrives in the environment."""
-    left_over = [name for name, alone in LAUNCH_VARIABLES.items() if os.environ.get(name, alone) != alone]
-    if left_over and not is_launched():
-        yield f"{', '.join(left_over)}: left by another run; `unset {' '.join(left_over)}`, or use accelerate launch"
     if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
-    asked = {name for name in ("DEEPSPEED", "MEGATRON_LM", "TPU") if launched_with(f"ACCELERATE_USE_{name}")}
-    for name in asked | {"TPU"} if os.environ.get("PJRT_DEVICE") == "TPU" else asked:
+    asked = [name for name in ("DEEPSPEED", "MEGATRON_LM") if launched_with(f"ACCELERATE_USE_{name}")]
+    for name in asked + ["TPU"] * (os.environ.get("PJRT_DEVICE") == "TPU"):
         yield f"the accelerate config asks for {name}, which is not supported; use one of configs/accelerate/"
-    if not launched_with("ACCELERATE_USE_FSDP"):
-        return
-    if args.stream_blocks:
+    sharded = launched_with("ACCELERATE_USE_FSDP")
+    if sharded and args.stream_blocks:
         yield "--stream_blocks: FSDP splits the blocks already; leave one out, or set fsdp_offload_params"
-    if process_count() == 1:
+    if sharded and process_count() == 1:
         yield "the accelerate config asks for FSDP on one process; set num_processes, or see configs/accelerate/"
-    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", FSDP_POLICY)
-    given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(FSDP_BLOCKS))
-    if policy.upper() != FSDP_POLICY or not {name.strip() for name in given.split(",")} <= set(FSDP_BLOCKS):
-        wanted = f"fsdp_auto_wrap_policy: {FSDP_POLICY}, fsdp_transformer_layer_cls_to_wrap: {','.join(FSDP_BLOCKS)}"
-        yield f"the accelerate config wraps '{given}' by '{policy}'; write {wanted}"
+    known = "TRANSFORMER_BASED_WRAP"
+    if sharded and os.environ.get("FSDP_AUTO_WRAP_POLICY", known).upper() != known:
+        blocks = "fsdp_transformer_layer_cls_to_wrap: Flux2TransformerBlock,Flux2SingleTransformerBlock"
+        yield f"the accelerate config wraps otherwise; write fsdp_auto_wrap_policy: {known}, {blocks}"
 
 
 def report_to(args: Args) -> list[str]:
@@ -472,51 +434,44 @@ def report_to(args: Args) -> list[str]:
 
 
 def check_services(args: Args) -> Iterator[str]:
-    """Problems of trackers, packages, servers and the token."""
-    trackers, settings = report_to(args), args.bnb_quantization_config_path
+    """Problems of secrets, of trackers and of what is not installed."""
+    trackers, url = report_to(args), urllib.parse.urlsplit(args.remote_text_encoder_url)
+    if url.username or url.query:  # it is written down with the other flags
+        yield "--remote_text_encoder_url: give an address without user, password and query"
     for name in sorted({*trackers} - {*TRACKERS}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
     if args.hub_token and {*trackers} - {"tensorboard", "trackio", "mlflow"}:  # may upload sys.argv
         yield f"--hub_token: --report_to {args.report_to} uploads the command line; use HF_TOKEN or `hf auth login`"
-    wanted = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
-    wanted |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
-    wanted |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
-    wanted |= {"--bnb_quantization_config_path": "bitsandbytes"} if settings else {}
-    wanted |= {"--dataset_name": "datasets"} if args.dataset_name else {}
-    for reason, package in wanted.items():
+    needed = {f"--report_to {name}": name for name in trackers if name in TRACKERS}
+    needed |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
+    needed |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam and args.optimizer == "adamw" else {}
+    for reason, package in needed.items():
         if importlib.util.find_spec(package) is None:
             yield f"{reason}: the package is missing, install it with `pip install {package}`"
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:  # no secrets in flags
-        yield "--remote_text_encoder_url: give an http(s) address without user, password and query"
 
 
 def check_folders(args: Args) -> Iterator[str]:
     """Problems of the folders that are written to: no permission, data in it, or results that nobody gave up."""
-    data = [Path(path).resolve() for path in data_folders(args)]
+    data = {Path(path).resolve() for path in data_folders(args)}
     for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
         if not (given := getattr(args, name, None)):
             continue
         path = Path(given).resolve()
-        parent = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         try:
-            tempfile.TemporaryDirectory(dir=parent).cleanup()
+            tempfile.TemporaryDirectory(dir=next(filter(os.path.exists, (path, *path.parents)))).cleanup()
         except OSError as error:
-            yield f"--{name} {given}: cannot write to {parent} ({error.strerror}); choose another folder"
+            yield f"--{name} {given}: cannot write there ({error}); choose another folder"
             return
-        if path in (Path.home(), Path("/").resolve(), *data) or not set(data).isdisjoint(path.parents):
+        if path in (Path.home(), Path("/").resolve()) or not data.isdisjoint((path, *path.parents)):
             yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
-    folder, target = Path(args.output_dir), args.resume_from_checkpoint
-    if target and target != "latest" and not (folder / target).is_dir() and not Path(target).is_dir():
-        yield f"--resume_from_checkpoint {target}: no such folder, neither as given nor in {folder}; or use 'latest'"
-    written, config = results_in(folder), folder / "config.args"
-    listed = ", ".join(path.name for path in written[:3])
-    own = config.is_file() and config.read_bytes().startswith(CONFIG_HEAD.encode())
+    folder, written = Path(args.output_dir), results_in(Path(args.output_dir))
+    settings, listed = folder / "config.args", ", ".join(path.name for path in written[:3])
+    own = settings.is_file() and settings.read_bytes().startswith(CONFIG_HEAD.encode())
     if not own and not all((path / "manifest.json").is_file() for path in written):  # as in our checkpoints
         yield f"--output_dir {folder}: holds {listed}, which no run of this script wrote; choose another folder"
-    elif written and not (target or args.overwrite_output_dir or args.dry_run):
-        yield (f"--output_dir {folder}: holds {listed}, of an earlier run; go on with it by --resume_from_checkpoint "
-               "latest, or remove its files, not the cache, by --overwrite_output_dir")  # fmt: skip
+    elif written and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
+        ways = "go on with --resume_from_checkpoint latest, or remove its files by --overwrite_output_dir"
+        yield f"--output_dir {folder}: holds {listed}, of an earlier run; {ways}, which leaves the cache"
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -534,10 +489,10 @@ def check_own(args: Args) -> Iterator[str]:
     for folder in args.cond_data_dir or []:
         if not os.path.isdir(folder):
             yield f"--cond_data_dir {folder}: no such folder"
-        elif args.instance_data_dir and os.path.realpath(folder) == os.path.realpath(args.instance_data_dir):
+        elif os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
             yield f"--cond_data_dir {folder}: is --instance_data_dir too; references need a folder of their own"
-    if args.cond_data_dir and (args.dataset_name or args.cond_image_column):
-        yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
+    if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
+        yield "--cond_data_dir: goes with one --instance_data_dir alone; else give metadata, see --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
         yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
@@ -556,7 +511,7 @@ def split_paths(text: str) -> list[str]:
 # differs: there are folders of references too
 def data_folders(args: Args) -> list[str]:
     """The folders that the images are read from, into which nothing may be written."""
-    return [folder for folder in (args.instance_data_dir, *(args.cond_data_dir or [])) if folder]
+    return [*(args.instance_data_dir or []), *(args.cond_data_dir or [])]
 
 
 # region shared: arguments-result
@@ -574,25 +529,11 @@ def flag_notes(args: Args) -> list[str]:
     return [note for note, holds in notes.items() if holds]
 
 
-def is_launcher(command: bytes) -> bool:
-    """Whether a process with this command line, as /proc has it, is accelerate's or torch's launcher."""
-    launchers = {
-        b"accelerate",
-        b"accelerate-launch",
-        b"accelerate.commands.launch",
-        b"torchrun",
-        b"torch.distributed.run",
-    }
-    return not launchers.isdisjoint(map(os.path.basename, command.split(b"\0")[:4]))  # python -X y -m module
-
-
 def end_with_launcher() -> None:
-    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
-
-    Any other parent, a shell or a supervisor, may end before the run does.
-    """
+    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
-    if sys.platform == "linux" and command.is_file() and is_launcher(command.read_bytes()):
+    words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
+    if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
@@ -602,10 +543,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The checked command line (`sys.argv[1:]` if None); prints what is wrong with its remedy and exits with 2."""
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
-    checks = (check_values, check_model_and_data, check_launch, check_services, check_folders, check_own)
+    checks = (check_values, check_launch, check_services, check_folders, check_own)
     if problems := [problem for check in checks for problem in check(args)]:
-        listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"{parser.prog}: {len(problems)} problem(s) on the command line, nothing was loaded:\n{listed}")
+        head = f"{len(problems)} problem(s) on the command line, nothing was loaded:"
+        parser.error("\n  - ".join([head, *problems]))
     return args
 
 
@@ -617,12 +558,14 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+
 # news from libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
-from unittest import mock
 
 import accelerate
 import diffusers
@@ -634,6 +577,7 @@ import PIL.ImageDraw
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import psutil
+import requests
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -651,9 +595,9 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
 )
 from diffusers.training_utils import free_memory as release_memory
-from huggingface_hub.utils import http_stream_backoff
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from requests.adapters import HTTPAdapter, Retry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -663,7 +607,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-log = logging.getLogger("flux2_lora")
+log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 # endregion shared: imports
 
 
@@ -678,6 +622,8 @@ class Run:
     args: Args
     accelerator: accelerate.Accelerator
     device: torch.device
+    process_index: int  # from 0, over all machines
+    processes: int  # on all machines; each has a device and a micro-batch of its own
     dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
     seed: int
     model: ModelFiles
@@ -686,11 +632,12 @@ class Run:
     cell: int  # pixels per token side
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
     started: float  # time.monotonic()
-    sharding: Sharding | None = None  # of the frozen blocks; None: every process holds them whole
+    sharding: bool = False  # FSDP2 splits the frozen blocks over the processes; else each holds them whole
     hub_repo: str | None = None  # made when the checks have passed
     told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
 
@@ -701,14 +648,6 @@ class Run:
         four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
         blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
-
-    @property
-    def process_index(self) -> int:  # from 0, over all machines
-        return self.accelerator.process_index
-
-    @property
-    def processes(self) -> int:  # on all machines; each has a device and a micro-batch of its own
-        return self.accelerator.num_processes
 
     @property
     def is_main(self) -> bool:  # the one that writes what the run has only once
@@ -725,15 +664,30 @@ class Stream:
 
 
 @dataclass
-class TrainingParts:
-    """What the training loop works with."""
+class Training:
+    """What is trained, on what, and how far it is: made by `prepare_training`, changed by every step."""
 
     space: LatentSpace
-    prompts: PromptCache
-    transformer: nn.Module
-    vae: Any  # None when the images are cached and nothing is drawn
     streams: list[Stream]  # the first one is what is learned
-    buckets: list[Size]
+    held_out: list[Sample]  # what is never trained on
+    vae: Any  # None when the images are cached and nothing is drawn
+    transformer: nn.Module
+    parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
+    ups: list[torch.Tensor]  # all lora_B, without autograd: what the LoRA has moved, since they start from 0
+    update_norm: torch.Tensor  # of `ups` in the last step
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    fingerprint: dict[str, Any]
+    stop: StopSignals
+    compiled: int  # blocks that run compiled
+    step: int = 0  # optimizer steps done
+    whole: bool = True  # False within an update: weights and moments of one step, the count of another
+    skipped: int = 0  # steps in a row that were not finite
+    smoothed_loss: float | None = None
+    signal: int = 0  # the highest that any process had received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
+    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
+    seconds: float = 0.0  # that the steps since this start took
 
     @property
     def samples(self) -> list[Sample]:  # what is learned: epochs count these
@@ -757,10 +711,6 @@ class SaveFailed(RuntimeError):
 
 class OutOfMemory(torch.OutOfMemoryError):
     """Out of memory, with what was going on and what to do. Exit code 6."""
-
-
-class Stopped(SystemExit):
-    """The run was stopped by a signal or the time limit after saving; the code is 128 + signal number."""
 
 
 EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, KeyboardInterrupt: 130}
@@ -789,7 +739,7 @@ def start_run(args: Args) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def output_lock(args: Args) -> Iterator[None]:
-    """Keeps other runs out of the output folder while this one goes on. Raises UserError that says who is in it.
+    """Keeps other runs out of the output folder while this one goes on. Raises UserError.
 
     The kernel gives the lock back however its process ends. Not `filelock`: workers, which may outlive a killed run,
     inherit its flock, and without locks it falls back in silence to a file that a kill leaves behind. Windows has none.
@@ -801,15 +751,14 @@ def output_lock(args: Args) -> Iterator[None]:
 
     path = Path(args.output_dir) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"--output_dir {args.output_dir}: another run is going on in it ({file.read().strip()}); "
-                            "wait for it, stop it, or choose another folder") from None  # fmt: skip
+            who = path.read_text(encoding="utf-8").strip()
+            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -830,8 +779,7 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     phase = next((name for caller, name in itertools.pairwise(called) if caller == "main"), "start").replace("_", " ")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     peak = max(peak_memory(run).values(), default=math.nan)
-    on_gpu = run.device.type == "cuda"
-    free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
+    free = free_memory(run) / 1e9
     flags = memory_flags(run, phase)
     text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
     text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
@@ -841,10 +789,19 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     raise OutOfMemory(text.rstrip()) from error
 
 
+def free_memory(run: Run) -> int:
+    """Free bytes of the device; of the host on the CPU, and where the device does not tell."""
+    if run.device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+            return torch.accelerator.get_memory_info(run.device)[0]
+    return psutil.virtual_memory().available
+
+
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
     if "prompts" in phase:
-        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+        names, smaller = ["offload", "text_encoder_bnb_config_path"], ["max_sequence_length"]
+        names += ["fsdp_text_encoder", "remote_text_encoder"]
     elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
@@ -853,7 +810,8 @@ def memory_flags(run: Run, phase: str) -> list[str]:
         names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
         smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
-    useless += ["fsdp_text_encoder"] if run.processes == 1 else []
+    useless += ["fsdp_text_encoder"] if run.processes == 1 or run.text_quantization else []
+    useless += ["text_encoder_bnb_config_path"] if run.args.fsdp_text_encoder else []
     helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
     return helping + [f"a smaller --{name}" for name in smaller]
 
@@ -861,8 +819,9 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 def resume_line(run: Run, *more: str) -> str:
     """What goes on from the last checkpoint: a command, or the call of a notebook."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
+    if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
+        several = f"notebook_launcher(train, ({words},), {run.processes})"
+        return f"main(parse_args({words}))" if run.processes == 1 else several
     launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
     return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
@@ -877,8 +836,8 @@ class StopSignals:
     previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # no other may install handlers
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
+        with contextlib.suppress(ValueError):  # in any but the main thread
             self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
@@ -912,7 +871,8 @@ def set_up_logging() -> None:
         log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
+            library.logging.disable_progress_bar()
 
 
 def start_accelerator(args: Args) -> Run:
@@ -924,8 +884,8 @@ def start_accelerator(args: Args) -> Run:
         raise UserError("--push_to_hub, --remote_text_encoder: no token; run `hf auth login` or set HF_TOKEN")
     for note in flag_notes(args):
         log.warning(note)
-    if is_launched() and process_count() > 1:
-        log.info(f"launch: {process_count()} processes meet at {os.environ['MASTER_ADDR']}")
+    if process_count() > 1:
+        log.info(f"launch: {process_count()} processes meet at {os.environ.get('MASTER_ADDR')}")
     output_dir, resume, model = Path(args.output_dir), find_checkpoint(args), find_model(args)
     family = find_family(model)
     accelerator = accelerate.Accelerator(
@@ -938,6 +898,8 @@ def start_accelerator(args: Args) -> Run:
     )
     if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
         raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    if accelerator.device.type not in ("cpu", "cuda"):
+        log.warning(f"start: on {accelerator.device.type} nothing is tested, only on CUDA and the CPU")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")
     if args.do_fp8_training:
         check_fp8(accelerator.device, dtype)
@@ -947,12 +909,14 @@ def start_accelerator(args: Args) -> Run:
     drawn = int(broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)))
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
     return Run(
-        args, accelerator, accelerator.device, dtype, drawn if seed is None else seed,
+        args, accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes,
+        dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        lora=find_lora(args, model), quantization=find_quantization(args, model),
+        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype, "transformer"),
+        text_quantization=find_quantization(args, model, dtype, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
-        resume=resume, started=time.monotonic(), sharding=sharding_of_launch(),
+        resume=resume, started=time.monotonic(), sharding=launched_with("ACCELERATE_USE_FSDP"),
     )  # fmt: skip
 
 
@@ -978,40 +942,35 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
     return layers
 
 
-def create_hub_repo(args: Args) -> str | None:
-    """Makes the repository before training, so that a missing permission shows now. Raises UserError."""
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    try:
-        return open_hub(args).create_repo(name, private=args.hub_private, exist_ok=True).repo_id
-    except Exception as error:  # the network has no common base of errors
-        raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
-
-
-class Progress(contextlib.AbstractContextManager):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+class Progress(tqdm):
+    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.phase, self.total, self.done, self.first = phase, total, done, done
-        self.started = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.bar = tqdm(total=total, initial=done, desc=phase, disable=not terminal, dynamic_ncols=True)
-
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        """`total` things to do, of which `done` were done before."""
+        self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
+        options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", "dynamic_ncols": True}
+        super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar. A terminal that was closed does not end the run."""
-        self.done += 1
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > 10 or self.done == self.total):
-            self.last_line, left = now, (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            log.info(f"{self.phase}: {self.done}/{self.total} {note}" + f", {left:.0f} s left" * (left > 0))
+        self.set_postfix_str(note, refresh=False)
+        self.update()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        facts = super().format_dict
+        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
+        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
+        return facts | {"left": f"{left} left"}
+
+    def display(self, *args: Any, **options: Any) -> None:
+        """Draws the bar, or writes a line where there is no terminal."""
+        if not self.in_lines:
+            super().display(*args, **options)
+        elif self.n > self.last_print_n:
+            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
+            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
 
 
 class LogHandler(logging.Handler):
@@ -1044,8 +1003,8 @@ class ModelFamily:
     license: dict[str, str]
 
 
-FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link":
-                "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"}  # fmt: skip
+LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt"
+FLUX_LICENSE = {"license": "other", "license_name": "flux-non-commercial-license", "license_link": LICENSE_LINK}
 DEV = "Flux2Pipeline", "Mistral3ForConditionalGeneration", "PixtralProcessor", (10, 20, 30)
 KLEIN = "Flux2KleinPipeline", "Qwen3ForCausalLM", "Qwen2TokenizerFast", (9, 18, 27)
 FAMILIES = (
@@ -1053,17 +1012,6 @@ FAMILIES = (
     ModelFamily("FLUX.2 [klein] 9B", *KLEIN, 12288, "Flux.2-klein-9b", FLUX_LICENSE),
     ModelFamily("FLUX.2 [klein] 4B", *KLEIN, None, "Flux.2-klein-4b", {"license": "apache-2.0"}),
 )
-
-
-class Config(dict[str, Any]):
-    """An object of a checkpoint's JSON file at `path`; what it lacks is told by name."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.path = path
-
-    def __missing__(self, key: str) -> NoReturn:
-        raise UserError(f"{self.path}: has no '{key}'; download it again")
 
 
 @dataclass(frozen=True)
@@ -1089,21 +1037,16 @@ class ModelFiles:
         except UserError:
             raise
         except Exception as error:  # the network has no common base of errors
-            raise UserError(f"{self.name}/{subfolder}: the download broke off ({type(error).__name__}: {error}). "
-                            "Start again: what is here stays") from error  # fmt: skip
+            reason = f"the download broke off ({type(error).__name__}: {error})"
+            raise UserError(f"{self.name}/{subfolder}: {reason}. Start again: what is here stays") from error
 
-    def config(self, subfolder: str, file: str = "config.json") -> Config:
+    def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
         path = self.folder / subfolder / file
-        if not path.is_file():
-            raise UserError(f"{self.name}: {subfolder}/{file} is missing; is this a complete diffusers folder?")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"), object_hook=functools.partial(Config, path))
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error}); download it again") from None
-        if not isinstance(found, Config):
-            raise UserError(f"{path}: holds no JSON object; download it again")
-        return found
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: no JSON object ({error}); a diffusers folder has it: download it again") from None
 
     def weight_files(self, part: str) -> list[Path]:
         """The files that hold a part, here or not: one, or the shards that an index names."""
@@ -1114,10 +1057,6 @@ class ModelFiles:
             names = sorted(set(self.config(part, index)["weight_map"].values()))
         return [self.folder / part / name for name in names]
 
-    @property
-    def is_distilled(self) -> bool:
-        return bool(self.config(".", "model_index.json").get("is_distilled"))
-
     def identity(self, subfolder: str) -> str:
         """Names the weights of a part in cache keys: the commit, or config and size and time of the files."""
         if self.remote:
@@ -1125,6 +1064,14 @@ class ModelFiles:
         config, files = self.folder / subfolder / "config.json", sorted((self.folder / subfolder).glob("*"))
         content = config.read_text(encoding="utf-8") if config.is_file() else ""  # a tokenizer has none
         return digest(self.variant, content, *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files))
+
+    @property
+    def public_name(self) -> str:  # no path of this machine leaves it
+        return self.name if self.remote else Path(self.name).absolute().name
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return self.config(".", "model_index.json")
 
 
 def find_model(args: Args) -> ModelFiles:
@@ -1135,7 +1082,7 @@ def find_model(args: Args) -> ModelFiles:
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
     configs = ["*.json", "*/*.json", "README.md", "tokenizer/*"]
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=configs, **options)
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=configs, **options))
     except huggingface_hub.errors.GatedRepoError:
         page = f"https://huggingface.co/{name}"
         raise UserError(f"{name} is gated: accept its licence at {page}, then `hf auth login`") from None
@@ -1143,83 +1090,76 @@ def find_model(args: Args) -> ModelFiles:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
     # the commit as revision: parts that are fetched later are of the same one
-    return ModelFiles(name, Path(folder), True, {**options, "revision": Path(folder).name}, args.variant)
+    return ModelFiles(name, folder, True, {**options, "revision": folder.name}, args.variant)
 
 
 def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
-    found = model.config(".", "model_index.json").get("_class_name")
-    widths = model.config("transformer").get("joint_attention_dim"), None
-    matches = [family for family in FAMILIES if family.pipeline == found and family.text_width in widths]
-    if not matches:
-        known = ", ".join(sorted({family.pipeline for family in FAMILIES}))
-        raise UserError(f"{model.name}: is a {found}; this script trains {known}")
-    if model.is_distilled:
+    found, widths = model.index.get("_class_name"), (None, model.config("transformer")["joint_attention_dim"])
+    if model.index.get("is_distilled"):
         log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
-    return matches[0]
+    for family in FAMILIES:
+        if family.pipeline == found and family.text_width in widths:
+            return family
+    raise UserError(f"{model.name}: is a {found}; this script trains Flux2Pipeline and Flux2KleinPipeline")
 
 
 # What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
-BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32"),
-              "bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,),
-              "llm_int8_skip_modules": (None,), "llm_int8_enable_fp32_cpu_offload": (False,)}  # fmt: skip
+BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32")}
+BNB_VALUES |= {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_skip_modules": (None,)}
+# what bitsandbytes stores beside a weight
+BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
 
 
-def find_quantization(args: Args, model: ModelFiles) -> dict[str, Any] | None:
+def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: str) -> dict[str, Any] | None:
     """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
 
-    Raises UserError for settings or a machine that will not do, another format, and what would be quantised twice.
+    Of the text encoder only those of its flag: one that is stored quantised is used as it is. Raises UserError for
+    settings or a machine that will not do, another format, and what would be quantised twice.
     """
-    stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
+    own_flag = "bnb_quantization_config_path" if part == "transformer" else "text_encoder_bnb_config_path"
+    path = getattr(args, own_flag)
+    stored = model.config(part).get("quantization_config") if part == "transformer" or path else None
     if not (stored or path):
         return None
-    where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
+    where = f"{model.name} is stored quantised" if stored else f"--{own_flag} {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
         raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
-    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
-        if getattr(args, name):
+    for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
+        if stored and getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where} already")
-    settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
-    for name, value in settings.items() if not stored else ():
-        if name not in known:  # diffusers would ignore it
-            raise UserError(f"{where}: '{name}' is no setting of BitsAndBytesConfig; it knows {', '.join(known)}")
-        if value not in (allowed := BNB_VALUES.get(name, (value,))):
-            raise UserError(f"{where}: {name} is {json.dumps(value)}; use {' or '.join(map(json.dumps, allowed))}")
-    try:  # bitsandbytes itself, and a GPU
-        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+    settings, known = stored or read_quantization(own_flag, path), diffusers.BitsAndBytesConfig().to_dict()
+    if not stored:
+        for name, value in settings.items():
+            usable = BNB_VALUES.get(name, (value,) if name in known else ())  # diffusers would ignore another name
+            if value not in usable:
+                choices = " or ".join(map(json.dumps, usable)) or f"one of {', '.join(known)}"
+                raise UserError(f"{where}: {name} is {json.dumps(value)}; use {choices}")
+        settings = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), **settings}
+        settings |= {"llm_int8_skip_modules": outside_blocks(model)} if part == "transformer" else {}
+    try:  # bitsandbytes itself, and for the loader of diffusers a GPU
+        if part == "transformer":
+            DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        else:
+            transformers.BitsAndBytesConfig(**settings)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
 
 
-# what bitsandbytes stores beside a weight, and without which of it a weight of this type cannot be read
-BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
-BNB_NEEDED = {"U8": (".weight.absmax", ".weight.quant_map"), "I8": (".SCB",)}
-
-
-def read_weights(model: ModelFiles, part: str) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in model.weight_files(part) for name, tensor in load_file(path).items()}
-
-
 def check_part(run: Run, part: str) -> None:
     """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
-    files, types, shapes, config = run.model.weight_files(part), {}, {}, run.model.config(part)
-    if missing := [path.name for path in files if not path.is_file()]:
-        found = ", ".join(sorted(path.name for path in (run.model.folder / part).glob("*.safetensors"))[:3]) or "none"
-        raise UserError(f"{run.model.name}/{part}: {len(missing)} of {len(files)} weight files are missing, such as "
-                        f"{missing[0]} (found: {found}); download it again, or take another --variant")  # fmt: skip
-    for path in files:
+    shapes, config = {}, run.model.config(part)
+    for path in run.model.weight_files(part):
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    stored = file.get_slice(name)
-                    types[name], shapes[name] = stored.get_dtype(), tuple(stored.get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{path}: cut short, damaged or a Git LFS pointer ({error}); download it again, or after a "
-                            "clone run `git lfs pull`") from None  # fmt: skip
-    method = (config.get("quantization_config") or {}).get("quant_method")
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            advice = "download it again, after a clone run `git lfs pull`, or take another --variant"
+            raise UserError(f"{path}: missing, cut short, damaged or a Git LFS pointer ({error}); {advice}") from None
+    quantised = config.get("quantization_config")
     if part == "text_encoder":
-        if method not in (None, "bitsandbytes"):
+        if quantised and quantised.get("quant_method") != "bitsandbytes":
             return  # a format of transformers, which reports on it when it loads it
         report = read_text_encoder(run, device_map="meta")[1]
     else:
@@ -1227,14 +1167,11 @@ def check_part(run: Run, part: str) -> None:
             model = (AutoencoderKLFlux2 if part == "vae" else Flux2Transformer2DModel).from_config(config)
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         report = {"missing": [*needed.keys() - shapes.keys()], "unexpected": [*shapes.keys() - needed.keys()]}
-        shared = [(name, shapes[name], shape) for name, shape in needed.items() if name in shapes]
+        shared = [(name, shapes[name], needed[name]) for name in needed.keys() & shapes.keys()]
         report["misshapen"] = [entry for entry in shared if entry[1] != entry[2]]
-    if method:
+    if quantised:
         report["unexpected"] = [name for name in report["unexpected"] if not BNB_TENSORS.search(name)]
         report["misshapen"] = [entry for entry in report["misshapen"] if entry[1][1:] != (1,)]  # 4 bits as (bytes, 1)
-    for name in (name for name in types if name.endswith(".weight")):
-        beside = [name.removesuffix(".weight") + suffix for suffix in BNB_NEEDED.get(types[name], ())]
-        report["missing"] += [other for other in beside if other not in types]
     refuse_misfits(run, part, report)
 
 
@@ -1242,34 +1179,27 @@ def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
     told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
-    advice = "it is incomplete or another model's: download it again, or choose another checkpoint"
-    if any("scale" in name for name in report["unexpected"]):
-        advice = "scales beside weights are a quantised format that is not read here: choose an unquantised checkpoint"
+    advice = "incomplete, another model's, or a quantised format that is not read here: choose another checkpoint"
     if told:
         raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
     """Checks the parts that are here; those of a Hub model that are not, `fetch_part` checks after their download."""
-    found, needed = run.model.config("scheduler", "scheduler_config.json"), FlowMatchEulerDiscreteScheduler.__name__
-    if found.get("_class_name") != needed:
-        raise UserError(f"{run.model.name}/scheduler: its class is {found.get('_class_name')}, FLUX.2's is {needed}")
     for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
         if not run.model.remote or all(path.is_file() for path in run.model.weight_files(part)):
             check_part(run, part)
 
 
-def fetch_part(run: Run, part: str) -> Path:
-    """The folder of a part; after a download it is checked before the next one."""
+def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
+    """The folder of a part, to load it from; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
+    if announced:
+        size = sum(path.stat().st_size for path in run.model.weight_files(part) if path.is_file())
+        log.info(f"load: {part}, {size / 1e9:.2f} GB on disk")
     return folder
-
-
-def public_name(model: ModelFiles) -> str:
-    """The Hub id, or the last part of a folder: no path of this machine leaves it."""
-    return model.name if model.remote else Path(model.name).absolute().name
 
 
 def digest(*parts: Any) -> str:
@@ -1296,39 +1226,29 @@ DECODE_POLICY = 2  # raise it when decode_image changes: checked images are chec
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB. Raises ValueError: why it cannot be trained on."""
-    if not data:
-        raise ValueError("empty file (0 bytes)")
+    """One image as a person sees it: upright, in sRGB, on white. Raises ValueError: why it cannot be trained on."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
-        raise ValueError("not an image in a known format") from None
+        raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
     if frames > 1:
         raise ValueError(f"animated or multi-page ({frames} frames)")
-    return to_rgb(image)
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey scaled to 8, the colour profile applied, transparency on white. Raises ValueError where it cannot."""
-    profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    elif image.mode == "P":
-        image = image.convert("RGB" if clear is None else "RGBA")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
-        alpha, image = layered.getchannel("A"), layered.convert("RGB").convert("L" if grey else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = image.convert({"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1350,10 +1270,7 @@ def cover_size(size: Size, target: Size) -> Size:
 def image_to_pixels(
     image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
 ) -> torch.Tensor:
-    """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
-
-    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre. As the pipelines do.
-    """
+    """(3, H, W) in [-1, 1] at `target`; `crop` places it in [0, 1) from top and left, None is the centre."""
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
@@ -1380,10 +1297,11 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills it in
-    size: Size = (0, 0)  # so too
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
+    size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1395,8 +1313,16 @@ class Image:
             raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        if not self.mask:
+            return torch.ones(math.prod(self.target) // cell**2)
+        grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
+        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
 
 # endregion shared: data
@@ -1437,6 +1363,7 @@ class Sample:
     captions: Captions  # one of them is drawn at each visit
     origin: str = ""  # where the captions come from, for the report
     references: tuple[Image, ...] = ()
+    repeats: int = 1  # how often it is in a round of all samples
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -1449,23 +1376,23 @@ class Sample:
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
-        return self.image.sha256, *self.captions, self.image.target, *references
+        masks = [self.image.mask.sha256] if self.image.mask else []
+        return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
 
 # region shared: listing
-Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
+Row = tuple[list[Image], Captions, str, int]  # an image and what belongs to it, captions, their origin, and repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
-    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
-def plain(name: str | Path) -> str:
-    """A path or the name of a column as it is compared: without blanks at the ends, in one case and Unicode form."""
+def plain(name: str | Path) -> str:  # as it is compared: without blanks at the ends, in one case and Unicode form
     return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
 
 
@@ -1474,19 +1401,15 @@ def some(names: list[str]) -> str:
 
 
 def as_lines(problems: list[str]) -> str:
-    """The first twenty problems as lines of a message, and how many more there are."""
     rest = [f"and {len(problems) - 20} more"] * (len(problems) > 20)
     return "".join(f"\n    {line}" for line in (*problems[:20], *rest))
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and links below `folder`, sorted, without hidden ones, and those of them whose ending is an image's."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def list_images(files: list[Path]) -> list[Path]:  # a link to nothing is one, to be told by name
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
@@ -1497,25 +1420,7 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
             kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
             kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
     for kind, names in kinds.items():
-        log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
-    if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg, or in a folder's metadata.jsonl, else metadata.csv")
-
-
-def file_image(folder: Path, path: Path) -> Image:  # named by its path in the folder
-    return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
-
-
-def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
-    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending."""
-    # the very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's
-    texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
-    same = {path.with_suffix(""): path for path in reversed(texts)}
-    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
-    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
-    for path in [path for path, text in found.items() if text is None]:
-        found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
-    return {path: text for path, text in found.items() if text}
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {some(names)}")
 
 
 def read_text(path: Path) -> str:
@@ -1538,177 +1443,144 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
     return tuple(texts)
 
 
-def read_metadata(path: Path) -> Table:
-    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
-    rows, line, content = {}, 1, read_text(path)
-    try:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(io.StringIO(content))
-            header = reader.fieldnames or [""]
-            if other := re.search(r"[;\t]", header[0]):
-                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
-            for row in reader:
-                rows[reader.line_num] = row
-        else:
-            for line, text in enumerate(content.split("\n"), start=1):
-                rows |= {line: json.loads(text)} if text.strip() else {}
-    except (json.JSONDecodeError, csv.Error) as error:
-        reason = getattr(error, "msg", error)
-        raise UserError(f"{path}: line {line} is not readable as one JSON object or CSV row ({reason})") from None
-    for line, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
-        if None in row:
-            raise UserError(f"{path}: line {line} has more cells than columns; quote texts with commas")
-    return rows
-
-
 def find_column(columns: list[str], *names: str) -> str | None:
     """The column that is called like the first of the names that is there."""
-    return next((column for name in names for column in (name, *columns)
-                 if column in columns and plain(column) == plain(name)), None)  # fmt: skip
-
-
-def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[str], *usual: str) -> str | None:
-    """The column that a flag asks for, or else one of the usual ones, or None. Raises UserError if it is not there."""
-    column = find_column(columns, *([asked] if asked else usual))
-    if asked and column is None:
-        raise UserError(f"--{flag_name} {asked}: not in {origin}; columns: {', '.join(columns)}")
-    return column
+    return next((c for name in names for c in (name, *columns) if c in columns and plain(c) == plain(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
     """The column of captions. Logs the number of rows, which columns are used, and which are not."""
-    caption = choose_column("caption_column", args.caption_column, origin, columns, *USUAL_CAPTIONS)
+    caption = find_column(columns, *([args.caption_column] if args.caption_column else USUAL_CAPTIONS))
+    if args.caption_column and caption is None:
+        raise UserError(f"--caption_column {args.caption_column}: not in {origin}; columns: {', '.join(columns)}")
     unused = ", ".join(column for column in columns if column not in (*images, caption))
-    target, *references = images
-    log.log(logging.WARNING if unused and caption is None else logging.INFO,
-            f"data: {origin}: {count} rows, images from {target}"
-            + f", references from {', '.join(references)}" * bool(references)
-            + f", captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused))  # fmt: skip
+    used = ", references from ".join([images[0], ", ".join(images[1:])][: len(images)])
+    report = f"data: {origin}: {count} rows, images from {used}, captions from {caption or 'no column'}"
+    level = logging.WARNING if unused and caption is None else logging.INFO
+    log.log(level, report + f"; columns not used: {unused}" * bool(unused))
     return caption
 
 
-def named_file(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
-    """The file `name` of a metadata row in `folder`, among `names` where it is written otherwise. Raises UserError."""
-    if not name or not isinstance(name, str):
-        raise UserError("every row needs a 'file_name'")
-    path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
-    path = path if os.path.isfile(path) else names.get(plain(path), path)
-    if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"'{name}' leads out of the folder or does not exist; names start at {folder}")
-    return path
-
-
-Row = tuple[list[Path], Captions, str]  # images of a row of metadata, their captions, the file's name
-
-
-def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) -> tuple[list[str], list[str], list[Row]]:
-    """All columns of a metadata file, those with images, and its rows: the first image must be there, others may."""
-    rows = read_metadata(path)
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    if not rows:
-        return [], [], []
-    images = metadata_columns(args, path, columns, rows)
-    caption = caption_column(args, path, len(rows), columns, images)
-    found, problems = [], []
-    for line, row in rows.items():
-        first, *others = (row.get(column) for column in images)
-        cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
+def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    rows, content, header = {}, read_text(path), []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(content))
+        header = reader.fieldnames or []
+        rows = dict((reader.line_num, row) for row in reader)
+    for line, text in enumerate([] if header else content.split("\n"), start=1):
         try:
-            files = [named_file(root, path.parent, name, names) for name in cells]
-            found.append((files, caption_texts(row.get(caption)), path.name))
-        except UserError as error:
-            problems.append(f"line {line}: {error}")
+            rows |= {line: json.loads(text)} if text.strip() else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {line} is not readable as one JSON object ({error.msg})") from None
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for line, row in rows.items():
+        if not isinstance(row, dict) or None in row:
+            reason = f"has more cells than columns ({', '.join(header)}); quote texts with commas"
+            raise UserError(f"{path}: line {line} {reason if header else 'must be an object with a file_name'}")
+    return rows
+
+
+def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[str], list[str], list]:
+    """All columns of a metadata file, those with images, and (files, captions, origin) of its rows."""
+    table, found, problems = read_metadata(path), [], []
+    if not table:
+        return [], [], []
+    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    images = image_columns(args, path, columns, table)
+    caption = caption_column(args, path, len(table), columns, images)
+    for line, row in table.items():
+        first, *others = (row.get(column) for column in images)  # the first must be there, others may
+        lists = (cell if isinstance(cell, list) else [cell] for cell in others)
+        cells = [first, *filter(None, itertools.chain(*lists))]
+        paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
+        files = [names.get(file) or names.get(plain(file)) for file in paths]
+        advice = f"leads out of the folder or does not exist; names start at {path.parent}"
+        wrong = [cell for cell, file in zip(cells, files, strict=True) if file is None]
+        problems += [f"line {line}: {cell!r} {advice}" for cell in wrong]
+        found.append((files, caption_texts(row.get(caption), f"{path}: line {line}: "), path.name))
     if problems:
-        raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
+        raise UserError(f"{path}: {len(problems)} file name(s) cannot be used:{as_lines(problems)}")
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
-    """(images, captions, where these come from) of each row of metadata, or image; what is not used is told by name."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
-    names = {plain(path): path for path in files}
+def list_rows(args: Args) -> list[Row]:
+    """The rows of --dataset_name, or of each --instance_data_dir with its share of --repeats."""
+    if args.dataset_name:
+        return list_dataset(args)
+    repeats = args.repeats or [1] * len(args.instance_data_dir)
+    folders = zip(args.instance_data_dir, repeats, strict=True)
+    return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
+
+
+def is_mask(args: Args, path: Path) -> bool:
+    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
+
+
+def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
+    """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
+    folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
+    root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
+    others = [other for other in every if other != folder and other.is_relative_to(folder)]
+    files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
+    images = [path for path in images if not is_mask(args, path)]
+    names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
-    tables = {path: list_metadata(args, folder, path, names) for path in metadata.values()}
+    tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
     for name in ("image_column", "caption_column", "cond_image_column"):
-        if vars(args).get(name) not in (None, "image") and not any(columns for columns, *_ in tables.values()):
+        if not tables and vars(args).get(name) not in (None, "image"):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
-    single = all([plain(image) for image in images] in ([], ["file_name"]) for _, images, _ in tables.values())
+    single = all([plain(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        captions = dict.fromkeys(list_images(files), ((), ""))
+        captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    targets = [images[0] for images, *_ in found]
-    beside, listed, empty = caption_files(files, targets), [], []
-    used = [path for path, (columns, *_) in tables.items() if columns]
-    for images, texts, origin in found:
-        if not texts and (file := beside.get(images[0])):
+    texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
+    stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
+    beside = dict(zip([*map(plain, stems), *stems], [*texts, *texts], strict=True))
+    used, listed = [*tables], []
+    for paths, texts, origin in found:
+        keys = [paths[0].with_suffix(""), paths[0], plain(paths[0].with_suffix("")), plain(paths[0])]
+        if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
-            used.append(file)
-            empty += [] if texts else [str(file.relative_to(folder))]
-        used += images
-        listed.append(([file_image(folder, image) for image in images], texts, origin))
+            used += [file] * len(texts)
+        mask = masks.get(paths[0].with_suffix(""))
+        used += [*paths, mask]
+        images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
+        images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
+        listed.append((images, texts, origin))
     tell_unused(folder, files, used)
-    if empty:
-        log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
-    inner = [path.relative_to(folder.parent).as_posix() for path in targets]
+    inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
-        if int(number) != args.repeats:
-            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; give "
-                        f"--repeats {number} --instance_prompt '{prompt}'")  # fmt: skip
-    missed = [f"{path}: {', '.join(columns)}" for path, (columns, images, _) in tables.items()
-              if columns and (single or len(columns) > len(images))]  # fmt: skip
-    if missed and not any(texts for _, texts, _ in listed):
-        raise UserError("there is metadata, but no caption; give --caption_column, or remove the file:"
-                        + as_lines(missed))  # fmt: skip
+        if int(number) != repeats:
+            advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"
+            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
+    without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
+    if without and not any(texts for _, texts, _ in listed):
+        lines = as_lines([f"{path}: {', '.join(every)}" for path, every in without])
+        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
     return listed
 
 
-def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its images not decoded. Raises UserError with the cause if it cannot be loaded."""
-    import datasets  # only now: it costs a second and most runs use a folder
-
-    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
-    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
-    try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if split not in splits:
-                raise ValueError(f"it has {', '.join(splits)}")
-            return splits[split]
-        return datasets.load_dataset(builder, args.dataset_config_name, data_files=files, split=split,
-                                     cache_dir=args.cache_dir, token=args.hub_token)  # fmt: skip
-    except Exception as error:  # the readers of files and of the Hub have no common base of errors
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__
-        differ = isinstance(error, datasets.table.CastError)
-        text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
-        reason = " ".join(text.split())
-        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
-
-
-def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bool = False) -> list[Image]:
-    """One image per row of the column, whose cells may hold `lists` of them. Raises UserError if it has none."""
+def column_images(args: Args, table: Any, column: str, lists: bool = False) -> list[Image]:
+    """One image per row of the column, whose cells may hold `lists` of them; none is read. Raises UserError."""
     import datasets
 
-    kind = datasets.Image(decode=False)
+    kind, name, caches = datasets.Image(decode=False), args.dataset_name, ()
     try:
         cells = table.select_columns(column).cast_column(column, datasets.List(kind) if lists else kind)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
-    path, caches = Path(os.path.abspath(args.dataset_name)), ()
+        raise UserError(f"--dataset_name {name}: column {column} holds no images ({error})") from None
+    path = Path(os.path.abspath(name))
     if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
         caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
     roots = [Path(os.path.abspath(root)) for root in caches if root]
@@ -1717,176 +1589,163 @@ def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bo
 
 
 def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
-    """The image in a cell, or the one that it names: in `folder` or below one of `roots`, if any. Raises OSError."""
+    """The image in a cell, or the one that it names: in `folder`, and below one of `roots` if any. Raises OSError."""
     cell = table[row][column] if item is None else table[row][column][item]
     if not cell or cell["bytes"] is not None or not cell["path"]:
         return (cell and cell["bytes"]) or b""
-    if "://" in cell["path"]:
-        raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
-    path = Path(os.path.normpath(cell["path"]))
-    path = next((found for found in (folder / path, path) if found.is_file()), path)
-    if roots and not any(path.is_relative_to(root) for root in roots):
+    path = Path(os.path.normpath(folder / cell["path"]))
+    if roots and not any(map(path.is_relative_to, roots)):
         raise OSError(f"its path leads out of the data set, to {path}")
     return path.read_bytes()
 
 
-def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[Captions]]:
-    """(where they are from, captions of each row) of a data set whose image columns are `images`."""
-    name = args.dataset_name
-    column = caption_column(args, name, len(table), table.column_names, images)
-    if column is None:
-        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
-            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
-        return "", [()] * len(table)
-    feature, rows = table.features[column], enumerate(table[column][:])
-    classes = getattr(getattr(feature, "feature", feature), "names", ())
-    return f"column {column}", [
-        caption_texts(cell, f"{name}: row {row}, column {column}: ", classes) for row, cell in rows
-    ]
+def list_dataset(args: Args) -> list[Row]:
+    """The rows of --dataset_name, no image of which is read. Raises UserError with the cause if it cannot be loaded."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
+    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
+    options = {"data_files": files, "split": split, "cache_dir": args.cache_dir, "token": args.hub_token}
+    try:
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"it has {', '.join(saved)}")
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(builder, args.dataset_config_name, **options)
+    except Exception as error:  # the readers of files and of the Hub have no common base of errors
+        says_nothing = type(error) is datasets.exceptions.DatasetGenerationError
+        reason = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
+    images = image_columns(args, name, table.column_names, table)
+    caption = caption_column(args, name, len(table), table.column_names, images)
+    files = list_files(path)[0] if caption is None and path.is_dir() else []
+    if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
+        log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+    cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
+    classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
+    texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
+    return [(*row, f"column {caption}", 1) for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
 
 
-# differs: samples of the text-to-image script have no references
-def list_samples(args: Args) -> list[Sample]:
-    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
-    if args.dataset_name:
-        samples = list_dataset(args)
-    else:
-        samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in list_folder(args)]
-        samples = add_references(args, samples) if args.cond_data_dir else samples
-    if len(counts := Counter(len(sample.references) for sample in samples)) > 1:
-        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
-        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
-    if without := counts[0]:
-        level = log.info if without < len(samples) else log.warning
-        level(f"data: {without} of {len(samples)} rows have no reference and train as text-to-image")
-    return samples
-
-
+USUAL_TARGETS = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
 USUAL_REFERENCES = (
     r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
 )
 
 
-def find_file_column(columns: list[str], name: str) -> str | None:
-    """The column `name` of a metadata file, by what the Hub's image folders make of it: `image` is file_name there."""
-    usual = ["file_name"] if name == "image" else []
-    return find_column(columns, name, f"{name}_file_name", f"{name}_file_names", *usual)
-
-
-def names_images(rows: Table, column: str) -> bool:
-    """Whether a column of a metadata file holds names of image files, and not addresses or words."""
-    cells = [row.get(column) for row in rows.values()]
+def holds_images(table: Any, column: str) -> bool:
+    """Whether a column of a data set has the type of images, or one of a metadata file (a dict of rows) names some."""
+    if not isinstance(table, dict):
+        feature = table.features[column]
+        return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
+    cells = [row.get(column) for row in table.values()]
     names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
     return any("://" not in name and Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES for name in names)
 
 
 # differs: metadata files of the text-to-image script name no references
-def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
-    """The column of the targets of a metadata file, then those of the references. Raises UserError.
-
-    The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
-    References are --cond_image_column, else every other `*_file_name` column and usual names.
-    """
-    references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
-    wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
-    if args.image_column == "image":
-        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
-        found = {name: find_column(columns, name) for name in usual}
-        targets = [column for name, column in found.items() if column and column not in references.values()
-                   and (name != "image" or names_images(rows, column))]  # fmt: skip
-        wanted += [] if targets else ["every row needs a 'file_name', or an --image_column"]
-    else:
-        targets = list(filter(None, [find_file_column(columns, args.image_column)]))
-        wanted += [] if targets else [f"--image_column {args.image_column} is not there"]
-    if wanted:
-        raise UserError(f"{path}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
-    if len(targets) > 1 or targets[0] in references.values():
-        raise UserError(f"{path}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
-    usual = [name for name in columns if name != targets[0] and (re.fullmatch(r"(.+_)?file_names?", plain(name)) or
-             re.fullmatch(USUAL_REFERENCES, plain(name)) and names_images(rows, name))]  # fmt: skip
-    return [targets[0], *(references.values() or usual)]
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column of the targets and those of the references. Between two possible targets is not guessed."""
+    in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
+    for name in (*asked, args.image_column):
+        endings = ["_file_name", "_file_names"] if in_metadata else []
+        more = ["file_name"] if in_metadata and name == "image" else []
+        found[name] = find_column(columns, name, *(name + ending for ending in endings), *more)
+    targets, references = [found[args.image_column]], [found[name] for name in asked]
+    if in_metadata and args.image_column == "image":
+        usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
+        holds = {column for column in usual if column and (plain(column) != "image" or holds_images(table, column))}
+        targets = [column for column in usual if column in holds and column not in references]
+    missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
+    missing += [] if any(targets) else [f"--image_column {args.image_column}"]
+    if missing:
+        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
+        raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
+    if len(targets) > 1 or targets[0] in references:
+        raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
+    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", plain(name))]
+    usual = [name for name in columns if re.fullmatch(USUAL_REFERENCES, plain(name)) and holds_images(table, name)]
+    return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
 
 
-def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
-    """Images below `folder` by their path in it without the ending. Raises UserError where two share one."""
-    stems: dict[str, Path] = {}
-    for path in paths:
-        stem = plain(path.relative_to(folder).with_suffix(""))
-        if stems.setdefault(stem, path) != path:
-            raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
-    return stems
+# differs: data sets of the text-to-image script have no references
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    """The target of each row and its references: none where a cell is empty, several where it holds a list."""
+    rows = [[image] for image in column_images(args, table, columns[0])]
+    for column in columns[1:]:
+        lists, counts = hasattr(table.features[column], "feature"), []
+        for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
+            if lists:
+                counts += chunk.value_lengths().to_pylist()
+            else:  # some writers leave a struct of nulls, bytes and path, instead of none
+                fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
+                counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
+        for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
+            name = f"{image.name}, {column}"
+            if lists:
+                cells = [functools.partial(image.cell, item) for item in range(count or 0)]
+                row += [Image(f"{name} {item}", cell=cell) for item, cell in enumerate(cells)]
+            elif count:
+                row.append(replace(image, name=name))
+    return rows
+
+
+# differs: samples of the text-to-image script have no references
+def list_samples(args: Args) -> list[Sample]:
+    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
+    samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
+    samples = add_references(args, samples) if args.cond_data_dir else samples
+    counts = Counter(len(sample.references) for sample in samples)
+    if len(counts) > 1:
+        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
+        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
+    if counts[0]:
+        level = log.info if len(counts) > 1 else log.warning
+        level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
+    return samples
 
 
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     """Samples with the references of the same stem in each --cond_data_dir. Raises UserError where one has none."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    if any(sample.references for sample in samples):
-        raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
     listed, found = {sample.image.path: sample for sample in samples}, []
-    targets = by_stem(folder, listed)
-    for other in others:
-        images = list_images(files := list_files(other))
-        tell_unused(other, files, images)
-        found.append(by_stem(other, images))
-    without = [str(path) for stem, path in targets.items() if not any(stem in stems for stems in found)]
-    without += [str(path) for stems in found for stem, path in stems.items() if stem not in targets]
-    if without:
-        raise UserError(f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove "
-                        f"them (rows without references: see metadata.jsonl):{as_lines(without)}")  # fmt: skip
-    partners = {path: [stems[stem] for stems in found if stem in stems] for stem, path in targets.items()}
-    return [replace(listed[path], references=tuple(Image(printable(str(partner)), partner) for partner in paths))
-            for path, paths in partners.items()]  # fmt: skip
-
-
-def list_dataset(args: Args) -> list[Sample]:
-    """The samples of --dataset_name with references from --cond_image_column, else from columns usual for them."""
-    import datasets
-
-    table = open_dataset(args)
-    name, there = args.dataset_name, table.column_names
-    target = choose_column("image_column", args.image_column, name, there)
-    columns = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
-    columns = columns or [
-        name for name, feature in table.features.items() if name != target
-        and re.fullmatch(USUAL_REFERENCES, plain(name))
-        and isinstance(getattr(feature, "feature", feature), datasets.Image)
-    ]  # fmt: skip
-    if target in columns:
-        raise UserError(f"--image_column {target}: is a --cond_image_column too; columns: {', '.join(there)}")
-    origin, captions = dataset_captions(args, table, [target, *columns])
-    references = [column_references(args, table, column) for column in columns]
-    rows = zip(column_images(args, table, "image_column", target), captions, *references, strict=True)
-    return [Sample(image, texts, origin, tuple(itertools.chain(*found))) for image, texts, *found in rows]
-
-
-def column_references(args: Args, table: Any, column: str) -> list[list[Image]]:
-    """The references of each row in one column: none where the cell is empty, several where it holds a list."""
-    lists, counts = hasattr(table.features[column], "feature"), []
-    for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
-        if lists:
-            counts += chunk.value_lengths().to_pylist()
-        else:  # some writers leave a struct of nulls, bytes and path, instead of none
-            fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
-            counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
-    images = column_images(args, table, "cond_image_column", column, lists)
-    references = []
-    for image, count in zip(images, counts, strict=True):
-        image = replace(image, name=f"{image.name}, {column}")
-        items = [(f"{image.name} {item}", functools.partial(image.cell, item)) for item in range(count or 0)]
-        references.append([Image(name, cell=cell) for name, cell in items] if lists else [image] * count)
-    return references
+    if any(sample.references for sample in samples):
+        raise UserError("--cond_data_dir: the metadata name references too; leave one of them out")
+    for folder in (Path(os.path.abspath(path)) for path in data_folders(args)):
+        files, images = list_files(folder)
+        if found:
+            tell_unused(folder, files, images)
+        stems: dict[str, Path] = {}
+        for path in images if found else listed:
+            stem = plain(path.relative_to(folder).with_suffix(""))
+            if stems.setdefault(stem, path) != path:
+                raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
+        found.append(stems)
+    targets, *found = found
+    alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
+    alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
+    if alone:
+        advice = "add it or remove them (rows without references: see metadata.jsonl)"
+        reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
+        raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
+    paired = []
+    for stem, path in targets.items():
+        partners = [stems[stem] for stems in found if stem in stems]
+        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
+        paired.append(replace(listed[path], references=images))
+    return paired
 
 
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
     """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
     height, width = size
-    if min(size) < MIN_REFERENCE_SIDE:
-        return f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
-    if max(size) > MAX_REFERENCE_ASPECT * min(size):
-        return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+    if min(size) < MIN_REFERENCE_SIDE or max(size) > MAX_REFERENCE_ASPECT * min(size):
+        limits = f"{MIN_REFERENCE_SIDE} pixels a side and {MAX_REFERENCE_ASPECT}:1 at most"
+        return f"a reference needs {limits}, it has {width} x {height}"
     if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
         return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
     return None
@@ -1895,7 +1754,7 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
-    prompt = args.instance_prompt
+    prompt = args.instance_prompt or ""
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
@@ -1905,10 +1764,10 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    given = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
-    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt or "") for text in s.captions)) for s in given]
-    counts = Counter(sample.origin for sample in filled)
+    filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
+    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
+    counts = Counter(sample.origin for sample in filled)
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
         others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
@@ -1917,45 +1776,48 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     return filled
 
 
-def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
-    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used."""
-    # `checked_images.json` says what was found at an earlier start, so that only what is new is decoded
-    index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
+def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
+    """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
+    # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"policy {DECODE_POLICY}", {}, {}, {}
+    images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
-        files, contents = json.loads(index.read_text(encoding="utf-8"))[policy]
-    known, checked = (len(files), len(contents)), {}
-    inspect = functools.partial(inspect_image, files, contents)
+        index = json.loads(file.read_text(encoding="utf-8"))[policy]
+    known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, found in zip(images, pool.map(inspect, images), strict=True):
-            checked[image] = found
+        for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
+            mask = good.get(image.mask)  # before its image
+            if image.mask and mask and mask.size != (height, width):
+                reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
+            if reason or (image.mask and not mask):
+                bad[image.name] = reason or f"{image.mask.name} is bad"
+            else:
+                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
             progress.advance()
-    if known != (len(files), len(contents)):
-        write_atomically(index, json.dumps({policy: [files, contents]}).encode())
-    log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
-    return checked
+    if len(index) > known:
+        write_atomically(file, json.dumps({policy: index}).encode())
+    return good, bad
 
 
-def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image) -> Image | str:
-    """A file of the same size and time is not read again, content of the same SHA-256 is not decoded again."""
+def inspect_image(index: dict[str, list], image: Image) -> list:
+    """[sha256, height, width, reason of the refusal or None]; unchanged files are not read, known bytes not decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else ""
-        if (sha256 := files.get(stamp)) not in contents:
-            data = image.read()
-            sha256 = hashlib.sha256(data).hexdigest()
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
+        if stamp in index:
+            return index[stamp]
+        data = image.read()
     except OSError as error:
-        return f"cannot be read ({error.strerror if image.path and error.strerror else error})"
-    if stamp:
-        files[stamp] = sha256
-    if sha256 not in contents:
-        try:
+        return ["", 0, 0, f"cannot be read ({error})"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        if sha256 not in index:
             decoded = decode_image(data)
-            contents[sha256] = [decoded.height, decoded.width, None]
-        except ValueError as error:
-            contents[sha256] = [0, 0, str(error)]
-    *size, reason = contents[sha256]
-    return reason or replace(image, sha256=sha256, size=tuple(size))
+            index[sha256] = [sha256, decoded.height, decoded.width, None]
+    except ValueError as error:
+        index[sha256] = [sha256, 0, 0, str(error)]
+    index[stamp or sha256] = index[sha256]
+    return index[sha256]
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
@@ -1969,7 +1831,6 @@ def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
-    # not the process's number: containers on two machines number theirs alike, and share the drive
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1978,18 +1839,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or error
-        raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
+        reason = f"cannot be written ({error.strerror or error}); free space, or choose another folder"
+        raise CannotWrite(f"{path}: {reason}") from error
 
 
 def remove_left_overs(run: Run) -> None:
     """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
-    class_dir = vars(run.args).get("class_data_dir")
-    for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
-        for path in folder.rglob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+    for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
+        age = 3600 if path.is_relative_to(run.cache_dir) else 0
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -2000,25 +1860,22 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
 
 @functools.lru_cache(maxsize=256)
 def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
-    """Order of a bucket's samples in its `turn`-th round."""
     return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, how often it came before in this cycle) of each micro-step of a cycle."""
-    # a bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle
+    """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
 
 
 class SampleStream:
-    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+    """Endless batch sampler: (sample index, position) pairs of this process; a function of (seed, step) alone.
 
-    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples.
     Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
-    into the next one: nothing is dropped.
+    into the next one: nothing is dropped. The position counts drawn samples.
     """
 
     def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
@@ -2044,29 +1901,27 @@ class SampleStream:
         return pairs
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Micro-batches from `first` on, for ever."""
         return map(self.micro_batch, itertools.count(self.first))
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
-    return {
-        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
-        for key, value in items[0].items()
-    }
+    """Stacks tensors, keeps the rest as lists."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
+
+
+def epoch_rounds(args: Args) -> int:
+    """How often the samples are gone through in an epoch: what --repeats have in common."""
+    return math.gcd(*(args.repeats or [1]))
 
 
 def choose_buckets(run: Run) -> list[Size]:
     """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
     if run.args.aspect_ratio_buckets:
-        buckets = parse_sizes(run.args.aspect_ratio_buckets)
-    elif run.args.use_aspect_ratio_buckets:
-        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
-    else:
-        buckets = [(run.args.resolution, run.args.resolution)]
-    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
-        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
-    return buckets
+        return parse_sizes(run.args.aspect_ratio_buckets)
+    if run.args.use_aspect_ratio_buckets:
+        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    return [(run.args.resolution, run.args.resolution)]
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
@@ -2082,25 +1937,43 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    masked = [image for image in images if image.mask]
+    if run.args.mask_suffix:
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and run.args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
+
+
+def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+    held_out = [samples[index] for index in sorted(order[:count])]
+    if held_out:
+        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+    rest = [samples[index] for index in sorted(order[count:])]
+    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
 # endregion shared: samples
 
 
 # differs: samples of the text-to-image script have no references
-def check_data(run: Run) -> tuple[list[Sample], list[Size]]:
-    """The samples, every image decoded once and every caption final, and the (height, width) sizes to train at."""
-    buckets = choose_buckets(run)
-    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), buckets)
+def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on and what is held out; every image decoded once, every caption final."""
+    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     check_references(run, samples)
     for row, prompt in enumerate(run.args.validation_prompt or final_prompts(run.args)):
         sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
-    return samples, buckets
+    return split_samples(run, samples)
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
@@ -2115,33 +1988,30 @@ def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
 # differs: samples of the text-to-image script have no references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
     """The samples whose images are good: the target in its bucket, references as at inference."""
-    checked = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
-    samples, bad = [], {}
+    good, bad = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
+    samples = []
     for sample in listed:
-        found = [(image.name, checked[image]) for image in sample.images]
-        problems = {name: reason for name, reason in found if isinstance(reason, str)}
-        if not problems:
-            image, *others = (image for _, image in found)
-            image = replace(image, target=nearest_bucket(image.size, buckets))
-            pair = image if run.args.align_cond_image else None
-            reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
-            problems = {name: reason for name, reason in reasons.items() if reason}
-        if not problems:
+        if not good.keys() >= {*sample.images}:
+            continue
+        image, *others = map(good.get, sample.images)
+        image = replace(image, target=nearest_bucket(image.size, buckets))
+        pair = image if run.args.align_cond_image else None
+        reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
+        bad |= {name: reason for name, reason in reasons.items() if reason}
+        if not any(reasons.values()):
             references = tuple(as_reference(other, run.cell, pair) for other in others)
             samples.append(replace(sample, image=image, references=references))
-        bad |= problems
     refuse_bad_images(run.args, bad, len(listed), len(samples))
     return samples
 
 
 # differs: samples of the text-to-image script have no references
 class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+    """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
 
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
-        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
-        self.space, self.samples, self.stream, self.prompts = space, samples, stream, PromptCache(run)
+        self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
         """noise (L, C), u and prompt embedding of the visit, and latent moments or pixels (3, H, W) of each image."""
@@ -2150,32 +2020,36 @@ class TrainingSet(Dataset):
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        centre = run.args.center_crop or run.args.cache_latents
+        crop = None if centre else torch.rand(2, generator=generator("crop", position)).tolist()
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
-        references = () if chance["cond dropout"] < run.args.cond_dropout else sample.references
+        images = sample.images[:1] if chance["cond dropout"] < run.args.cond_dropout else sample.images
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        target, *references = (self.view(image, crop, flip) for image in images)
         item = {
+            "moments" if run.args.cache_latents else "pixels": target,
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
             "caption": caption,
-            "prompt_embeds": self.prompts.load(caption),
+            "prompt_embeds": self.prompts.get(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
             "u": draw_u(run.args, generator("sigma", position)),
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
-            "references": [self.view(image, crop, flip) for image in references],
+            "references": references,
         }
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
+        if run.args.mask_suffix:
+            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
 
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
         """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
         if self.run.args.cache_latents:
-            return load_file(self.space.path(image, flip))["moments"]
+            return self.space.cache.get(*self.space.key(image, flip))
         return image.pixels(crop, flip)
 
 
@@ -2183,26 +2057,22 @@ def check_references(run: Run, samples: list[Sample]) -> None:
     """Logs groups and lengths; warns of what would be learned by accident."""
     batch, align = run.args.train_batch_size, run.args.align_cond_image
     paired = [sample for sample in samples if sample.references]
-    large = [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]
-    if large and align:
-        raise UserError(f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, "
-                        f"such as {large[0]}; the pipelines shrink such references: choose smaller sizes")  # fmt: skip
+    if align and (large := [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]):
+        reason = f"{len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as {large[0]}"
+        raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
-    if not paired and (align or run.args.cond_dropout):
-        log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
     target, *references = max(([math.prod(size) // run.cell**2 for size in sizes] for sizes in groups), key=sum)
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
-        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other "
-                    "noise; --train_batch_size 1 with --gradient_accumulation_steps mixes rows")  # fmt: skip
+        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch repeats some, with other noise")
     images = [sample.image for sample in paired]
     cut = [i for i in images if math.prod(i.target) < 0.9 * math.prod(cover_size(i.size, i.target))]
     if cut and not align:
-        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
-                    "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
+        remedy = "the LoRA will learn to crop; see --use_aspect_ratio_buckets and --align_cond_image"
+        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: {remedy}")
 
 
 def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
@@ -2210,11 +2080,13 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
     images = []
     for path in map(Path, split_paths(args.validation_image[row]) if row < len(args.validation_image or []) else []):
         try:
-            images.append(decode_image(path.read_bytes()))
+            image = decode_image(path.read_bytes())
+            problem = reference_problem((image.height, image.width))
         except (OSError, ValueError) as error:
-            raise UserError(f"--validation_image {path}: {error}") from None
-        if problem := reference_problem((images[-1].height, images[-1].width)):
+            problem = error
+        if problem:
             raise UserError(f"--validation_image {path}: {problem}")
+        images.append(image)
     return images
 
 
@@ -2223,23 +2095,55 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
 # Each different prompt and image is encoded once, by one process, into a file named by all that it depends on; encoder
 # and VAE leave the device before the transformer is loaded. Of the encoder only the layers that are read are loaded.
 # Training reads the files in the loader's workers: kept in memory, an embedding of [dev] would take 15.7 MB.
-def load_tokenizer(run: Run) -> Any:
-    """The family's tokenizer or processor. Raises UserError unless a prompt comes through it whole.
+class TensorCache:
+    """A folder of safetensors files, a tensor in each. A file has its name from all that the tensor depends on."""
 
-    In silence transformers makes an empty one where the vocabulary is missing, and takes any text for a template.
-    """
-    trial, where, config = "a photo", f"{run.model.name}/tokenizer", run.model.config("text_encoder")
+    def __init__(self, folder: Path, *model: Any) -> None:
+        self.folder, self.key = folder, digest(*model)
+
+    def path(self, *what: Any) -> Path:
+        return self.folder / f"{digest(self.key, *what)}.safetensors"
+
+    def has(self, *what: Any) -> bool:
+        """Whether a whole file is there; one that a crash has damaged, or of another kind, is made anew."""
+        try:
+            with safe_open(self.path(*what), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def get(self, *what: Any) -> torch.Tensor:
+        [tensor] = load_file(self.path(*what)).values()
+        return tensor
+
+    def put(self, tensor: torch.Tensor, name: str, *what: Any) -> None:
+        """Raises UserError with this name if the tensor is not finite: it would be read from there for ever."""
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: its encoding is not finite; are the weights whole? If so, --mixed_precision no")
+        write_atomically(self.path(*what), save({"tensor": tensor.cpu().contiguous()}))
+
+
+def open_prompts(run: Run) -> TensorCache:
+    """The cache of prompt embeddings (L, D) by prompt."""
+    encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
+    template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
+    formats = [json.dumps(run.text_quantization, sort_keys=True)] if run.text_quantization else []
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template, *formats)
+
+
+def load_tokenizer(run: Run) -> Any:
+    """The tokenizer, tried on a prompt: transformers makes an empty one in silence where the vocabulary is missing."""
+    config = run.model.config("text_encoder")
     known = config.get("text_config", config)["vocab_size"]
     try:
         tokenizer = getattr(transformers, run.family.tokenizer).from_pretrained(run.model.folder / "tokenizer")
-        ids = token_ids(run.family, tokenizer, trial)
-        whole = trial in tokenizer.decode(ids) and max(ids) < known
+        ids = token_ids(run.family, tokenizer, "a photo")
+        if "a photo" not in tokenizer.decode(ids) or max(ids) >= known:
+            raise ValueError(f"a prompt becomes {ids[:8]} of {known} tokens")
     except Exception as error:  # the libraries have no common base of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{where}: cannot be read ({reason}); download it again") from None
-    if not whole:
-        raise UserError(f"{where}: is not the text encoder's, a prompt becomes {ids[:8]} of {known} tokens; "
-                        "download it again, or after a clone run `git lfs pull`")  # fmt: skip
+        advice = "download it again, or after a clone run `git lfs pull`"
+        raise UserError(f"{run.model.name}/tokenizer: is not the text encoder's ({reason}); {advice}") from None
     return tokenizer
 
 
@@ -2256,15 +2160,12 @@ UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.
 
 
 def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, list]]:
-    """The text encoder by transformers with only the layers that are read, and its report for `refuse_misfits`.
-
-    One layer more than the last hidden state stays, because transformers puts the final norm on the last one: with
-    exactly max(layers) of them the third slice would differ from the pipeline's.
-    """
+    """The text encoder with only the layers that are read, and what `refuse_misfits` has to know of its weights."""
     kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
+        # one layer more than the last hidden state, for transformers puts the final norm on the last of all
         keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:keep]
@@ -2283,23 +2184,26 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 
 
 def load_text_encoder(run: Run) -> nn.Module:
-    """The text encoder with only the layers that are read, frozen, in the compute dtype."""
+    """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
-    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
+    quantized = run.text_quantization is not None  # whole on the device: bitsandbytes' layers are not spread
+    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder and not quantized
     options = {"device_map": "auto"} if spread else {}
+    if quantized:
+        settings = transformers.BitsAndBytesConfig(**run.text_quantization)
+        options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
-        free = torch.cuda.mem_get_info(run.device)[0] - 2**30
-        options["max_memory"] = {run.device.index: free, "cpu": 2**62}
+        options["max_memory"] = {run.device.index: free_memory(run) - 2**30, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
     refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
     encoder.lm_head = nn.Identity()  # the head over the vocabulary and what would see images: 2 GB of [dev] in bf16
     if hasattr(encoder.model, "vision_tower"):
         encoder.model.vision_tower = encoder.model.multi_modal_projector = None
-    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     if run.args.fsdp_text_encoder:
         # not `encoder.model`: FSDP renames the class of its root, by which transformers finds the hidden states
         shard(run, encoder, getattr(encoder.model, "language_model", encoder.model).layers)
+    stored = getattr(encoder.config, "quantization_config", None)  # then transformers has put it on the device already
     return encoder if spread or stored or run.args.fsdp_text_encoder else encoder.to(run.device)
 
 
@@ -2312,26 +2216,34 @@ def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> 
     return pipeline.encode_prompt(prompt, device=run.device, **options)[0][0].to(run.dtype)
 
 
-REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer
+REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer or a wait for it
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
     """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
 
-    A busy server is asked again after a wait. The answer is a saved tensor: read with `weights_only`, capped in size,
-    packed and unpacked, checked for shape and finite numbers. Redirects are not followed, so the token stays here.
+    A busy server is asked again. Only the Hub's hosts and this machine see the token; a redirect is not followed, its
+    target would. The answer is a saved tensor, read with `weights_only`, capped in size packed and unpacked.
     """
-    url, width = run.args.remote_text_encoder_url, run.model.config("transformer")["joint_attention_dim"]
-    expected = (1, run.args.max_sequence_length, width)
-    most, headers = 4 * math.prod(expected) + 1_000_000, {"Accept-Encoding": "identity"}  # all bytes are counted
-    headers |= {"Authorization": f"Bearer {token}"} if (token := remote_token(run.args)) else {}
-    # the Hub's client asks nobody when HF_HUB_OFFLINE is set, but a server of one's own is not the Hub
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE and is_hub_host(urllib.parse.urlsplit(url))
-    request = {"json": {"prompt": prompt}, "headers": headers, "timeout": REMOTE_SILENCE, "follow_redirects": False}
+    expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
+    url, most, body = run.args.remote_text_encoder_url, 4 * math.prod(expected) + 1_000_000, bytearray()
+    scheme, host = urllib.parse.urlsplit(url).scheme, str(urllib.parse.urlsplit(url).hostname)
+    hub = scheme == "https" and host.endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
+    token = (run.args.hub_token or huggingface_hub.get_token()) if hub or host in LOOPBACK else None
+    request = {"json": {"prompt": prompt}, "headers": {"Authorization": f"Bearer {token}"} if token else {}}
+    busy = {"status_forcelist": (429, 500, 502, 503, 504), "allowed_methods": None, "retry_after_max": REMOTE_PATIENCE}
+    request |= {"timeout": REMOTE_SILENCE, "stream": True, "allow_redirects": False}
+    session = requests.Session()
+    session.mount(url, HTTPAdapter(max_retries=Retry(5, backoff_factor=1, **busy)))
     try:
-        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline):
-            with http_stream_backoff("POST", url, **request) as response:
-                body = read_answer(response, most)
+        with session, session.post(url, **request) as response:
+            if response.status_code != 200:
+                raise ValueError(f"status {response.status_code} {response.reason}")
+            end = time.monotonic() + REMOTE_PATIENCE
+            while piece := response.raw.read1(2**20):
+                body += piece
+                if len(body) > most or time.monotonic() > end:
+                    raise ValueError(f"more than {most} bytes, or only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
         with zipfile.ZipFile(io.BytesIO(body)) as archive:  # torch.load would unpack a thousand times the size
             if (size := sum(entry.file_size for entry in archive.infolist())) > most:
                 raise ValueError(f"{size} bytes when unpacked, more than {most}")
@@ -2341,92 +2253,16 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
         if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
             raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}). To encode here, leave "
-                        "--remote_text_encoder out and add --offload") from None  # fmt: skip
+        advice = "to encode here, leave --remote_text_encoder out and add --offload"
+        raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
     return embedding[0].to(run.dtype)
-
-
-def read_answer(response: Any, most: int) -> bytes:
-    """The body as it comes in. Raises ValueError as soon as it is longer than `most` bytes, or late."""
-    if response.status_code != 200:
-        raise ValueError(f"status {response.status_code} {response.reason_phrase}")
-    body, end = bytearray(), time.monotonic() + REMOTE_PATIENCE
-    try:
-        for piece in response.iter_raw():
-            body += piece
-            if len(body) > most:
-                raise ValueError(f"more than {most} bytes")
-            if time.monotonic() > end:
-                raise ValueError(f"only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
-    except Exception as error:  # the HTTP library's own must not reach `http_stream_backoff` from here
-        raise ValueError(f"the answer broke off: {error or type(error).__name__}") from None
-    return bytes(body)
-
-
-def remote_token(args: Args) -> str | None:
-    url = urllib.parse.urlsplit(args.remote_text_encoder_url)
-    seen = is_hub_host(url) or url.hostname in LOOPBACK
-    return (args.hub_token or huggingface_hub.get_token()) if seen else None
-
-
-def is_hub_host(url: urllib.parse.SplitResult) -> bool:
-    return url.scheme == "https" and str(url.hostname).endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
-
-
-class PromptCache:
-    """Prompt embeddings (L, D) on disk, named by everything they depend on: encoder, layers, length, dtype, prompt."""
-
-    def __init__(self, run: Run) -> None:
-        """The key holds everything but the prompt."""
-        url = run.args.remote_text_encoder_url if run.args.remote_text_encoder else None
-        encoder = url or run.model.identity("text_encoder")
-        template = run.model.identity("tokenizer"), SYSTEM_MESSAGE
-        self.key = digest(encoder, *run.text_layers, run.args.max_sequence_length, run.dtype, *template)
-        self.folder, self.device = run.cache_dir / "prompts", run.device
-
-    def path(self, prompt: str) -> Path:
-        return self.folder / f"{digest(self.key, prompt)}.safetensors"
-
-    def load(self, prompt: str) -> torch.Tensor:
-        """(L, D) on the CPU: in training the loader's workers read it."""
-        return load_file(self.path(prompt))["prompt_embeds"]
-
-    def batch(self, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([self.load(prompt) for prompt in prompts]).to(self.device, dtype)
-
-
-def is_cached(path: Path) -> bool:
-    """Whether a whole safetensors file is there; one that a crash has damaged, or of another kind, is made anew."""
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def write_cached(path: Path, name: str, tensor: torch.Tensor, what: str) -> None:
-    """Writes one tensor to the cache. Raises UserError if it is not finite: it would be read from there for ever."""
-    if not tensor.isfinite().all():
-        raise UserError(f"{what}: its encoding is not finite; are the weights whole? If so, add --mixed_precision no")
-    write_atomically(path, save({name: tensor.cpu().contiguous()}))
-
-
-def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
-    data = save(tensors)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = {"__metadata__": metadata} if metadata else {}
-    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 @contextlib.contextmanager
 def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[list[Any]]:
-    """Gives this process's part of the work; nobody starts before all know what there is, and all end together.
+    """This process's part of the work; nobody starts before all know what there is, and all end together.
 
-    Also one that fails; but in lock-step, as sharded models need it, the others wait for its part of the weights, so
-    its end has to end the run. There all parts have the same length: the last piece is done more than once.
+    In lock-step, for sharded models, the parts are equally long, and who fails does not wait: that has to end the run.
     """
     run.accelerator.wait_for_everyone()
     try:
@@ -2439,75 +2275,57 @@ def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[li
     run.accelerator.wait_for_everyone()
 
 
-def encode_prompts(run: Run, prompts: list[str]) -> PromptCache:
-    """Encodes each different prompt that is not in the cache; the encoder is loaded, used once and freed."""
-    cache = PromptCache(run)
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_cached(cache.path(prompt))]
+def encode_prompts(run: Run, prompts: list[str], most: int | None = None) -> TensorCache:
+    """Encodes the prompts, or so many of them, that the cache lacks; the encoder is loaded, used once and freed."""
+    cache = open_prompts(run)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.has(prompt)]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
-    with shared_out(run, missing, lockstep=run.args.fsdp_text_encoder) as mine:
+    with shared_out(run, missing[:most], lockstep=run.args.fsdp_text_encoder) as mine:
         if mine:
             encode = functools.partial(encode_prompt_remotely, run)
             if not run.args.remote_text_encoder:
                 encode = functools.partial(encode_prompt, run, load_tokenizer(run), load_text_encoder(run))
             with Progress("encode prompts", len(mine)) as progress:
                 for prompt in mine:
-                    write_cached(cache.path(prompt), "prompt_embeds", encode(prompt), f"prompt {prompt[:80]!r}")
+                    cache.put(encode(prompt), f"prompt {prompt[:80]!r}", prompt)
                     progress.advance()
             del encode
             release_memory()
     return cache
 
 
-def probe_remote_encoder(run: Run, prompts: list[str]) -> None:
-    """Asks for one prompt, so that a server that is down shows before the output folder is begun."""
-    cache = PromptCache(run)
-    encode_prompts(run, [prompt for prompt in prompts if not is_cached(cache.path(prompt))][:1])
-
-
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
     prompts = [caption for sample in samples for caption in sample.captions]
-    prompts += final_prompts(run.args) + (run.args.validation_prompt or []) + own_prompts(run.args)
+    others = *final_prompts(run.args), *(run.args.validation_prompt or []), vars(run.args).get("class_prompt")
+    prompts += [prompt for prompt in others if prompt is not None]
     if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
         prompts.append("")
     return prompts
 
 
-# endregion shared: text
-
-
-# differs: there is no class prompt
-def own_prompts(args: Args) -> list[str]:
-    """Prompts that only this script encodes."""
-    return []
-
-
-# region shared: latents
 @dataclass(frozen=True)
 class LatentSpace:
     """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
 
-    mean_C: torch.Tensor  # per channel of a token
+    mean_C: torch.Tensor
     std_C: torch.Tensor
+    channels: int  # of a token
     cell: int  # pixels per token side
-    folder: Path
-    identity: str
+    cache: TensorCache
 
-    @property
-    def channels(self) -> int:
-        return len(self.mean_C)
-
-    def path(self, image: Image, flip: bool) -> Path:
-        key = digest(image.sha256, DECODE_POLICY, *image.target, image.fit, flip, self.identity)
-        return self.folder / f"{key}.safetensors"
+    def key(self, image: Image, flip: bool) -> tuple:
+        return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
 
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
-    weights, epsilon = read_weights(run.model, "vae"), run.model.config("vae").get("batch_norm_eps", 1e-4)
-    mean, std = weights["bn.running_mean"].float(), torch.sqrt(weights["bn.running_var"].float() + epsilon)
-    return LatentSpace(mean, std, run.cell, run.cache_dir / "latents", run.model.identity("vae"))
+    fetch_part(run, "vae", announced=False)
+    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
+    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
+    cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
+    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2524,15 +2342,10 @@ def rest_vae(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
     return vae
 
 
-def position_ids(rows: int, columns: int, time: int = 0, device: torch.device | None = None) -> torch.Tensor:
-    """(1, rows*columns, 4) coordinates (T, row, column, 0) of an image's tokens; T is 0 for the target."""
-    ends = ((time, time + 1), (0, rows), (0, columns), (0, 1))
+def position_ids(height: int, width: int, time: int = 0, length: int = 1, device: Any = None) -> torch.Tensor:
+    """(1, N, 4) coordinates (T, row, column, l) of tokens: of an image, whose T is 0 for the target, or of a text."""
+    ends = ((time, time + 1), (0, height), (0, width), (0, length))
     return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
-
-
-def text_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
-    """(1, L, 4) coordinates (0, 0, 0, l) of the text tokens, pads included."""
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, 1, 1, length)))[None]
 
 
 @torch.no_grad()
@@ -2556,51 +2369,52 @@ def tokens_from_moments(
 
 @torch.no_grad()
 def decode_tokens(
-    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, rows: int, columns: int
+    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
 ) -> list[PIL.Image.Image]:
-    """Images from normalised tokens (B, rows*columns, C); the inverse of `tokens_from_moments` and the VAE."""
+    """Images from normalised tokens (B, height*width, C); the inverse of `tokens_from_moments` and the VAE."""
     tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
-    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
     # one at a time: at 1024 px the decoder's activations are several GB per image
     pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
     bytes_BHWC = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [PIL.Image.fromarray(array) for array in bytes_BHWC]
 
 
-def cache_latents(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """Encodes every image (and its mirror image with --random_flip) that is not cached; returns the VAE if loaded.
-
-    Only the image in work is in memory. Raises UserError when the disk is too small.
-    """
-    flips = (False, True) if run.args.random_flip else (False,)
-    wanted = {space.path(image, flip): (image, flip) for image in images for flip in flips}
-    missing = [(path, *work) for path, work in wanted.items() if not is_cached(path)]
-    log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
-    with shared_out(run, missing) as mine:
-        if not mine:
-            return None
-        numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-        need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
-        check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
-        vae = load_vae(run)
-        with Progress("encode images", len(mine)) as progress:
-            for path, image, flip in mine:
-                moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                write_cached(path, "moments", moments, f"image {image.name}")
-                progress.advance()
-        return vae
-
-
 def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """Fills the latent cache with --cache_latents; returns the VAE only if training or drawing still needs it.
+    """With --cache_latents encodes what is not cached, with --random_flip mirrored too. Only one image is in memory.
 
-    It waits on the CPU: the transformer may need all of the device while it is loaded and quantised.
+    Returns the VAE if training or drawing still needs it; it waits on the CPU, out of the way of the transformer.
     """
-    vae = cache_latents(run, space, images) if run.args.cache_latents else None
+    vae, flips = None, (False, True) if run.args.random_flip else (False,)
+    wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
+    missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
+    if wanted:
+        log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
+    with shared_out(run, missing) as mine:
+        if mine:
+            numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+            need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in mine)
+            check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
+            vae = load_vae(run)
+            with Progress("encode images", len(mine)) as progress:
+                for image, flip in mine:
+                    moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
+                    space.cache.put(moments, f"image {image.name}", *space.key(image, flip))
+                    progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
     release_memory()
     return vae
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
@@ -2611,7 +2425,7 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
         raise UserError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; see {remedy}")
 
 
-# endregion shared: latents
+# endregion shared: text
 
 
 # ------------------------------------------------------------------------------------------------------ Models and LoRA
@@ -2640,26 +2454,24 @@ FLUX1_NAMES = (
 )
 
 
-def translate_flux1_name(name: str) -> str:
-    """The FLUX.2 name of a module that FLUX.1 calls `name`; other names come back as they are."""
-    found = (re.sub(pattern, new, name) for pattern, new in FLUX1_NAMES if re.search(pattern, name))
-    return next(found, name)
+def rename(name: str, patterns: Iterable[tuple[str, str]]) -> str:
+    for pattern, new in patterns:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
-    """Full names of the Linear modules that get a LoRA.
+    """Full names of the Linear modules that get a LoRA. Raises UserError for an entry that matches none.
 
     `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
-    `final:proj_out` the last layer. Raises UserError for an entry that matches nothing, with the nearest names.
+    `final:proj_out` the last layer.
     """
     text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
     chosen: set[str] = set()
     for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
-        whole = entry.startswith("final:")
-        name = entry.removeprefix("final:") if whole else translate_flux1_name(entry)
-        if not whole and name != entry:
+        if (name := rename(entry, FLUX1_NAMES)) != entry:
             log.info(f"lora: FLUX.1 name {entry} is {name} in FLUX.2")
-        matches = [full for full in linear_names if full == name or (full.endswith(f".{name}") and not whole)]
+        matches = [full for full in linear_names if f"final:{full}" == name or f".{full}".endswith(f".{name}")]
         if not matches:
             endings = sorted({re.sub(r"^.*blocks\.\d+\.", "", full) for full in linear_names})
             near = difflib.get_close_matches(name, [*linear_names, *endings], n=4, cutoff=0.4) or endings
@@ -2686,10 +2498,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(FP8 values, fp32 scales (rows, 1)) of a matrix; a scale per row, so that an outlier spoils its row only.
-
-    On a GPU no temporary is as large as the matrix: `abs().amax()` and a division in fp32 would make two.
-    """
+    """(FP8 values, fp32 scales (rows, 1)) of a matrix, without temporaries of its size; an outlier spoils its row."""
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
     scales = largest.float().clamp(min=1e-12) / torch.finfo(FP8).max
     return torch.div(matrix, scales, out=torch.empty_like(matrix, dtype=FP8)), scales
@@ -2698,8 +2507,7 @@ def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class FP8Gradient(torch.autograd.Function):
     """Gives a product x W^T, computed without autograd, its backward: one more FP8 product; x is not kept for it.
 
-    Only this step is a Function: torch.compile on PyTorch 2.11 keeps, and does not recompute under checkpointing, what
-    is computed inside the forward of one (29 GB more for [dev] at 1024 px).
+    The product is not computed in `forward`, where torch.compile would keep it, not recompute it (29 GB for [dev]).
     """
 
     @staticmethod
@@ -2721,8 +2529,7 @@ class FP8Gradient(torch.autograd.Function):
 class FP8Linear(nn.Linear):
     """A frozen Linear without bias: its weight (out, in) in FP8 only, with fp32 scales (out, 1); half of bf16's memory.
 
-    One scaled matmul forward and one backward, no gradient of the weight. `torch._scaled_mm` instead of `F.scaled_mm`,
-    which Dynamo cannot trace on PyTorch 2.11.
+    `torch._scaled_mm` instead of `F.scaled_mm`, which Dynamo cannot trace on PyTorch 2.11.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
@@ -2751,59 +2558,36 @@ def quantize_block(run: Run, block: nn.Module) -> None:
         block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
 
 
-def outside_blocks(run: Run) -> list[str]:
-    """The parts of the transformer with Linear layers that are never quantised: embedders, modulation, last layer."""
-    names = {name.partition(".")[0] for name in linear_modules(run.model.config("transformer"))}
-    return sorted(name for name in names if not name.endswith("transformer_blocks"))
-
-
-def bnb_settings(run: Run) -> dict[str, Any]:
-    """The arguments of BitsAndBytesConfig that quantise the blocks; products are in the compute dtype by default."""
-    default = {"bnb_4bit_compute_dtype": str(run.dtype).removeprefix("torch.")}
-    return {**default, **run.quantization, "llm_int8_skip_modules": outside_blocks(run)}
-
-
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
-        raise UserError("--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada); "
-                        f"this is {dtype} on {capability[0]}.{capability[1]}. Without it: --gradient_checkpointing, a "
-                        "smaller --resolution, [klein], or --bnb_quantization_config_path")  # fmt: skip
+        found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
+        raise UserError(
+            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
+        )
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How FSDP2 splits the frozen blocks over the processes: the accelerate config's fsdp_config."""
-
-    reshard: bool = True  # give a block's gathered weights back after its forward, and gather them again in backward
-    offload: bool = False  # keep this process's part of the weights on the CPU
-    hybrid: bool = False  # split within a machine only; every machine holds all weights
-    checkpointing: bool = False  # as --gradient_checkpointing
-
-
-def sharding_of_launch() -> Sharding | None:
-    """The launcher's FSDP settings, or None without FSDP."""
-    if not launched_with("ACCELERATE_USE_FSDP"):
-        return None
-    strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
-    offload, checkpointing = map(launched_with, ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"))
-    return Sharding(reshard, offload, strategy in ("HYBRID_SHARD", "4"), checkpointing)
+def outside_blocks(model: ModelFiles) -> list[str]:
+    """The parts of the transformer with Linear layers that are never quantised: embedders, modulation, last layer."""
+    names = {name.partition(".")[0] for name in linear_modules(model.config("transformer"))}
+    return sorted(name for name in names if not name.endswith("transformer_blocks"))
 
 
 def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Splits the frozen weights of `blocks` over the processes; each block is gathered when it computes.
+    """Splits the frozen weights of `blocks` over the processes by FSDP2, as the accelerate config's fsdp_config says.
 
-    The LoRA, integer (bitsandbytes) weights and what lies outside the blocks stay whole, on every device. Blocks go to
-    the device one by one, so that it never holds the model whole.
+    The LoRA, integer (bitsandbytes) weights and what lies outside the blocks stay whole, on every device.
     """
-    sharding = run.sharding or Sharding()
-    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", run.processes))
-    shape = (run.processes // on_machine, on_machine) if sharding.hybrid else (run.processes,)
-    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("machines", "devices")[-len(shape) :])
-    options = {"mesh": mesh, "reshard_after_forward": sharding.reshard}
-    options |= {"offload_policy": CPUOffloadPolicy(run.device.type == "cuda")} if sharding.offload else {}
+    shape, names = (run.processes,), ("devices",)
+    if os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() in ("HYBRID_SHARD", "4"):  # every machine holds it all
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", run.processes))
+        shape, names = (run.processes // on_machine, on_machine), ("machines", "devices")
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
+    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
+    if launched_with("FSDP_OFFLOAD_PARAMS"):
+        options["offload_policy"] = CPUOffloadPolicy(run.device.type == "cuda")
     for block in blocks:
         whole = {p for p in block.parameters() if p.requires_grad or not p.is_floating_point()}
         fully_shard(block, ignored_params=whole, **options)
@@ -2817,28 +2601,13 @@ def blocks_of(transformer: Flux2Transformer2DModel) -> list[nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-class BeforeBackward(torch.autograd.Function):
-    """Passes the outputs of a block on; in the backward pass it fetches the block's weights before they are needed."""
-
-    @staticmethod
-    def forward(context: Any, fetch: Callable[[], None], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        context.fetch = fetch
-        return outputs
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        context.fetch()  # all of the later block's backward has been launched when its gradients have come
-        return None, *gradients
-
-
 class BlockStream:
     """Frozen blocks that live in pinned host memory and visit the device one by one (--stream_blocks).
 
     Two buffers take turns: while one block computes, the next one, in the backward pass the one before it, is copied
-    into the other buffer on a stream of its own; nothing is copied back. Blocks are recomputed in their backward,
-    between their fetch and the next, so that autograd keeps no view of a buffer for longer. Rejected: `fully_shard`
-    with offload, which for one process copies on the compute stream (PyTorch 2.11 to 2.15), and diffusers' group
-    offloading, which sends a block away before its backward.
+    into the other buffer on a stream of its own. Blocks are recomputed in their backward, so that autograd keeps no
+    view of a buffer. Rejected: `fully_shard` with offload, which for one process copies on the compute stream (PyTorch
+    2.11 to 2.15), and diffusers' group offloading, which sends a block away before its backward.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -2876,16 +2645,14 @@ class BlockStream:
             block._compiled_call_impl = functools.partial(self.visit, number, call)
 
     def visit(self, number: int, call: Callable, *inputs: Any, **named_inputs: Any) -> Any:
-        """A block's forward with its weights on the device."""
-        if not torch.is_grad_enabled():  # the next forward begins with the first block
-            self.fetch(number, (number + 1) % len(self.blocks))
-            return call(*inputs, **named_inputs)
-        self.fetch(number, number + 1)
+        """A block's forward with its weights on the device, where they come back to before its backward."""
+        training = torch.is_grad_enabled()  # if not, the next forward begins with the first block
+        self.fetch(number, number + 1 if training else (number + 1) % len(self.blocks))
         outputs = call(*inputs, **named_inputs)
-        fetch = functools.partial(self.fetch, number, number - 1)
-        if torch.is_tensor(outputs):
-            return BeforeBackward.apply(fetch, outputs)[0]
-        return BeforeBackward.apply(fetch, *outputs)
+        for output in (outputs,) if torch.is_tensor(outputs) else outputs:
+            if output.requires_grad:  # all of the later block's backward has been launched when its gradients come
+                output.register_hook(lambda _gradient: self.fetch(number, number - 1))
+        return outputs
 
     def fetch(self, number: int, following: int) -> None:
         """What is launched after this finds block `number` on the device; the copy of the `following` one begins."""
@@ -2919,16 +2686,13 @@ def is_streamed(run: Run, number: int) -> bool:
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype: on the CPU by memory map, or on the device as bitsandbytes wants it.
-
-    Block by block it is quantised to FP8, if that is asked, and pinned, if it is one of those that stream.
-    """
+    """The frozen transformer in the compute dtype: on the CPU by memory map, or where bitsandbytes has quantised it."""
     folder, stored = fetch_part(run, "transformer"), run.model.config("transformer").get("quantization_config")
     options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
     if run.quantization:
         options["device_map"] = {"": run.device}
     if run.quantization and not stored:
-        options["quantization_config"] = diffusers.BitsAndBytesConfig(**bnb_settings(run))
+        options["quantization_config"] = diffusers.BitsAndBytesConfig(**run.quantization)
     transformer = Flux2Transformer2DModel.from_pretrained(folder, **options)
     if run.args.attention_backend:
         try:
@@ -2949,19 +2713,18 @@ def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Tr
     """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
     if run.sharding:
         shard(run, transformer, blocks_of(transformer))
-    elif not transformer.stream.blocks:
-        transformer.to(run.device)
-    else:
-        streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            tensor.data = tensor.data if id(tensor) in streamed else tensor.data.to(run.device)
-        transformer.stream.start()
+        return transformer
+    streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if id(tensor) not in streamed and tensor.device != run.device:
+            tensor.data = tensor.data.to(run.device)
+    transformer.stream.start()
     return transformer
 
 
 def checkpointed_share(run: Run) -> float:
     """--gradient_checkpointing, or all blocks where the accelerate config's FSDP settings or streaming ask for it."""
-    asked = run.sharding is not None and run.sharding.checkpointing
+    asked = run.sharding and launched_with("FSDP_ACTIVATION_CHECKPOINTING")
     return 1.0 if asked or run.args.stream_blocks else run.args.gradient_checkpointing
 
 
@@ -2972,62 +2735,80 @@ def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks:
         block.forward = functools.partial(recompute, block.forward)
 
 
-def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:
+def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # Dynamo breaks at a bare `checkpoint`
     if not torch.is_grad_enabled():
         return forward(*inputs, **named_inputs)
     return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
 
 
-def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) -> None:
-    """torch.compile of each block in place, if the accelerate config asks for it; of several sizes for any at once."""
-    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
-    # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
-    for block in blocks_of(transformer) if backend.lower() not in ("", "no") else ():
-        block.compile(backend=backend.lower(), dynamic=several_sizes or None, mode=mode or None)
+def asked_to_compile(args: Args) -> bool | None:  # None: where it pays
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no") or args.compile_blocks
+
+
+def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes: bool, steps: int) -> int:
+    """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries."""
+    done, stored = (run.resume.state["step"], run.resume.state.get("compiled")) if run.resume else (0, None)
+    pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps - done >= 500
+    pays = pays and not (run.args.do_fp8_training and several_sizes)  # which has crashed, see docs/memory.md
+    wanted = [choice for choice in (asked_to_compile(run.args), stored, pays) if choice is not None]
+    if not wanted[0]:
+        return 0
+    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "").lower() for name in ("BACKEND", "MODE"))
+    backend, problem = "inductor" if backend in ("", "no") else backend, None
+    if (run.quantization or {}).get("load_in_8bit"):
+        problem = "bitsandbytes' int8 stays eager; FP8 and NF4 compile"
+    elif backend == "inductor" and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cl")))):
+        problem = "torch.compile needs a C compiler, such as gcc, and Python's headers"
+    elif backend == "inductor" and run.device.type == "cuda" and not importlib.util.find_spec("triton"):
+        problem = "torch.compile needs the package triton"
+    if problem and run.args.compile_blocks:
+        raise UserError(f"--compile_blocks: {problem}; leave it out")
+    if problem:
+        log.warning(f"compile: {problem}; this run is eager")
+        return 0
+    log.info("compile: the blocks, before the first step: on an H200 93 s, paid back in 204 steps ([dev]) or 446 (9B)")
+    torch._dynamo.reset()  # graphs of an earlier run in this process
+    torch.compiler.set_stance("default")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what comes after it runs eager in silence
+    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+        block.compile(backend=backend, dynamic=several_sizes or None, mode=mode or None)
+    return len(blocks_of(transformer))
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
-    """Puts the adapter into the transformer; returns its parameters by the name they have in the file, fp32.
-
-    lora_A is drawn from N(0, 1/rank) as in the diffusers examples, keyed by its name, and lora_B is 0, so the first
-    step starts from the base model.
-    """
+    """Puts the adapter, lora_A from N(0, 1/rank) keyed by its name, lora_B 0; its parameters by name in the file."""
     rank, alpha, targets = run.lora.rank, run.lora.alpha, [*run.lora.targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
     transformer.add_adapter(config)
-    for layer in (module for module in transformer.modules() if isinstance(module, LoraLayer)):
-        layer.cast_input_dtype_enabled = False
-        for part in (layer.lora_A, layer.lora_B):
-            old = part["default"]
-            part["default"] = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
-    trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    parameters = {name.replace(".default.weight", ".weight"): parameter for name, parameter in trainable}
-    for name, parameter in parameters.items():
-        start = torch.zeros(parameter.shape)
-        if name.endswith("lora_A.weight"):
-            start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
-        parameter.data.copy_(start)
-    expected = {f"{name}.lora_{part}.weight" for name in targets for part in "AB"}
-    assert parameters.keys() == expected, "the trainable set must be exactly the adapter"
+    parameters = {}
+    for layer_name, layer in transformer.named_modules():
+        for part in ("lora_A", "lora_B") if isinstance(layer, LoraLayer) else ():
+            layer.cast_input_dtype_enabled = False
+            name, old = f"{layer_name}.{part}.weight", getattr(layer, part)["default"]
+            new = LoraLinear(old.in_features, old.out_features, bias=False, device=run.device)
+            start = torch.zeros(new.weight.shape)
+            if part == "lora_A":
+                start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
+            new.weight.data.copy_(start)
+            getattr(layer, part)["default"], parameters[name] = new, new.weight
+    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
     millions = sum(parameter.numel() for parameter in parameters.values()) / 1e6
     log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {millions:.2f} M parameters in fp32")
     return parameters
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """(matrices by the names of our parameters, alpha) of a LoRA of ours, diffusers, PEFT, ai-toolkit or kohya.
-
-    Raises UserError. Kohya's alphas are in its matrices when diffusers has converted them; PEFT keeps alpha in a file.
-    """
+    """(matrices by the names of our parameters, alpha) of a LoRA of ours, diffusers, PEFT, ai-toolkit or kohya."""
     try:
         with safe_open(path, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        peft, beside = any(name.startswith("base_model.") for name in stored), path.with_name("adapter_config.json")
-        if peft and beside.is_file():
+        beside = path.with_name("adapter_config.json")  # where PEFT keeps alpha
+        if beside.is_file() and any(name.startswith("base_model.") for name in stored):
             header = {f"transformer.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
         if any("dora_scale" in name for name in stored) or header.get("transformer.use_rslora"):
             raise ValueError("it is a DoRA or rank-stabilised")
+        # kohya's alphas are multiplied into its matrices
         converted = diffusers.Flux2Pipeline.lora_state_dict(stored)
         ranks = {matrix.shape[0] for name, matrix in converted.items() if name.endswith(".lora_A.weight")}
         if len(ranks) != 1 or header.get("transformer.alpha_pattern"):
@@ -3054,53 +2835,54 @@ def find_lora(args: Args, model: ModelFiles) -> LoraShape:
         rank = args.rank or 16
         return LoraShape(rank, args.lora_alpha or rank, tuple(resolve_lora_layers([*linears], args.lora_layers)))
     matrices, alpha = read_lora(Path(path))
-    modules = {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in matrices}
-    for module in sorted(modules):
-        pair, linear = [matrices.get(f"{module}.lora_{part}.weight") for part in "AB"], linears.get(module)
-        fits = linear is not None and all(matrix is not None for matrix in pair)
-        if not fits or (pair[0].shape[1], pair[1].shape[0]) != (linear.in_features, linear.out_features):
-            raise UserError(f"{path}: is for another model, its {module} does not fit {model.name}")
-    found = LoraShape(len(pair[0]), alpha, tuple(name for name in linears if name in modules))
-    asked = {"rank": (args.rank, found.rank), "lora_alpha": (args.lora_alpha, found.alpha)}
-    for name, (value, there) in asked.items():
-        if value not in (None, there):
-            raise UserError(f"--{name} {value:g}: it is {there:g} in --init_lora_from {path}; leave the flag out")
-    if args.lora_layers and {*resolve_lora_layers([*linears], args.lora_layers)} != modules:
-        raise UserError(f"--lora_layers {args.lora_layers}: --init_lora_from {path} has {len(modules)} other modules, "
-                        f"such as {found.targets[0]}; leave the flag out")  # fmt: skip
-    return found
+    rank = next(len(matrix) for name, matrix in matrices.items() if name.endswith(".lora_A.weight"))
+    targets = tuple(name for name in linears if f"{name}.lora_A.weight" in matrices)
+    fitting = {f"{name}.lora_A.weight": (rank, linears[name].in_features) for name in targets}
+    fitting |= {f"{name}.lora_B.weight": (linears[name].out_features, rank) for name in targets}
+    found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
+    if misfits := sorted(name for name, _ in found.items() ^ fitting.items()):
+        raise UserError(f"{path}: is for another model, its {misfits[0]} does not fit {model.name}")
+    layers = tuple(resolve_lora_layers([*linears], args.lora_layers)) if args.lora_layers else None
+    given = {"rank": (args.rank, rank), "lora_alpha": (args.lora_alpha, alpha), "lora_layers": (layers, targets)}
+    for name, (asked, there) in given.items():
+        if asked not in (None, there):
+            there = there if name != "lora_layers" else f"{len(there)} modules, such as {there[0]},"
+            raise UserError(f"--{name}: it is {there} in --init_lora_from {path}; leave the flag out")
+    return LoraShape(rank, alpha, targets)
 
 
 def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
     """Copies a LoRA file that fits, as `find_lora` has found, into the adapter."""
-    matrices, _ = read_lora(path)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(matrices[name])
+    for name, matrix in read_lora(path)[0].items():
+        parameters[name].data.copy_(matrix)
 
 
-def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path) -> None:
-    """Writes pytorch_lora_weights.safetensors, with all that diffusers needs to rebuild the adapter in its header.
+def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_comfyui: bool = False) -> None:
+    """Writes the LoRA for diffusers, or for ComfyUI and others, which know BFL's names and read no alpha in a header.
 
-    That is only what differs from PEFT's defaults: an older PEFT refuses a file with a key that it does not know.
+    The adapter in the header is only what differs from PEFT's defaults: an older PEFT refuses keys it does not know.
     """
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
-    tensors = {f"transformer.{name}": parameter.detach().to("cpu", dtype) for name, parameter in parameters.items()}
-    # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
-    adapter = {"r": run.lora.rank, "lora_alpha": run.lora.alpha, "rank_pattern": {}}
-    adapter["target_modules"] = sorted(run.lora.targets)
-    header = json.dumps({f"transformer.{key}": value for key, value in adapter.items()})
-    header = {"format": "pt", "lora_adapter_metadata": header, **describe_lora(run)}
-    write_atomically(folder / LORA_FILE, safetensors_bytes(tensors, header))
+    header, lora = {"format": "pt", **describe_lora(run)}, run.lora
+    tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    if for_comfyui:
+        tensors = bfl_lora(tensors, lora.alpha / lora.rank)
+    else:
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
+        adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "rank_pattern": {}, "target_modules": sorted(lora.targets)}
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": adapter[key] for key in adapter})
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    write_atomically(folder / (COMFYUI_FILE if for_comfyui else LORA_FILE), safetensors_bytes(tensors, header))
 
 
 def describe_lora(run: Run) -> dict[str, str]:
     """What user interfaces show of a LoRA file. No date, so that equal runs give equal files."""
     trigger, size = run.args.instance_prompt or "", run.args.resolution
-    facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger,
-             "implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})",
-             "resolution": f"{size}x{size}"}  # fmt: skip
-    facts = {f"modelspec.{name}": value for name, value in facts.items()}
-    return {**facts, "base_model": public_name(run.model), "seed": str(run.seed)}
+    facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger}
+    facts |= {"implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})"}
+    facts = {f"modelspec.{name}": value for name, value in {**facts, "resolution": f"{size}x{size}"}.items()}
+    return {**facts, "base_model": run.model.public_name, "seed": str(run.seed)}
 
 
 BFL_NAMES = (  # of the modules, by diffusers' names; one after the other
@@ -3122,32 +2904,21 @@ def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch
 
     BFL's q, k and v are one module: their lora_A are stacked, and lora_B is block-diagonal.
     """
-    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}  # a module's q, k, v, or ""
     for name in sorted(name.removesuffix(".lora_A.weight") for name in matrices if name.endswith(".lora_A.weight")):
         down, up = matrices[f"{name}.lora_A.weight"], matrices[f"{name}.lora_B.weight"] * scale
         if name == "norm_out.linear":  # BFL's order is shift, scale
             up = torch.cat(up.chunk(2)[::-1])
-        for ours, theirs in BFL_NAMES:
-            name = re.sub(ours, theirs, name)
-        module, _, part = name.partition("qkv.")
+        module, _, part = rename(name, BFL_NAMES).partition("qkv.")
         modules.setdefault(f"{module}qkv" if part else module, {})[part] = down, up
     tensors = {}
     for module, parts in modules.items():
-        order, (down, up) = [""] if "" in parts else ["q", "k", "v"], next(iter(parts.values()))
-        pairs = [parts.get(part, (down[:0], up[:, :0])) for part in order]  # a part without a LoRA has rank 0
+        down, up = next(iter(parts.values()))
+        empty = down[:0], up[:, :0]  # a part without a LoRA has rank 0
+        pairs = [parts.get(part, empty) for part in ([""] if "" in parts else "qkv")]
         tensors[f"diffusion_model.{module}.lora_A.weight"] = torch.cat([down for down, _ in pairs])
         tensors[f"diffusion_model.{module}.lora_B.weight"] = torch.block_diag(*(up for _, up in pairs))
     return tensors
-
-
-def save_comfyui_lora(run: Run, parameters: dict[str, nn.Parameter]) -> None:
-    """Writes comfyui_lora.safetensors: for ComfyUI and others, which know BFL's names and read no alpha in a header."""
-    dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
-    matrices = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-    tensors = bfl_lora(matrices, run.lora.alpha / run.lora.rank)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    header = {"format": "pt", **describe_lora(run)}
-    write_atomically(run.output_dir / COMFYUI_FILE, safetensors_bytes(tensors, header))
 
 
 # endregion shared: lora
@@ -3180,9 +2951,7 @@ def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
 # endregion shared: flow-matching
 
 
-def encode_references(
-    run: Run, parts: TrainingParts, views: list[list[torch.Tensor]]
-) -> list[tuple[torch.Tensor, ...]]:
+def encode_references(run: Run, training: Training, views: list[list[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
     """(tokens (B, L, C), position ids (1, L, 4)) of each reference; `views` holds those of every sample.
 
     Tokens are clean, from the mean of the VAE's distribution; reference k = 1, 2, ... of a sample has T = 10 k.
@@ -3191,45 +2960,15 @@ def encode_references(
     for number, view in enumerate(zip(*views, strict=True), start=1):
         moments = torch.stack([each.to(run.device, non_blocking=True) for each in view])
         if not run.args.cache_latents:
-            moments = encode_pixels(parts.vae_on_device(run), moments)
-        rows, columns = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
-        ids = position_ids(rows, columns, 10 * number, run.device)
-        references.append((tokens_from_moments(parts.space, moments), ids))
+            moments = encode_pixels(training.vae_on_device(run), moments)
+        height, width = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
+        ids = position_ids(height, width, time=10 * number, device=run.device)
+        references.append((tokens_from_moments(training.space, moments), ids))
     return references
 
 
-# differs: references stand behind the noisy tokens
-def predict_velocity(
-    args: Args, transformer: nn.Module, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor, height: int, width: int,
-    references: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
-) -> torch.Tensor:  # fmt: skip
-    """The transformer's velocity (B, L, C) for noisy tokens of `height` x `width`, seen beside `references`.
-
-    The sequence is target, reference 1, reference 2, ... (tokens and position ids of each); what the model says at the
-    references is of no meaning. Called exactly as the pipeline's denoising loop does. The timestep takes the
-    pipeline's way (1000 sigma, rounded to the compute dtype, / 1000), so that bf16 sees the same grid in training as at
-    inference.
-    """
-    dtype, device, guidance = prompt_embeds_BLD.dtype, noisy_BLC.device, None
-    if transformer.config.guidance_embeds:
-        guidance = torch.full([len(noisy_BLC)], args.guidance_scale, device=device, dtype=torch.float32)
-    tokens_BLC = torch.cat([noisy_BLC, *(tokens for tokens, _ in references)], dim=1)
-    ids = torch.cat([position_ids(height, width, device=device), *(ids for _, ids in references)], dim=1)
-    output_BLC = transformer(
-        hidden_states=tokens_BLC.to(dtype),
-        timestep=(sigmas_B * 1000).to(dtype) / 1000,
-        guidance=guidance,
-        encoder_hidden_states=prompt_embeds_BLD,
-        txt_ids=text_ids(prompt_embeds_BLD.shape[1], device),
-        img_ids=ids,
-        return_dict=False,
-    )[0]
-    return output_BLC[:, : noisy_BLC.shape[1]]
-
-
 # differs: some samples have references
-def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses (B), sigmas (B)) of one micro-batch from the loader: what is minimised, from the cache to the number.
 
     x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0. The loss of a sample is the mean of the
@@ -3237,32 +2976,49 @@ def batch_losses(run: Run, parts: TrainingParts, batch: dict[str, Any]) -> tuple
     transformer.
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
-    height, width = (side // parts.space.cell for side in batch["target"][0])  # in tokens
-    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width)
-    tensors = {"sigmas": sigmas_B, **{key: value for key, value in batch.items() if torch.is_tensor(value)}}
-    tensors = {key: value.to(run.device, non_blocking=True) for key, value in tensors.items()}
-    sigmas_B, noise_BLC = tensors["sigmas"], tensors["noise"]
+    height, width = (side // training.space.cell for side in batch["target"][0])  # in tokens
+    sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width).to(run.device, non_blocking=True)
+    tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
+    noise_BLC, prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]
 
     # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
     if "moments" not in tensors:
-        tensors["moments"] = encode_pixels(parts.vae_on_device(run), tensors["pixels"])
-    clean_BLC = tokens_from_moments(parts.space, tensors["moments"], tensors.get("posterior_noise"))
-    references = encode_references(run, parts, [views for views in batch["references"] if views])
+        tensors["moments"] = encode_pixels(training.vae_on_device(run), tensors["pixels"])
+    clean_BLC = tokens_from_moments(training.space, tensors["moments"], tensors.get("posterior_noise"))
+    references = encode_references(run, training, [views for views in batch["references"] if views])
     if not run.args.cache_latents:
-        parts.rest_vae(run.args)
+        training.rest_vae(run.args)
 
-    # what the transformer makes of the mix, against what it should
+    # x_t, and the velocity there, by the very call of the pipelines' denoising loop: the timestep is rounded to the
+    # compute dtype as there, so that bf16 sees the same grid in training as at inference. The sequence is target,
+    # reference 1, reference 2, ...; what comes out at the references is of no meaning.
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
-    prompt_embeds_BLD = tensors["prompt_embeds"]
+    timestep_B, guided = (sigmas_B * 1000).to(run.dtype) / 1000, training.transformer.config.guidance_embeds
+    text_ids = position_ids(1, 1, length=prompt_embeds_BLD.shape[1], device=run.device)
+    target_ids = position_ids(height, width, device=run.device)
     velocity_BLC = torch.empty_like(noise_BLC, dtype=run.dtype)
     for given in (True, False):  # samples whose references are dropped have shorter sequences: a forward of their own
         chosen = [place for place, views in enumerate(batch["references"]) if bool(views) == given]
-        if chosen:
-            chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
-            inputs = *(x[chosen] for x in (noisy_BLC, sigmas_B, prompt_embeds_BLD)), height, width
-            velocity_BLC[chosen] = predict_velocity(run.args, parts.transformer, *inputs, references if given else [])
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+        if not chosen:
+            continue
+        chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
+        behind = references if given else []
+        velocity_BLC[chosen] = training.transformer(
+            hidden_states=torch.cat([noisy_BLC[chosen], *(tokens for tokens, _ in behind)], dim=1).to(run.dtype),
+            timestep=timestep_B[chosen],
+            guidance=torch.full_like(sigmas_B[chosen], run.args.guidance_scale) if guided else None,
+            encoder_hidden_states=prompt_embeds_BLD[chosen],
+            txt_ids=text_ids,
+            img_ids=torch.cat([target_ids, *(ids for _, ids in behind)], dim=1),
+            return_dict=False,
+        )[0][:, : height * width]
+
+    # against what it should be
+    errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
+    if "weights" in tensors:  # of the loss masks
+        errors_BLC = errors_BLC * tensors["weights"][..., None]
+    errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
@@ -3274,35 +3030,33 @@ def samples_per_step(run: Run) -> int:
 
 
 def total_steps(run: Run, samples: int) -> int:
-    visits = run.args.num_train_epochs * samples * run.args.repeats
+    visits = run.args.num_train_epochs * samples * epoch_rounds(run.args)
     return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
 
 
 def peak_learning_rate(run: Run) -> float:
-    """--learning_rate or the optimizer's default, times the global batch with --scale_lr."""
     rate = run.args.learning_rate or (1.0 if run.args.optimizer == "prodigy" else 1e-4)
     return rate * (samples_per_step(run) if run.args.scale_lr else 1)
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the fp32 adapter; the optional packages are imported when they are used."""
-    shared = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2),
-              "eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}  # fmt: skip
+    options = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2)}
+    options |= {"eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}
     if run.args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        own = {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple,
-               "use_bias_correction": run.args.prodigy_use_bias_correction,
-               "safeguard_warmup": run.args.prodigy_safeguard_warmup}  # fmt: skip
-        return Prodigy(parameters, **shared, **own)
+        options |= {"beta3": run.args.prodigy_beta3, "decouple": run.args.prodigy_decouple}
+        options |= {"use_bias_correction": run.args.prodigy_use_bias_correction}
+        return Prodigy(parameters, safeguard_warmup=run.args.prodigy_safeguard_warmup, **options)
     if run.args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
 
 
-def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Iterator) -> dict[str, Any]:
+def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any]:
     """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
@@ -3310,57 +3064,56 @@ def train_step(run: Run, parts: TrainingParts, state: TrainState, batches: Itera
     lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    parameters, rows, weights, names = list(state.parameters.values()), [], [], []
+    parameters, rows, weights, names = list(training.parameters.values()), [], [], []
 
     # the gradient of each stream's mean loss, summed over streams, averaged over micro-batches by accelerate's backward
     for micro in range(accumulation):
-        for stream, batch in zip(parts.streams, next(batches), strict=True):
+        for stream, batch in zip(training.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
                 # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
-                key = (state.step * accumulation + micro, len(rows) * run.processes + run.process_index)
+                key = (training.step * accumulation + micro, len(rows) * run.processes + run.process_index)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
-            losses_B, sigmas_B = batch_losses(run, parts, batch)
+            losses_B, sigmas_B = batch_losses(run, training, batch)
             run.accelerator.backward(stream.weight * losses_B.mean())
             rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
             weights += [stream.weight] * len(sigmas_B)
             names += batch["name"]
 
     # averaged over processes, each of which learns (loss, sigma) of every sample, and whether one got a signal
-    received = (state.stop and state.stop.received) or 0
-    rows_N3 = average_over_processes(run, parameters, nn.functional.pad(torch.cat(rows), (0, 1), value=received))
+    rows_N3 = nn.functional.pad(torch.cat(rows), (0, 1), value=training.stop.received or 0)
+    rows_N3 = average_over_processes(run, parameters, rows_N3)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
-    lora_norm = torch.stack(torch._foreach_norm(lora_ups(state))).norm()
-    last_update = torch.zeros_like(lora_norm) if state.update_norm is None else state.update_norm
-    norms = torch.stack([grad_norm, lora_norm, last_update])
+    norms = torch.stack([grad_norm, torch.stack(torch._foreach_norm(training.ups)).norm(), training.update_norm])
     *numbers, grad_norm, lora_norm, last_update = torch.cat([rows_N3.flatten(), norms]).tolist()
     losses, sigmas, signals = numbers[0::3], numbers[1::3], numbers[2::3]
-    state.signal = int(max(signals))
+    training.signal = int(max(signals))
 
     # what is minimised: the weighted mean over the global batch
     loss = sum(losses) / samples_per_step(run)
-    values = {"step": state.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": state.schedule.get_last_lr()[0]}
+    values = {"step": training.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": training.schedule.get_last_lr()[0]}
     values |= {"lora_norm": lora_norm, "update_ratio": last_update / lora_norm if lora_norm else 0.0}
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
-    state.whole = False
+    training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(state)
-        state.skipped = 0
+        before = [up.clone() for up in training.ups]
+        training.optimizer.step()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
+        training.skipped = 0
     else:
-        state.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
-        state.skipped += 1
-        name_bad_samples(run, state.step + 1, names, losses, sigmas)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
-    state.step += 1
-    state.whole = True
+        training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
+        training.skipped += 1
+        name_bad_samples(run, training.step + 1, names, losses, sigmas)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.schedule.step()
+    training.step += 1
+    training.whole = True
     return {**values, "seconds": time.perf_counter() - started}
 
 
 def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch.Tensor) -> torch.Tensor:
     """Averages the LoRA's gradients, and returns the rows of all processes in their order, with one all-reduce.
 
-    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
-    nothing else has to be synchronised, under FSDP neither.
+    The LoRA is whole and the same everywhere, so nothing else has to be synchronised, under FSDP neither.
     """
     if run.processes == 1:
         return rows
@@ -3374,18 +3127,6 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
     return slots.view(-1, rows.shape[1])
-
-
-def lora_ups(state: TrainState) -> list[torch.Tensor]:
-    """All lora_B, without autograd: what the LoRA has moved, since they start from 0."""
-    return [parameter.detach() for name, parameter in state.parameters.items() if name.endswith("lora_B.weight")]
-
-
-def apply_update(state: TrainState) -> None:
-    """The optimizer's step; keeps the norm of the update on the device."""
-    before = [up.clone() for up in lora_ups(state)]
-    state.optimizer.step()
-    state.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(lora_ups(state), before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3446,8 +3187,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders checkpoint-N of the run, oldest first; other names are nobody's business."""
+def list_checkpoints(output_dir: Path) -> list[Path]:  # oldest first
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, folders), key=step_of)
 
@@ -3461,10 +3201,9 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
     for folder in reversed(list_checkpoints(output_dir)) if target == "latest" else [named]:
         if (problem := verify_checkpoint(folder)) is None:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state.get("format") == CHECKPOINT_FORMAT:
-                return Checkpoint(folder, state)
-            raise UserError(f"{folder}: is of format {state.get('format', 1)}, not {CHECKPOINT_FORMAT}: go on with the "
-                            "script that wrote it, or start anew from its LoRA with --init_lora_from")  # fmt: skip
+            if state.get("format") != CHECKPOINT_FORMAT:
+                raise UserError(f"{folder}: is of another script's format; start anew with --init_lora_from its LoRA")
+            return Checkpoint(folder, state)
         if target != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
@@ -3480,23 +3219,21 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
     """
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
-    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {
-        "rank": run.lora.rank, "lora_alpha": run.lora.alpha, "learning_rate": peak_learning_rate(run), "seed": run.seed,
-        "lora_layers": sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets}),
-        "LoRA modules": len(run.lora.targets),
-        "prodigy_beta3": math.sqrt(run.args.adam_beta2) if beta3 is None else beta3,
-        "timestep_shift": shift if shift.isalpha() else float(shift),
-        "text_encoder_out_layers": list(run.text_layers), "bnb_quantization_config": run.quantization,
-        "train_batch_size x processes": run.args.train_batch_size * run.processes, "dtype": str(run.dtype),
-        "transformer": run.model.identity("transformer"), "text encoder and tokenizer": PromptCache(run).key,
-    }  # fmt: skip
+    result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {"seed": run.seed, "dtype": str(run.dtype)}
+    result |= {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "LoRA modules": len(run.lora.targets)}
+    result["lora_layers"] = sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in run.lora.targets})
+    result["learning_rate"] = peak_learning_rate(run)
+    result["train_batch_size x processes"] = run.args.train_batch_size * run.processes
+    result["timestep_shift"] = shift if shift.isalpha() else float(shift)
+    result["prodigy_beta3"] = math.sqrt(run.args.adam_beta2) if beta3 is None else beta3
+    result |= {"transformer": run.model.identity("transformer"), "bnb_quantization_config": run.quantization}
+    result |= {"text_encoder_out_layers": list(run.text_layers), "text encoder and tokenizer": open_prompts(run).key}
     if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
     for stream in streams:
         result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
         result[f"{stream.name} data"] = digest(*(sample.content for sample in stream.samples))
-    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        # these schedules bend towards the end: another end is another run
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):  # these bend towards the end
         result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
     return result
 
@@ -3509,56 +3246,39 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
-        lines += ("\n  Or begin a new run from this LoRA, with the new settings and another --output_dir:\n"
-                  f"    --init_lora_from {shlex.quote(str(checkpoint.folder / LORA_FILE))}")  # fmt: skip
+        new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
+        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    "
+        lines += shlex.join(new)
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
 
-@dataclass
-class TrainState:
-    """What changes while training, beside the weights."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    fingerprint: dict[str, Any]
-    step: int = 0  # optimizer steps done
-    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
-    whole: bool = True  # False within an update: weights and moments of one step, the count of another
-    skipped: int = 0  # steps in a row that were not finite
-    smoothed_loss: float | None = None
-    update_norm: torch.Tensor | None = None  # of lora_B in the last step
-    stop: StopSignals | None = None
-    signal: int = 0  # the highest that any process had received in the last step
-    steps_here: int = 0  # optimizer steps since this start, and the seconds that they took
-    seconds: float = 0.0
-
-
-def save_checkpoint(run: Run, state: TrainState) -> Path:
+def save_checkpoint(run: Run, training: Training) -> Path:
     """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
-    if bad := [name for name, parameter in state.parameters.items() if not parameter.isfinite().all()]:
-        raise NotFinite(f"step {state.step}: {bad[0]} is not finite, so it is not saved; what was saved before stays")
-    final, temporary = run.output_dir / f"checkpoint-{state.step}", run.output_dir / f".tmp-checkpoint-{os.getpid()}"
+    if bad := [name for name, parameter in training.parameters.items() if not parameter.isfinite().all()]:
+        raise NotFinite(f"step {training.step}: {bad[0]} is not finite, so it is not saved; what was saved stays")
+    final = run.output_dir / f"checkpoint-{training.step}"
     if verify_checkpoint(final) is None:
         return final  # a finished run was resumed: this is what it goes on from
-    tensors, scalars = {f"lora/{name}": parameter for name, parameter in state.parameters.items()}, {}
-    for name, parameter in state.parameters.items():
-        for key, value in state.optimizer.state[parameter].items():
+    tensors, scalars = {f"lora/{name}": parameter for name, parameter in training.parameters.items()}, {}
+    for name, parameter in training.parameters.items():
+        for key, value in training.optimizer.state[parameter].items():
             (tensors if torch.is_tensor(value) else scalars)[f"{name}/{key}"] = value
     # cloned, since bitsandbytes' quantisation maps are shared by all parameters, which safetensors refuses
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    groups = [{k: value for k, value in group.items() if k != "params"} for group in training.optimizer.param_groups]
+    schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
-        "format": CHECKPOINT_FORMAT, "step": state.step, "skipped": state.skipped, "smoothed_loss": state.smoothed_loss,
-        "seed": run.seed, "fingerprint": state.fingerprint, "optimizer": {"state": scalars, "groups": groups},
-        "schedule": {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"},
+        "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
+        "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
+        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule, "compiled": training.compiled > 0,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
-    try:
+    with tempfile.TemporaryDirectory(prefix=".tmp-checkpoint-", dir=run.output_dir) as holder:
+        temporary = Path(holder) / final.name
         temporary.mkdir()
         (temporary / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
-        save_lora(run, state.parameters, temporary)
+        save_lora(run, training.parameters, temporary)
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         manifest = {path.name: file_stamp(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -3567,18 +3287,12 @@ def save_checkpoint(run: Run, state: TrainState) -> Path:
         if final.exists():  # a damaged one, which was skipped
             shutil.rmtree(final)
         temporary.rename(final)
-        flush_to_disk(run.output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    flush_to_disk(run.output_dir)
     if problem := verify_checkpoint(final):
         raise OSError(f"{final}: {problem} right after it was written")
     older = [folder for folder in list_checkpoints(run.output_dir) if folder != final]
     for folder in older[: max(0, len(older) + 1 - (run.args.checkpoints_total_limit or math.inf))]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            log.warning(f"checkpoint: {folder} could not be removed ({error})")
+        shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
@@ -3596,30 +3310,37 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside_newer(run: Run) -> None:
-    """Renames checkpoints beyond the step at which a resumed run goes on: `latest` must not find them later."""
-    for folder in reversed(list_checkpoints(run.output_dir)) if run.resume else ():
-        if step_of(folder) > run.resume.state["step"]:
+def rewind(run: Run) -> None:
+    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice."""
+    step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
+    for folder in reversed(list_checkpoints(run.output_dir)):
+        if run.resume and step_of(folder) > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             log.warning(f"checkpoint: {folder.name} is newer than where the run goes on: it is now {aside}")
+    if path.is_file():
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(path, b"".join(kept))
 
 
-def restore(run: Run, state: TrainState) -> None:
+def restore(run: Run, training: Training) -> None:
     """Brings weights, optimizer and schedule to the point of the run's checkpoint."""
     tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
-    for name, parameter in state.parameters.items():
+    for name, parameter in training.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
-    slots: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    slots: dict[str, dict[str, Any]] = {name: {} for name in training.parameters}
     for path, value in {**tensors, **stored["optimizer"]["state"]}.items():
         name, key = path.split("/")
         slots[name][key] = value
     groups = [{**group, "params": [*range(len(slots))]} for group in stored["optimizer"]["groups"]]  # there is one
-    state.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
-    state.schedule.load_state_dict({**state.schedule.state_dict(), **stored["schedule"]})
-    state.step, state.skipped, state.smoothed_loss = stored["step"], stored["skipped"], stored["smoothed_loss"]
-    log.info(f"checkpoint: resumed from {run.resume.folder} at step {state.step}")
+    training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
+    training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
+    training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    training.best = tuple(stored["best"]) if stored.get("best") else None
+    log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
 # endregion shared: checkpoints
@@ -3631,45 +3352,47 @@ def restore(run: Run, state: TrainState) -> None:
 # by training alone, and no random number of training moves. Images are not worth a run: a failure is a warning, except
 # under sharding, where the other processes wait for this one's part of the weights.
 # region shared: validation
-def make_pipeline(run: Run, parts: TrainingParts) -> Any:
-    """The installed pipeline around the resident transformer, without encoder; the transformer stays as it is."""
-    klein = {"is_distilled": run.model.is_distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
+def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
+    """The installed pipeline around models that are on the device, without encoder; they stay as they are."""
+    distilled = bool(run.model.index.get("is_distilled"))
+    klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
-    models = {"transformer": parts.transformer, "vae": parts.vae_on_device(run), "text_encoder": None}
-    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, tokenizer=None, **models, **klein)
+    models = {"transformer": transformer, "vae": vae, "text_encoder": None, "tokenizer": None}
+    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
 def generate(
-    run: Run, parts: TrainingParts, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
+    run: Run, space: LatentSpace, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
     """Images of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
+    prompts, dtype = open_prompts(run), pipeline.transformer.x_embedder.weight.dtype  # class images may have their own
     options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
-        options["negative_prompt_embeds"] = parts.prompts.batch([""] * len(seeds), run.dtype)
-    prompt_embeds = parts.prompts.batch([prompt] * len(seeds), run.dtype)
+        options["negative_prompt_embeds"] = torch.stack([prompts.get("")] * len(seeds)).to(run.device, dtype)
+    prompt_embeds = torch.stack([prompts.get(prompt)] * len(seeds)).to(run.device, dtype)
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
     if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
-        tokens_BLC = tokens_from_moments(parts.space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
-    height, width = (side // parts.space.cell for side in size)
-    return decode_tokens(parts.space, parts.vae_on_device(run), tokens_BLC, height, width)
+        tokens_BLC = tokens_from_moments(space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
+    return decode_tokens(space, pipeline.vae, tokens_BLC, *(side // run.cell for side in size))
 
 
 # endregion shared: validation
 
 
 # differs: images of the text-to-image script have no references
-def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, dict[str, Any]]:
+def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
     """(height, width) of the images of the prompt in this row, and its references for the pipeline.
 
     The size is as asked, or the trained one nearest in shape to the first reference. With --align_cond_image references
     are brought to it, as in training.
     """
-    images, size = validation_references(run.args, row), buckets[0]
+    images, buckets = validation_references(run.args, row), choose_buckets(run)
+    size = buckets[0]
     if run.args.validation_size:
         size = parse_sizes(run.args.validation_size)[0]
     elif images:
@@ -3680,18 +3403,18 @@ def validation_inputs(run: Run, row: int, buckets: list[Size]) -> tuple[Size, di
 
 
 # region shared: sheets
-def draw_samples(run: Run, parts: TrainingParts, prompts: list[str], folder: Path) -> None:
+def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
     """Draws --num_validation_images of each prompt into `folder`, by all processes, in lock-step where they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
-    with shared_out(run, everything, lockstep=run.sharding is not None) as todo:
-        pipeline = make_pipeline(run, parts)
+    with shared_out(run, everything, lockstep=run.sharding) as todo:
+        pipeline = make_pipeline(run, training.transformer, training.vae_on_device(run))
         with Progress(f"draw {folder.name}", len(todo)) as progress:
             for (row, prompt), number in todo:
-                size, inputs = validation_inputs(run, row, parts.buckets)
-                image = generate(run, parts, pipeline, prompt, [("validation", row, number)], size, **inputs)[0]
+                size, inputs = validation_inputs(run, row)
+                seeds = [("validation", row, number)]
+                image = generate(run, training.space, pipeline, prompt, seeds, size, **inputs)[0]
                 write_image(image, folder / f"prompt-{row}_image-{number}.png")
                 progress.advance()
-        parts.rest_vae(run.args)
 
 
 def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
@@ -3703,73 +3426,100 @@ def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_sheet(run: Run, parts: TrainingParts, prompts: list[str], folders: list[Path], path: Path) -> None:
+def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) -> None:
     """A contact sheet: a row per prompt, with its references and the first image that each folder has of it."""
-    given = [validation_inputs(run, row, parts.buckets)[1].get("image", []) for row in range(len(prompts))]
+    given = [validation_inputs(run, row)[1].get("image", []) for row in range(len(prompts))]
     titles = [f"reference {number + 1}" for number in range(max(map(len, given)))]
     cells = {(x, y): image for y, images in enumerate(given) for x, image in enumerate(images)}
     for (x, folder), y in itertools.product(enumerate(folders, start=len(titles)), range(len(prompts))):
         if (file := folder / f"prompt-{y}_image-0.png").is_file():
             cells[x, y] = PIL.Image.open(file).convert("RGB")
     titles += [folder.name for folder in folders]
-    widest, highest = (max(image.size[side] for image in cells.values()) for side in (0, 1))
-    scale = 256 / max(widest, highest)
-    width, height = round(widest * scale), round(highest * scale)
-    sheet = PIL.Image.new("RGB", (len(titles) * (width + 8) + 8, len(prompts) * (height + 28) + 24), "white")
+    sheet = PIL.Image.new("RGB", (len(titles) * 264 + 8, len(prompts) * 284 + 24), "white")  # 256 pixels an image
     draw = PIL.ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
-        draw.text((8 + x * (width + 8), 6), title, fill="black")
+        draw.text((8 + 264 * x, 6), title, fill="black")
     for y, prompt in enumerate(prompts):
-        draw.text((8, 24 + y * (height + 28) + height + 4), prompt[: len(titles) * width // 7], fill="black")
+        draw.text((8, 284 + 284 * y), prompt[: len(titles) * 36], fill="black")
     for (x, y), image in cells.items():
-        filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
-        fitted = PIL.ImageOps.contain(image, (width, height), filter)
-        sheet.paste(fitted, (8 + x * (width + 8), 24 + y * (height + 28)))
+        sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
+        run.told.add("contact sheet")
+
+
+def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
+    """The first image of each prompt, to a tracker that takes images; TensorBoard and wandb get the prompt with it."""
+    for row, prompt in enumerate(prompts):
+        name, image = f"validation/{row}", np.asarray(PIL.Image.open(folder / f"prompt-{row}_image-0.png"))
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Image(image, caption=prompt)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+            tracker.log({f"{name}/prompt": prompt}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: image[None]}, step=step)
 
 
 @torch.no_grad()
-def validation_loss(run: Run, parts: TrainingParts) -> float:
-    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, parts.space, parts.samples, "validation"), min(4, len(parts.samples))
-    losses = [batch_losses(run, parts, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
-    return sum(losses) / len(losses)
+def validation_loss(run: Run, training: Training) -> dict[str, float]:
+    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+
+    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    """
+    samples = training.held_out or training.samples[:4]
+    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    losses, sigmas = [], []
+    for number in range(visits):
+        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
+            found.append(value.item())
+    by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
+    return {"validation_loss": sum(losses) / visits, **{f"validation_{name}": value for name, value in by_sigma}}
 
 
-def validate(run: Run, parts: TrainingParts, state: TrainState) -> dict[str, float]:
-    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
-    samples_dir, prompts = run.output_dir / "samples", run.args.validation_prompt
-    folder = samples_dir / f"step-{state.step:06d}"
-    parts.transformer.eval()
+def validate(run: Run, training: Training) -> dict[str, float]:
+    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+
+    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    """
+    samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
+    folder = samples_dir / f"step-{training.step:06d}"
+    training.transformer.eval()
     try:
-        draw_samples(run, parts, prompts, folder)
-        if run.is_main:
-            draw_sheet(run, parts, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            images = [np.asarray(PIL.Image.open(path)) for path in sorted(folder.glob("prompt-*_image-0.png"))]
-            for tracker in run.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    named = {f"validation/{row}": image[None] for row, image in enumerate(images)}  # sizes may differ
-                    track(run, tracker.log_images, named, step=state.step, **options)
-        return {"validation_loss": validation_loss(run, parts)}
+        if prompts and run.args.num_validation_images:
+            draw_samples(run, training, prompts, folder)
+            training.rest_vae(run.args)
+            if run.is_main:
+                draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+                track(run, functools.partial(send_images, prompts, folder, training.step))
+        values = validation_loss(run, training)
+        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+            training.best = values["validation_loss"], training.step
+            if run.is_main and training.step:
+                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
-        log.error(f"validation: failed at step {state.step} ({type(error).__name__}: {error}); training goes on")
-    finally:
-        parts.transformer.train()
-    parts.rest_vae(run.args)
+        log.error(f"validation: failed at step {training.step} ({type(error).__name__}: {error}); training goes on")
+    training.transformer.train()
+    training.rest_vae(run.args)
     release_memory()  # training has the memory that it had before
-    return {}
+    return values
 
 
 # endregion shared: sheets
 
 
 # differs: the text-to-image script has class images and no references
-def prepare_streams(run: Run, parts: TrainingParts, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(
+    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
-    return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
+    return [Stream("instance", samples)], [image for sample in samples + held_out for image in sample.images]
 
 
 # -------------------------------------------------------------------------------------------------------------- Results
@@ -3787,17 +3537,14 @@ def card_inputs(run: Run) -> tuple[str, str]:
 
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
-    """The resolved command line, a flag per line in shell quoting, no secrets: `@config.args` reproduces the run.
-
-    With `basenames` paths lose their folders: this is the copy that leaves the machine.
-    """
+    """The resolved flags, one a line, no secrets; with `basenames`, to leave the machine, paths lose their folders."""
     precision, lines = "bf16" if run.dtype == torch.bfloat16 else "no", [CONFIG_HEAD]
     left_out = (*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
     for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
         if name in left_out or value is None:
             continue
         if isinstance(value, bool):
-            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is True)
+            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is not False)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
@@ -3815,18 +3562,18 @@ def without_folders(path: str) -> str:
 
 
 def warn_once(run: Run, subject: str, problem: Any) -> None:
-    """A warning of what is not worth a run, the first time that it happens."""
     if subject not in run.told:
         run.told.add(subject)
         log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
 
 
-def track(run: Run, send: Callable, *what: Any, **options: Any) -> None:
-    """Calls a method of the trackers; whatever one of them raises does not stop the run."""
-    try:
-        send(*what, **options)
-    except Exception as error:
-        warn_once(run, "trackers", f"{send.__name__} failed ({error})")
+def track(run: Run, send: Callable) -> None:
+    """Calls `send` with each tracker; what one of them raises stops neither the run nor the others."""
+    for tracker in run.accelerator.trackers:
+        try:
+            send(tracker)
+        except Exception as error:
+            warn_once(run, f"tracker {tracker.name}", f"failed ({type(error).__name__}: {error})")
 
 
 def write_metrics(run: Run, values: dict[str, Any]) -> None:
@@ -3837,30 +3584,20 @@ def write_metrics(run: Run, values: dict[str, Any]) -> None:
                 stream.write(json.dumps(values) + "\n")  # floats are written so that they read back exactly
     except OSError as error:
         warn_once(run, "metrics.jsonl", f"step {values['step']} was not written ({error})")
-    track(run, run.accelerator.log, values, step=values["step"])
+    track(run, lambda tracker: tracker.log(values, step=values["step"]))
 
 
-def trim_metrics(run: Run, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again, and lines that a power failure has damaged."""
-    path, kept = run.output_dir / "metrics.jsonl", []
-    if path.is_file():
-        for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(path, b"".join(kept))
-
-
-def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.Parameter]) -> list[tuple[str, str]]:
+def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
     """Images from the saved file, read back into the resident adapter: (prompt, path) of each for the card."""
     prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
-    parts.transformer.eval()
+    training.transformer.eval()
     try:
-        load_lora(parameters, run.output_dir / LORA_FILE)
-        draw_samples(run, parts, prompts, final)
+        load_lora(training.parameters, run.output_dir / LORA_FILE)
+        draw_samples(run, training, prompts, final)
         if run.is_main:
-            draw_sheet(run, parts, prompts, [final], final / "contact_sheet.png")
+            draw_sheet(run, prompts, [final], final / "contact_sheet.png")
     except Exception as error:
         if run.sharding:
             raise
@@ -3870,69 +3607,49 @@ def draw_final_images(run: Run, parts: TrainingParts, parameters: dict[str, nn.P
     return [(prompt, f"samples/final/prompt-{row}_image-{n}.png") for (row, prompt), n in numbers]
 
 
-def write_card(run: Run, state: TrainState, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), what was trained, a snippet that runs.
-
-    The snippet encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
-    """
-    base, on_hub, trigger = public_name(run.model), run.model.remote, run.args.instance_prompt
-    data, repo = run.args.dataset_name, run.hub_repo or run.output_dir.absolute().name
-    pipeline, encoder, guidance = run.family.pipeline, run.family.text_encoder, run.args.validation_guidance_scale
+def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
+    """README.md of the result: YAML head, gallery of (prompt, path), how to get and use it, what was trained."""
+    base, trigger, data = run.model.public_name, run.args.instance_prompt, run.args.dataset_name
+    adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
+    adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
+    tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
+    widget = [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None
     head = huggingface_hub.ModelCardData(
-        base_model=base if on_hub else None, base_model_relation="adapter" if on_hub else None, instance_prompt=trigger,
-        library_name="diffusers", pipeline_tag=TASK, datasets=[data] if data and not Path(data).exists() else None,
-        tags=[TASK, "diffusers-training", "diffusers", "lora", "flux2", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None, **base_license(run),
+        library_name="diffusers", pipeline_tag=TASK, tags=tags, instance_prompt=trigger, widget=widget, **adapted,
+        **run.family.license,
     )  # fmt: skip
-    facts = {"base model": base, "trigger": trigger or "-", "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}",
-             "steps": state.step, "seed": run.seed, "base in": run.base_format,
-             "resolution": run.args.resolution}  # fmt: skip
+    facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
+    facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
-    layers = f', "text_encoder_out_layers": {run.text_layers}' if run.args.text_encoder_out_layers else ""
-    prompts = {"prompt_embeds": next(iter(final_prompts(run.args)), trigger or "a photo")}
-    if pipeline != "Flux2Pipeline":  # real guidance, against the empty prompt
-        prompts["negative_prompt_embeds"] = ""
-    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
-    (imports, inputs), (more_imports, quantization) = card_inputs(run), card_quantization(run)
+    files = f"[{LORA_FILE}]({LORA_FILE}) is for diffusers."
+    if run.args.comfyui_lora:
+        files += f" For ComfyUI put [{COMFYUI_FILE}]({COMFYUI_FILE}) into `models/loras`; other programs take it too."
+    files += f"\n\n`hf download {run.hub_repo} --local-dir lora` fetches all." if run.hub_repo else ""
     card = f"""---
 {head.to_yaml()}
 ---
-# {escape_markdown(Path(repo).name)}
-A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
+# {escape_markdown(Path(run.hub_repo or run.output_dir.absolute()).name)}
 
 <Gallery />
+
+A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
+
+## Trigger words
+
+{f'Write "{escape_markdown(trigger)}" in the prompt.' if trigger else "None: the images have captions of their own."}
+
+## Download
+
+{files}
+
+## Use it with diffusers
+
+{card_snippets(run)}
+## Training
 
 | | |
 |---|---|
 {table}
-
-```python
-import gc
-
-import torch
-from diffusers import {pipeline}
-from transformers import {encoder}
-{more_imports}{imports}
-base, dtype = {base!r}, {run.dtype}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-
-# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
-encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
-encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
-options = {{"device": device, "max_sequence_length": {run.args.max_sequence_length}{layers}}}
-with torch.no_grad():
-    text = {{{text}}}
-del encoder, encode
-gc.collect()
-torch.cuda.empty_cache()
-
-# the transformer as it was trained
-parts = {{"text_encoder": None, "tokenizer": None{quantization}}}
-pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
-pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-steps = {{"num_inference_steps": {run.args.num_inference_steps}, "guidance_scale": {guidance}}}
-pipeline(**text, **steps, {inputs}).images[0].save("image.png")
-```
 """
     try:
         write_atomically(run.output_dir / "README.md", card.encode())
@@ -3940,30 +3657,74 @@ pipeline(**text, **steps, {inputs}).images[0].save("image.png")
         log.warning(f"card: {error}")
 
 
-def card_quantization(run: Run) -> tuple[str, str]:
-    """(import lines, argument) of the card's snippet for the base as it was trained on; a stored format needs none."""
+def card_snippets(run: Run) -> str:
+    """Two ways to draw with the LoRA: in five lines, and with a model that is larger than the GPU.
+
+    The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
+    """
+    base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
+    pipeline, encoder, (imports, inputs) = run.family.pipeline, run.family.text_encoder, card_inputs(run)
+    given = {name: vars(run.args)[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
+    given = "".join(f", {name}={value}" for name, value in given.items() if value != DEFAULTS[name])
+    steps = f"num_inference_steps={run.args.num_inference_steps}, guidance_scale={run.args.validation_guidance_scale}"
+    prompt = next(iter(final_prompts(run.args)), run.args.instance_prompt or "a photo")
+    # klein has real guidance, against the empty prompt
+    prompts = {"prompt_embeds": prompt} | ({} if pipeline == "Flux2Pipeline" else {"negative_prompt_embeds": ""})
+    text = ", ".join(f"{k!r}: encode({v!r}, device=device{given})[0].to(dtype)" for k, v in prompts.items())
+    return f"""On a GPU that holds the whole model:
+
+```python
+import torch
+from diffusers import {pipeline}
+{imports}
+pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+pipeline(prompt={prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
+```
+
+Part by part, with the transformer as it was trained:
+
+```python
+import gc
+
+import torch
+from diffusers import {pipeline}
+from transformers import {encoder}
+{imports}
+base, dtype = {base!r}, {run.dtype}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
+encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
+encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
+with torch.no_grad():
+    text = {{{text}}}
+del encoder, encode
+gc.collect()
+torch.cuda.empty_cache()
+
+# the transformer as it was trained
+parts = {{"text_encoder": None, "tokenizer": None}}
+{card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
+pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
+pipeline(**text, {inputs}, {steps}).images[0].save("image.png")
+```
+"""
+
+
+def card_quantization(run: Run) -> str:
+    """Lines of the card's snippet for the base as it was trained on; a stored format needs none."""
     if run.args.do_fp8_training:  # the weights alone: products are in the compute dtype there
-        classes, more_imports = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
-        config = f"TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run)})"
+        name, more = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
+        options = f"Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)}"
     elif run.args.bnb_quantization_config_path:
-        classes, more_imports = "BitsAndBytesConfig", ""
-        config = f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in bnb_settings(run).items())})"
+        name, more = "BitsAndBytesConfig", ""
+        options = ", ".join(f"{key}={value!r}" for key, value in run.quantization.items())
     else:
-        return "", ""
-    imports = f"from diffusers import {classes}, PipelineQuantizationConfig\n{more_imports}"
-    return (
-        imports,
-        f',\n    "quantization_config": PipelineQuantizationConfig(quant_mapping={{"transformer": {config}}})',
-    )
-
-
-def base_license(run: Run) -> dict[str, str]:
-    """Licence fields of the base model: from its own card if it has one here, else the family's."""
-    card, keys = run.model.folder / "README.md", ("license", "license_name", "license_link")
-    with contextlib.suppress(OSError, ValueError):
-        data = huggingface_hub.ModelCard.load(card).data.to_dict()
-        return {key: data[key] for key in keys if data.get(key)} or run.family.license
-    return run.family.license
+        return ""
+    mapping = f'{{"transformer": {name}({options})}}'
+    line = f'parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping={mapping})\n'
+    return f"from diffusers import {name}, PipelineQuantizationConfig\n{more}{line}"
 
 
 def printable(text: str) -> str:
@@ -3979,19 +3740,13 @@ def escape_markdown(text: str) -> str:  # it cannot end a table cell, a line or 
 HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
 
 
-def open_hub(args: Args) -> huggingface_hub.HfApi:
-    """The Hub, which by itself would be waited for without an end."""
+def open_hub(args: Args) -> huggingface_hub.HfApi:  # by itself it would be waited for without an end
     huggingface_hub.get_session().timeout = HUB_SILENCE
     return huggingface_hub.HfApi(token=args.hub_token)
 
 
 def push(run: Run) -> None:
-    """With --push_to_hub uploads settings, weights, card and images; never checkpoints, logs, caches.
-
-    A failure is a warning with the line that does it by hand: the result is on disk.
-    """
-    if not run.args.push_to_hub:
-        return
+    """Uploads settings, weights, card and images, no checkpoints or caches; a failure is a warning."""
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
@@ -4000,9 +3755,10 @@ def push(run: Run) -> None:
         hub.upload_file(path_or_fileobj=settings, path_in_repo="config.args", **target)
         log.info(f"hub: uploaded: {url}")
     except Exception as error:  # the network has no common base of errors, and the result must survive them all
-        names = " ".join(f"--include {shlex.quote(name)}" for name in wanted)
-        log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). The result is on disk; upload it with\n"
-                    f"    hf upload {run.hub_repo} {shlex.quote(str(run.output_dir))} {names}")  # fmt: skip
+        included = [word for name in wanted for word in ("--include", name)]
+        line = shlex.join(["hf", "upload", run.hub_repo, str(run.output_dir), *included])
+        reason = f"{type(error).__name__}: {error}"
+        log.warning(f"hub: the upload failed ({reason}). The result is on disk; upload it with\n    {line}")
 
 
 # endregion shared: results
@@ -4020,25 +3776,30 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
-    if run.args.remote_text_encoder:
-        probe_remote_encoder(run, prompts)
+    if run.args.remote_text_encoder:  # a server that is down shows before the output folder is begun
+        encode_prompts(run, prompts, most=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
-        log.warning(f"plan: {run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}, nothing "
-                    "is left to train; raise --max_train_steps")  # fmt: skip
+        done = f"{run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}"
+        log.warning(f"plan: {done}, nothing is left to train; raise --max_train_steps")
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
-        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: the learning rate ends at "
-                    f"{steps / warm_up:.0%} of its peak")  # fmt: skip
+        share = f"the learning rate ends at {steps / warm_up:.0%} of its peak"
+        log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: {share}")
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
 
 
 def begin_output(run: Run) -> Run:
     """Makes the repository, writes the settings, which make the rest ours, and starts the trackers with them.
 
-    What a killed run left goes, with --overwrite_output_dir all that an earlier one left, but never the cache. Neither
-    secrets nor folders go to the trackers. Returns the run with its repository.
+    What a killed run left goes, with --overwrite_output_dir all of an earlier one. Returns the run with its repository.
     """
-    hub_repo = create_hub_repo(run.args) if run.is_main else None
+    if run.is_main and run.args.push_to_hub:  # now, so that a missing permission shows before training
+        name = run.args.hub_model_id or run.output_dir.absolute().name
+        try:
+            repo = open_hub(run.args).create_repo(name, private=run.args.hub_private, exist_ok=True)
+        except Exception as error:  # the network has no common base of errors
+            raise UserError(f"--push_to_hub: cannot create {name} ({type(error).__name__}: {error})") from None
+        run = replace(run, hub_repo=repo.repo_id)
     if run.is_main:
         write_atomically(run.output_dir / "config.args", write_config(run).encode())
         doomed = list(run.output_dir.glob(".tmp-*checkpoint-*"))
@@ -4047,57 +3808,61 @@ def begin_output(run: Run) -> Run:
         for path in doomed:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         remove_left_overs(run)
-        set_aside_newer(run)
+        rewind(run)
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
-    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
+    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}  # no folders
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
+    name = run.output_dir.absolute().name
+    options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name},
+               "mlflow": {"run_name": name}, "clearml": {"task_name": name}}  # fmt: skip
     try:
-        run.accelerator.init_trackers("flux2-lora", config={**settings, "seed": run.seed})
+        run.accelerator.init_trackers("flux2-lora", {**settings, "seed": run.seed}, options)
     except Exception as error:  # whatever a tracker raises
         raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
+    if plain := [tracker.name for tracker in run.accelerator.trackers if not hasattr(tracker, "log_images")]:
+        log.info(f"trackers: {', '.join(plain)} get the numbers only; the images are in {run.output_dir / 'samples'}")
     run.accelerator.wait_for_everyone()
-    return replace(run, hub_repo=hub_repo)
+    return run
 
 
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
-    """Raises UserError unless all processes see the same data, settings and checkpoint.
-
-    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
-    """
+    """Raises UserError unless all processes see the same: machines without a shared drive would go apart in silence."""
     own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
     flags = {name: value for name, value in vars(run.args).items() if name not in own}
     seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
     if others := [str(index) for index, number in enumerate(numbers) if number != numbers[0]]:
-        raise UserError(f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0: "
-                        "start all with the same command, data and --output_dir on a shared drive")  # fmt: skip
+        where = f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0"
+        raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def set_up_training(run: Run, parts: TrainingParts) -> TrainState:
+def prepare_training(
+    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
-    now, steps = fingerprint(run, parts.streams), total_steps(run, len(parts.samples))
+    now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
         check_resume(run.resume, now)
     check_agreement(run, now)
-    transformer = parts.transformer = load_transformer(run)
+    transformer = load_transformer(run)
     parameters = add_lora(run, transformer)
     if run.args.init_lora_from:
         load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
-    geometries = {sample.geometry for stream in parts.streams for sample in stream.samples}
-    compile_blocks(transformer, several_sizes=len(geometries) > 1)
+    geometries = {sample.geometry for stream in streams for sample in stream.samples}
+    compiled = compile_blocks(run, transformer, len(geometries) > 1, steps)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
     schedule = get_scheduler(  # in optimizer steps; stepped by us, never prepared by accelerate
         run.args.lr_scheduler, optimizer, num_warmup_steps=run.args.lr_warmup_steps, num_training_steps=steps,
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
-    state = TrainState(parameters, optimizer, schedule, now)
+    ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
+    rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals(), compiled
+    training = Training(space, streams, held_out, vae, transformer, parameters, ups, *rest)
     if run.resume:
-        restore(run, state)
-    if run.is_main:
-        trim_metrics(run, state.step)
-    return state
+        restore(run, training)
+    return training
 
 
 def start_worker(_worker: int) -> None:
@@ -4107,31 +3872,32 @@ def start_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loaders(run: Run, parts: TrainingParts, first: int) -> Iterator[tuple[dict, ...]]:
-    """Endless micro-batches from micro-step `first` on, each a tuple with one batch per stream."""
-    loaders, place = [], (run.process_index, run.processes)
-    for stream in parts.streams:
-        geometries = [sample.geometry for sample in stream.samples]
+def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
+    """Endless micro-batches from the present step on, each a tuple with one batch per stream."""
+    loaders, first = [], training.step * run.args.gradient_accumulation_steps
+    for stream in training.streams:
+        geometries, place = [sample.geometry for sample in stream.samples], (run.process_index, run.processes)
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
         loaders.append(DataLoader(
-            TrainingSet(run, parts.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
+            TrainingSet(run, training.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
             num_workers=run.args.dataloader_num_workers, pin_memory=run.device.type == "cuda",
             worker_init_fn=start_worker,
         ))  # fmt: skip
     return zip(*loaders, strict=True)
 
 
-def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
+def announce_training(run: Run, training: Training, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    images, repeats, per_step = len(parts.samples), run.args.repeats, samples_per_step(run)
-    batch, accumulation, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
-    processes = f"{run.processes} process{'es' * (run.processes > 1)}"
-    log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
-    log.info(f"train: batch {batch} x accumulation {accumulation} x {processes} = {per_step} samples per step")
-    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
+    rounds, per_step = epoch_rounds(run.args), samples_per_step(run)
+    epoch, groups = rounds * len(training.samples), Counter(Counter(training.samples).values())
+    images = " + ".join(f"{count} images x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
+    batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
+    log.info(f"train: {images} = {epoch} samples per epoch")
+    log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / epoch:.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
-    if homes := parts.transformer.stream.homes:
+    if homes := training.transformer.stream.homes:
         pinned = sum(home.nbytes for home in homes) / 1e9
         log.info(f"train: {len(homes)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
     if run.sharding and run.quantization:
@@ -4142,121 +3908,133 @@ def announce_training(run: Run, parts: TrainingParts, steps: int) -> None:
         log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
 
 
-def validation_is_due(run: Run, samples: int, step: int) -> bool:
-    """Whether images are drawn after `step`: before the first one, then by steps or by epochs.
-
-    An epoch is images x repeats drawn samples; its event comes at the first step that reaches it.
-    """
-    if not run.args.validation_prompt or run.args.num_validation_images == 0:
-        return False
-    if step == 0 or run.args.validation_steps:
-        return step == 0 or step % run.args.validation_steps == 0
-    per_step, period = samples_per_step(run), samples * run.args.repeats * run.args.validation_epochs
-    return step * per_step // period > (step - 1) * per_step // period
-
-
 def peak_memory(run: Run) -> dict[str, float]:
     """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
-    if run.device.type == "cuda":
-        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
-    if importlib.util.find_spec("resource") is None:
-        return {}
-    import resource  # POSIX only
+    if run.device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):  # not every backend counts
+            return {"peak_device_gb": torch.accelerator.max_memory_allocated(run.device) / 1e9}
+    with contextlib.suppress(ImportError):
+        import resource  # POSIX only
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
-    return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
-
-
-def train(run: Run, parts: TrainingParts, state: TrainState, stop: StopSignals) -> None:
-    """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
-    steps, samples, state.stop = total_steps(run, len(parts.samples)), len(parts.samples), stop
-    announce_training(run, parts, steps)
-    if state.step == 0 and validation_is_due(run, samples, 0):
-        track(run, run.accelerator.log, validate(run, parts, state), step=0)
-    batches = make_loaders(run, parts, state.step * run.args.gradient_accumulation_steps)
-    parts.transformer.train()
-    with Progress("train", steps, done=state.step) as progress:
-        while state.step < steps and stop.agreed is None:
-            values = train_step(run, parts, state, batches)
-            state.steps_here, state.seconds = state.steps_here + 1, state.seconds + values["seconds"]
-            if math.isfinite(values["loss"]):  # an average over about 50 steps
-                last = values["loss"] if state.smoothed_loss is None else state.smoothed_loss
-                state.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {state.smoothed_loss or math.nan:.4f}")
-            stop.agree(run, state.signal)
-            if stop.agreed is None and validation_is_due(run, samples, state.step):
-                values |= validate(run, parts, state)
-            write_metrics(run, values | peak_memory(run))
-            if state.skipped >= 10:
-                raise NotFinite(f"step {state.step}: ten steps in a row were not finite. Look at the samples named "
-                                "above; if they are good, start anew with a lower --learning_rate")  # fmt: skip
-            if state.step == 50 and values["lora_norm"] == 0.0:
-                log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
-            due = state.step % run.args.checkpointing_steps == 0 or (state.unsaved and state.step % 10 == 0)
-            if due and state.step < steps and stop.agreed is None:
-                try_save_checkpoint(run, state)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
+        return {"peak_host_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+    return {}
 
 
-def try_save_checkpoint(run: Run, state: TrainState) -> None:
-    """Saves; if that fails, training goes on, every tenth step tries again, and the last save must succeed."""
+def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> None:
+    """Compiles each kind of block by a backward pass without a trace; if that fails, UserError or an eager run."""
+    started, problem = time.perf_counter(), ""
     try:
-        if run.is_main:
-            log.info(f"checkpoint: step {state.step} is kept in {save_checkpoint(run, state)}")
-        state.unsaved = False
-    except Exception as error:
-        state.unsaved = True
-        log.warning(f"checkpoint: step {state.step} was not saved ({error})")
-
-
-@contextlib.contextmanager
-def keep_progress(run: Run, state: TrainState) -> Iterator[None]:
-    """Saves the last whole step when training breaks off by an exception, which goes on."""
-    try:
-        yield
-    except Exception:
-        if state.whole and state.step:
-            try_save_checkpoint(run, state)
+        for batch in batches:
+            batch_losses(run, training, batch)[0].mean().backward()
+    except (torch.OutOfMemoryError, MemoryError):
         raise
+    except Exception as error:  # Dynamo, Inductor, Triton and the C compiler have no common base
+        problem = " ".join(f"{type(error).__name__}: {error}".split()).partition(" Set TORCHDYNAMO")[0][:200]
+    training.optimizer.zero_grad(set_to_none=True)
+    if not gather(torch.tensor([bool(problem)], device=run.device)).any():  # all processes do the same
+        log.info(f"compile: {training.compiled} blocks run compiled, after {time.perf_counter() - started:.0f} s")
+        return
+    if asked_to_compile(run.args):
+        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
+    training.compiled = 0
+    torch.compiler.set_stance("force_eager")
+    log.warning(f"compile: the trial failed ({problem}); this run is eager, also when it is resumed")
 
 
-def save_results(run: Run, state: TrainState, stop: StopSignals) -> None:
-    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or Stopped."""
-    finished = stop.agreed is None
+def train(run: Run, training: Training) -> None:
+    """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
+    steps, stop = total_steps(run, len(training.samples)), training.stop
+    announce_training(run, training, steps)
+    epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
+    drawing = run.args.validation_prompt and run.args.num_validation_images
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if training.step == 0 and period < math.inf:
+        values = validate(run, training)
+        track(run, lambda tracker: tracker.log(values, step=0))
+    batches = make_loaders(run, training)
+    training.transformer.train()
+    if training.compiled and training.step < steps:
+        first = next(batches)
+        try_compiled(run, training, first)
+        batches = itertools.chain([first], batches)
+    with Progress("train", steps, done=training.step) as progress:
+        while training.step < steps and stop.agreed is None:
+            values = train_step(run, training, batches)
+            training.seconds += values["seconds"]
+            if math.isfinite(values["loss"]):  # an average over about 50 steps
+                last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
+                training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
+            progress.advance(f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
+            stop.agree(run, training.signal)
+            if stop.agreed is None and training.step % period == 0:
+                values |= validate(run, training)
+            write_metrics(run, values | {"compiled_blocks": training.compiled} | peak_memory(run))
+            if training.skipped >= 10:
+                advice = "look at the samples named above; if they are good, start anew with a lower --learning_rate"
+                raise NotFinite(f"step {training.step}: ten steps in a row were not finite: {advice}")
+            if training.step == 50 and values["lora_norm"] == 0.0:
+                log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
+            due = training.step % run.args.checkpointing_steps == 0 or (training.unsaved and training.step % 10 == 0)
+            if due and training.step < steps and stop.agreed is None:
+                try_save_checkpoint(run, training)
+
+
+def try_save_checkpoint(run: Run, training: Training) -> None:
+    """Saves the last whole step; if that fails, training goes on, and every tenth step tries again."""
+    try:
+        if run.is_main and training.whole and training.step:
+            log.info(f"checkpoint: step {training.step} is kept in {save_checkpoint(run, training)}")
+        training.unsaved = False
+    except Exception as error:
+        training.unsaved = True
+        log.warning(f"checkpoint: step {training.step} was not saved ({error})")
+
+
+def save_results(run: Run, training: Training) -> None:
+    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or SystemExit."""
+    stopped, lora = training.stop.agreed, run.output_dir / LORA_FILE
     try:
         if run.is_main:
-            folder = save_checkpoint(run, state)
-        if run.is_main and finished:
-            save_lora(run, state.parameters, run.output_dir)
-            flush_to_disk(run.output_dir / LORA_FILE)
+            folder = save_checkpoint(run, training)
+        if run.is_main and stopped is None:
+            save_lora(run, training.parameters, run.output_dir)
+            flush_to_disk(lora)
             if run.args.comfyui_lora:
-                save_comfyui_lora(run, state.parameters)
-            write_card(run, state, [])
+                save_lora(run, training.parameters, run.output_dir, for_comfyui=True)
+            write_card(run, training, [])
     except OSError as error:
-        kept = [str(path) for path in list_checkpoints(run.output_dir)[-1:]]
         with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
-            if finished:
-                save_lora(run, state.parameters, run.output_dir)
-                kept.insert(0, str(run.output_dir / LORA_FILE))
-        raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
-                         f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
+            save_lora(run, training.parameters, run.output_dir)
+        kept = [str(path) for path in (lora, *list_checkpoints(run.output_dir)[-1:]) if path.exists()]
+        told = f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}"
+        raise SaveFailed(f"{told}. Free space in {run.output_dir}, then resume") from error
     run.accelerator.wait_for_everyone()
-    if not finished:
+    track(run, lambda tracker: tracker.finish())
+    if stopped is not None:
         if run.is_main:
-            log.info(f"stopped at step {state.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
-        track(run, run.accelerator.end_training)
-        raise Stopped(128 + stop.agreed)
+            log.info(f"stopped at step {training.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
+        run.accelerator.state.destroy_process_group()
+        raise SystemExit(128 + stopped)
 
 
-def print_results(run: Run, state: TrainState) -> None:
-    """The last lines of a run: what it did, what it took, and where everything is."""
+def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
+    """Card, upload and the last lines of a run: what it did, what it took, and where everything is."""
+    run.accelerator.state.destroy_process_group()
+    if run.is_main:
+        write_card(run, training, gallery)
+    if run.hub_repo:
+        push(run)
+    steps = training.step - (run.resume.state["step"] if run.resume else 0)
     facts = {
-        "steps": state.step,
+        "steps": training.step,
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
-        "seconds per step": f"{state.seconds / state.steps_here:.3g}" if state.steps_here else "none was left to do",
-        "loss, running mean": f"{state.smoothed_loss or math.nan:.4f}",
+        "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
+        "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
+        **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
-    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    results = {"LoRA": LORA_FILE, "best": "best", "images": "samples", "card": "README.md", "settings": "config.args"}
     facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
@@ -4269,27 +4047,25 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples, buckets = check_data(run)
+            samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
+        encode_prompts(run, all_prompts(run, samples + held_out))
         space = open_latent_space(run)
-        prompts = encode_prompts(run, all_prompts(run, samples))
-        parts = TrainingParts(space, prompts, None, None, [], buckets)
-        parts.streams, images = prepare_streams(run, parts, samples)
-        parts.vae = encode_images(run, space, images)
-        state = set_up_training(run, parts)
-        with StopSignals() as stop:  # before and after, a signal acts at once: what is done is on disk
-            with keep_progress(run, state):
-                train(run, parts, state, stop)
-            save_results(run, state, stop)
-        gallery = draw_final_images(run, parts, state.parameters)
-        track(run, run.accelerator.end_training)
-        if run.is_main:
-            write_card(run, state, gallery)
-            push(run)
-        print_results(run, state)
+        streams, images = make_streams(run, space, samples, held_out)
+        vae = encode_images(run, space, images)
+        training = prepare_training(run, space, streams, vae, held_out)
+        with training.stop:  # before and after, a signal acts at once: what is done is on disk
+            try:
+                train(run, training)
+            except Exception:
+                try_save_checkpoint(run, training)
+                raise
+            save_results(run, training)
+        gallery = draw_final_images(run, training)
+        finish(run, training, gallery)
 
 
 if __name__ == "__main__":

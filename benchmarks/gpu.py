@@ -64,15 +64,15 @@ def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]
     torch.manual_seed(0)  # equal weights, so that losses of rows can be compared
     with tempfile.TemporaryDirectory() as folder:
         run = job.run(folder, *flags_of(row))
-        parts = bare_training.make_parts(job.script, run, job.references)
-        state = bare_training.set_up(job.script, run, parts)
+        streams = bare_training.make_streams(job.script, run, job.references)
+        training = bare_training.set_up(job.script, run, streams)
         built = time.perf_counter() - started
-        batches, times, losses = bare_training.make_batches(job.script, run, parts), [], []
+        batches, times, losses = bare_training.make_batches(job.script, run, training), [], []
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds += COMPILE_SECONDS * row["compiled"]
         while len(times) < 2 or (len(times) < MOST_STEPS and time.perf_counter() - started < seconds):
-            values = job.script.train_step(run, parts, state, batches)
+            values = job.script.train_step(run, training, batches)
             times.append(values["seconds"])
             losses.append(values["loss"])
     step = statistics.median(times[1:])  # the first one warms up, and compiles

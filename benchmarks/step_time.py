@@ -40,7 +40,7 @@ def make_model(folder: Path, width: int) -> Path:
 
 
 def build(folder: Path, width: int, size: int) -> tuple:
-    """(run, parts, state) as the script hands them to its training loop."""
+    """(run, training) as the script hands them to its training loop."""
     words = ["--pretrained_model_name_or_path", make_model(folder / "model", width)]
     words += ["--instance_data_dir", draw_images(folder / "images", 5, size), "--instance_prompt", "a photo"]
     words += ["--output_dir", folder / "out", "--resolution", size, "--cache_latents", "--max_train_steps", 10**6]
@@ -53,39 +53,38 @@ def build(folder: Path, width: int, size: int) -> tuple:
     try:
         script.main(script.parse_args([str(word) for word in words]))
     except Built as built:
-        return built.args[:3]
+        return built.args[:2]
     raise RuntimeError("the script did not reach its training loop")
 
 
-def real_step(run: object, parts: object, state: object) -> Callable[[], None]:
+def real_step(run: object, training: object) -> Callable[[], None]:
     """One turn of the script's loop: step, metrics, trackers."""
-    batches = script.make_loaders(run, parts, 0)
+    batches = script.make_loaders(run, training)
 
     def step() -> None:
-        values = script.train_step(run, parts, state, batches)
+        values = script.train_step(run, training, batches)
         values |= script.peak_memory(run)
         script.write_metrics(run, values)
-        script.track(run, values, state.step)
 
     return step
 
 
-def bare_step(run: object, parts: object, state: object, size: int) -> Callable[[], None]:
+def bare_step(run: object, training: object, size: int) -> Callable[[], None]:
     """Forward, backward and AdamW on tensors in memory, nothing else."""
     cells = size // run.cell
-    optimizer = torch.optim.AdamW(list(state.parameters.values()), lr=1e-4)
+    optimizer = torch.optim.AdamW(list(training.parameters.values()), lr=1e-4)
     inputs = {
-        "hidden_states": torch.randn(1, cells * cells, parts.space.channels),
-        "encoder_hidden_states": parts.prompts.batch(["a photo"], run.dtype),
+        "hidden_states": torch.randn(1, cells * cells, training.space.channels),
+        "encoder_hidden_states": script.open_prompts(run).get("a photo")[None].to(run.device, run.dtype),
         "timestep": torch.full([1], 0.5),
         "guidance": torch.ones(1),
         "img_ids": script.position_ids(cells, cells),
-        "txt_ids": script.text_ids(run.args.max_sequence_length),
+        "txt_ids": script.position_ids(1, 1, length=run.args.max_sequence_length),
     }
     target = torch.randn_like(inputs["hidden_states"])
 
     def step() -> None:
-        loss = (parts.transformer(**inputs, return_dict=False)[0] - target).square().mean()
+        loss = (training.transformer(**inputs, return_dict=False)[0] - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -96,9 +95,9 @@ def bare_step(run: object, parts: object, state: object, size: int) -> Callable[
 def measure(width: int, size: int, pairs: int) -> dict:
     """Medians of both loops over `pairs` turns, and the median of the ratios of neighbours."""
     with tempfile.TemporaryDirectory() as folder:
-        run, parts, state = build(Path(folder), width, size)
-        parts.transformer.train()
-        loops = {"real": real_step(run, parts, state), "bare": bare_step(run, parts, state, size)}
+        run, training = build(Path(folder), width, size)
+        training.transformer.train()
+        loops = {"real": real_step(run, training), "bare": bare_step(run, training, size)}
         seconds = {name: [] for name in loops}
         for turn in range(pairs + 1):  # the first one warms up
             for name in ("real", "bare") if turn % 2 else ("bare", "real"):
@@ -106,7 +105,7 @@ def measure(width: int, size: int, pairs: int) -> dict:
                 loops[name]()
                 if turn >= 1:
                     seconds[name].append(time.perf_counter() - began)
-        count = sum(parameter.numel() for parameter in parts.transformer.parameters())
+        count = sum(parameter.numel() for parameter in training.transformer.parameters())
         run.accelerator.end_training()
     ratios = [real / bare for real, bare in zip(seconds["real"], seconds["bare"], strict=True)]
     return {

@@ -1,7 +1,8 @@
-"""Print a table of docs/learning.md or of a README from the JSON files of the benchmarks.
+"""Print a table of docs/ or of a README from the JSON files of the benchmarks.
 
 python benchmarks/table.py              time and memory
 python benchmarks/table.py learning     what LoRAs of the toy learned
+python benchmarks/table.py growth       what more images, captions, pixels, references and rank cost
 python benchmarks/table.py tiny_flux2   what the embedded model draws, for its own README
 """
 
@@ -126,7 +127,40 @@ def print_tiny_flux2() -> None:
         print(f"| {key} through the VAE alone | {error:.3f} |")
 
 
-PRINTERS = {"measured": print_measured, "learning": print_learning, "tiny_flux2": print_tiny_flux2}
+def print_growth() -> None:
+    """Prints time and memory by number of images and captions, a step by its size, and what lies in the cache."""
+    result = read_result("growth")
+    rows = {axis: [row for row in result["rows"] if row["axis"] == axis] for axis in
+            ("images", "captions", "resolution", "references", "rank")}  # fmt: skip
+    print("| with | first start | next start | peak memory |\n|---|---|---|---|")
+    for row in [*rows["images"], *rows["captions"]]:
+        seconds = f"{row['cpu_seconds']:.0f} s | {row['again_cpu_seconds']:.0f} s"
+        print(f"| {row['value']:,} {row['axis']} | {seconds} | {row['peak_mb'] / 1000:.2f} GB |")
+    for axis, what in (("images", "image of 64 px"), ("captions", "caption of 64 tokens")):
+        few, some, many = rows[axis]
+        slopes = [(b["cpu_seconds"] - a["cpu_seconds"]) / (b["value"] - a["value"]) for a, b in
+                  ((few, some), (some, many))]  # fmt: skip
+        print(f"| each {what} more: from {few['value']} to {some['value']}, from there to {many['value']:,} | "
+              f"{1000 * slopes[0]:.1f} ms, {1000 * slopes[1]:.1f} ms | | |")  # fmt: skip
+    print("\n| with | image tokens | a step | peak memory | LoRA |\n|---|---|---|---|---|")
+    names = {"resolution": "`--resolution {}`", "references": "{} reference(s) of 256 px", "rank": "`--rank {}`"}
+    for axis, name in names.items():
+        for row in rows[axis]:
+            cells = {"resolution": (row["value"] // 16) ** 2, "references": 256 * (1 + row["value"])}.get(axis, 16)
+            figures = f"{1000 * row['step_seconds']:.0f} ms | {row['peak_mb'] / 1000:.2f} GB"
+            print(f"| {name.format(row['value'])} | {cells} | {figures} | {row['lora_bytes'] / 1e6:.2f} MB |")
+    print(
+        "\n| in the cache of | a caption | 5,000 captions | an image of 1024 px | 5,000 images |\n|---|---|---|---|---|"
+    )
+    for model, size in result["disk"].items():
+        figures = [
+            f"{size[what] / 1e6:.1f} MB | {5000 * size[what] / 1e9:.0f} GB" for what in ("caption", "image_1024")
+        ]
+        print(f"| {model} | {' | '.join(figures)} |")
+
+
+PRINTERS = {"measured": print_measured, "learning": print_learning, "growth": print_growth,
+            "tiny_flux2": print_tiny_flux2}  # fmt: skip
 
 if __name__ == "__main__":
     PRINTERS[sys.argv[1] if len(sys.argv) > 1 else "measured"]()

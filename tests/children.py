@@ -92,18 +92,18 @@ def wait_until(condition: Callable[[], bool], child: Child, seconds: float = 120
 def killed_at(script: Any, step: int, function: Callable, *arguments: Any, log: Path, **named: Any) -> None:
     """Calls the function in a child that gets a SIGKILL in the middle of training step `step`."""
 
-    def stepped(run, parts, state, batches, original=script.train_step):
+    def stepped(run, training, batches, original=script.train_step):
         losses = script.batch_losses
 
         def killing(*inputs):
             result = losses(*inputs)
-            if state.step == step - 1:
+            if training.step == step - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
         script.batch_losses = killing
         try:
-            return original(run, parts, state, batches)
+            return original(run, training, batches)
         finally:
             script.batch_losses = losses
 

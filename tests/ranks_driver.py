@@ -22,19 +22,19 @@ torch.set_num_threads(1)
 
 def watch(script, seen: dict) -> dict:
     """Makes the script's functions note what they did in `seen`; returns the originals by name."""
-    originals = {name: getattr(script, name) for name in ("set_up_training", "encode_prompt", "load_text_encoder")}
+    originals = {name: getattr(script, name) for name in ("prepare_training", "encode_prompt", "load_text_encoder")}
 
-    def set_up_training(run, parts):
-        state = originals["set_up_training"](run, parts)
-        base = {name: p for name, p in parts.transformer.named_parameters() if not p.requires_grad}
+    def prepare_training(*given):
+        training, run = originals["prepare_training"](*given), given[0]
+        base = {name: p for name, p in training.transformer.named_parameters() if not p.requires_grad}
         inside = {name for name in base if "transformer_blocks." in name}
         seen["processes"], seen["seed"] = torch.distributed.get_world_size(), run.seed
         seen["sharded"] = sorted(name for name, p in base.items() if isinstance(p, DTensor))
         seen["whole_blocks"] = sorted(inside - set(seen["sharded"]))
         meshes = {str(tuple(p.device_mesh.shape)) for p in base.values() if isinstance(p, DTensor)}
         seen["mesh"] = sorted(meshes)
-        seen["lora_is_plain"] = not any(isinstance(p, DTensor) for p in state.parameters.values())
-        return state
+        seen["lora_is_plain"] = not any(isinstance(p, DTensor) for p in training.parameters.values())
+        return training
 
     def encode_prompt(run, tokenizer, encoder, prompt):
         seen["encoded"] = [*seen.get("encoded", []), prompt]
@@ -45,7 +45,7 @@ def watch(script, seen: dict) -> dict:
         seen["encoder_sharded"] = sum(isinstance(p, DTensor) for p in encoder.parameters())
         return encoder
 
-    script.set_up_training, script.encode_prompt = set_up_training, encode_prompt
+    script.prepare_training, script.encode_prompt = prepare_training, encode_prompt
     script.load_text_encoder = load_text_encoder
     return originals
 

@@ -7,11 +7,50 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 LORA = "pytorch_lora_weights.safetensors"
+
+
+def has_fp8_kernel() -> bool:
+    """Whether the CPU multiplies FP8 matrices with a scale per row."""
+    values, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(values, values.t(), scales, scales.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+NO_KERNEL = (
+    f"PyTorch {torch.__version__} has no CPU kernel for FP8 products with a scale per row; its GPU kernels are there"
+)
+needs_fp8 = pytest.mark.skipif(not has_fp8_kernel(), reason=NO_KERNEL)
+
+
+def around_updates(monkeypatch, script: Any, before: Any = None, after: Any = None) -> None:
+    """Has `before(training)` and `after(training)` called around every step of the optimizer."""
+
+    def prepare(*given: Any, original: Any = script.prepare_training) -> Any:
+        training = original(*given)
+        step = training.optimizer.step
+
+        @functools.wraps(step)
+        def stepped(*arguments: Any, **named: Any) -> Any:
+            if before:
+                before(training)
+            result = step(*arguments, **named)
+            if after:
+                after(training)
+            return result
+
+        training.optimizer.step = stepped
+        return training
+
+    monkeypatch.setattr(script, "prepare_training", prepare)
 
 
 def spy(monkeypatch, owner: Any, name: str) -> list[SimpleNamespace]:

@@ -217,14 +217,13 @@ UNUSABLE = {
     "a number for a truth": ('{"load_in_4bit": 1}', "it must be an object with one"),
 }
 WRONG = {
-    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "no setting of BitsAndBytesConfig; "),
+    "a misspelt key": ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, 'quant_typ is "nf4"; use one of '),
     "an unknown format": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, 'is "nf5"; use "nf4" or "fp4"'),
     "fp16": ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"}, 'use "bfloat16" or "float32"'),
     "no dtype": ({"load_in_4bit": True, "bnb_4bit_quant_storage": "float31"}, 'use "uint8"'),
     "no number": ({"load_in_8bit": True, "llm_int8_threshold": "6"}, "llm_int8_threshold must be a float"),
     "a truth as threshold": ({"load_in_8bit": True, "llm_int8_threshold": True}, "llm_int8_threshold must be a float"),
     "a word": ({"load_in_4bit": True, "bnb_4bit_use_double_quant": "yes"}, "use_double_quant must be a boolean"),
-    "16-bit weights": ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight is true"),
     "modules left out": ({"load_in_8bit": True, "llm_int8_skip_modules": ["x"]}, "llm_int8_skip_modules is"),
 }
 
@@ -347,7 +346,7 @@ def test_a_stored_checkpoint_trains_without_a_flag_and_its_encoder_is_used_as_it
     )
     prompt = "a photo of sks toy"
     embedding = script.encode_prompt(run, script.load_tokenizer(run), whole.eval(), prompt)
-    used = script.PromptCache(script.replace(run, cache_dir=first / "cache")).load(prompt)
+    used = script.open_prompts(script.replace(run, cache_dir=first / "cache")).get(prompt)
     assert torch.equal(embedding, used)
 
 
@@ -383,14 +382,11 @@ def test_another_format_of_storage_is_refused_by_name(script, tiny, tmp_path):
     ("kind", "part", "hole", "told"),
     [
         ("nf4", "transformer", r"^proj_out\.", r"\d+ missing, such as proj_out\.weight"),
-        ("nf4", "transformer", r"blocks\.0.*to_out.*\.absmax$", r"\d+ missing, .*to_out.*weight\.absmax"),
-        ("int8", "transformer", r"\.SCB$", r"\d+ missing, .*\.SCB and "),
         ("nf4", "text_encoder", r"layers\.2\.mlp", r"3 missing, .*layers\.2\.mlp"),
-        ("int8", "text_encoder", r"layers\.2\.mlp\.up_proj\.SCB$", r"1 missing, .*layers\.2\.mlp\.up_proj\.SCB"),
     ],
 )
 def test_a_stored_checkpoint_with_a_hole_is_refused(script, stored_models, tmp_path, kind, part, hole, told):
-    """A weight that no file has is named before anything is loaded, and so is what a stored weight is read with."""
+    """A weight that no file has is named before anything is loaded."""
     model = shutil.copytree(stored_models[kind], tmp_path / "model")
     path = next((model / part).glob("*.safetensors"))
     tensors = {name: tensor for name, tensor in script.load_file(path).items() if not re.search(hole, name)}
@@ -411,6 +407,105 @@ def test_quantised_weights_whose_config_does_not_say_so_are_refused(script, stor
         script.check_parts(start_run(script, model, tmp_path))
 
 
+# ----------------------------------------------------------------------------------------------------- the text encoder
+
+
+def encoder_flag(kind: str) -> tuple[str, str]:
+    """The flag of the text encoder with the shipped file of this format."""
+    return "--text_encoder_bnb_config_path", str(CONFIGS / f"{kind}.json")
+
+
+# Relative error of an embedding against bf16. Seen with the trained encoder of the embedded model, whose layers are 32
+# wide: NF4 0.23 to 0.28, 8 bits 0.010 to 0.014; with [klein]'s, whose weights are random here: 0.65 to 0.81, 0.03.
+EMBEDDING_ERRORS = {
+    ("tiny", "nf4"): (0.15, 0.35),
+    ("tiny", "int8"): (0.005, 0.02),
+    ("tiny_klein", "nf4"): (0.5, 0.9),
+    ("tiny_klein", "int8"): (0.01, 0.05),
+}
+
+
+@pytest.mark.parametrize("model, kind", EMBEDDING_ERRORS)
+def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(script, request, tmp_path, kind, model):
+    """Every layer that is read is quantised, the head is gone, nothing is trained; the error is printed (pytest -s)."""
+    folder, bf16 = request.getfixturevalue(model), ("--mixed_precision", "bf16")
+    plain = start_run(script, folder, tmp_path, *bf16)
+    run = start_run(script, folder, tmp_path, *bf16, *encoder_flag(kind))
+    tokenizer, encoder = script.load_tokenizer(run), script.load_text_encoder(run)
+    layers = getattr(encoder.model, "language_model", encoder.model).layers
+    linears = {type(module) for module in layers.modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == {bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt}
+    assert isinstance(encoder.lm_head, torch.nn.Identity)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    exact, (low, high) = script.load_text_encoder(plain), EMBEDDING_ERRORS[model, kind]
+    for prompt in ("", "a photo of sks toy", "two green squares at dawn"):
+        expected, actual = (script.encode_prompt(run, tokenizer, one, prompt) for one in (exact, encoder))
+        error = relative_error(actual.float(), expected.float())
+        print(f"{model} {kind} {prompt!r}: relative error of the embedding {error:.4f}")
+        assert actual.dtype == torch.bfloat16 and low < error < high
+
+
+def test_embeddings_of_a_quantised_encoder_are_never_taken_for_others(script, tiny, tmp_path):
+    """The name of a cached embedding holds the settings, not the path of their file nor their order."""
+    settings, other = settings_of("nf4"), tmp_path / "reversed.json"
+    other.write_text(json.dumps(dict(reversed(settings.items()))))
+    flags = {kind: encoder_flag(kind) for kind in KINDS} | {"none": (), "base": flags_of("nf4")}
+    flags["reversed"] = ("--text_encoder_bnb_config_path", other)
+    names = {name: script.open_prompts(start_run(script, tiny, tmp_path, *words)).key for name, words in flags.items()}
+    assert names["reversed"] == names["nf4"] and names["none"] == names["base"]
+    assert len({names["none"], names["nf4"], names["int8"]}) == 3
+
+
+@pytest.mark.e2e
+def test_a_run_with_a_quantised_encoder_trains_a_plain_base_and_is_not_resumed_without_it(
+    script, train, tiny, tmp_path, monkeypatch
+):
+    encoders, bases = spy(monkeypatch, script, "load_text_encoder"), spy(monkeypatch, script, "load_transformer")
+    flags = ("--cache_latents", "--max_train_steps", "2", "--checkpointing_steps", "1")
+    folder = train(*flags, *encoder_flag("nf4"), output="a")
+    assert any(isinstance(module, bnb.Linear4bit) for module in encoders[0].result.modules())
+    assert {type(module) for module in frozen_layers(bases[0].result).values()} == {torch.nn.Linear}
+    assert column(folder, "loss") != column(train(*flags, output="b"), "loss")
+    again = ("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    with pytest.raises(script.UserError, match="text encoder and tokenizer: not what it was"):
+        train(*flags[:1], *again, output="a")
+    train(*flags[:1], *again, *encoder_flag("nf4"), output="a")
+
+
+def test_an_encoder_that_is_stored_quantised_is_not_quantised_again(script, stored_models, tmp_path):
+    with pytest.raises(
+        script.UserError, match="--text_encoder_bnb_config_path: leave it out.*stored quantised already"
+    ):
+        start_run(script, stored_models["nf4"], tmp_path, *encoder_flag("nf4"))
+
+
+@pytest.mark.parametrize("flag", ["--bnb_quantization_config_path", "--text_encoder_bnb_config_path"])
+@pytest.mark.parametrize("content, told", [("{}", "load_in_4bit"), ("{", "Expecting"), (None, "No such file")])
+def test_a_file_without_settings_is_told_at_once(script, tiny, tmp_path, capsys, flag, content, told):
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        start_run(script, tiny, tmp_path, flag, path)
+    message = capsys.readouterr().err
+    assert f"{flag} {path}: cannot be used" in message and told in message
+
+
+def test_a_setting_of_the_encoder_that_bitsandbytes_does_not_know_is_refused(script, tiny, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"load_in_4bit": True, "bits": 4}))
+    with pytest.raises(script.UserError, match="--text_encoder_bnb_config_path .*'bits' is no setting"):
+        start_run(script, tiny, tmp_path, "--text_encoder_bnb_config_path", path)
+
+
+@pytest.mark.parametrize("other", ["--remote_text_encoder", "--fsdp_text_encoder"])
+def test_no_encoder_is_quantised_that_is_sharded_or_somewhere_else(script, tiny, tmp_path, capsys, monkeypatch, other):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        start_run(script, tiny, tmp_path, *encoder_flag("nf4"), other)
+    assert "--text_encoder_bnb_config_path: not with" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------- the card
 
 
@@ -428,8 +523,8 @@ RUNGS = {
 
 
 def python_of(folder: Path) -> str:
-    """The snippet of the model card."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
+    """The second snippet of the model card, with the base as it was trained on."""
+    _, code = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.S | re.M)
     return code
 
 

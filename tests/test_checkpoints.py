@@ -308,6 +308,19 @@ def test_a_resolved_value_that_differs_is_another_run(script, tiny, photos, tmp_
     assert first[name] != second[name]
 
 
+def test_paths_that_are_written_otherwise_are_the_same_run(quick, finished, tiny, photos):
+    """What counts is what they lead to."""
+    quick(
+        *SIX,
+        *RESUME,
+        "--instance_data_dir",
+        f"{photos}/../{photos.name}",
+        "--pretrained_model_name_or_path",
+        f"{tiny}/.",
+    )
+    assert column(finished, "step") == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_changed_prompt_is_told_in_words_with_the_way_that_works(script, quick, finished):
     """No hash is printed; the line that is printed starts a new run from the LoRA."""
     with pytest.raises(script.UserError) as caught:
@@ -315,9 +328,10 @@ def test_a_changed_prompt_is_told_in_words_with_the_way_that_works(script, quick
     message = str(caught.value)
     assert "instance captions: was ['a photo of sks toy'], is ['a photo of zzz toy']" in message
     assert not re.search("[0-9a-f]{32}", message)
-    flag, file = shlex.split(message.splitlines()[-1])
-    assert (flag, Path(file)) == ("--init_lora_from", finished / "checkpoint-6" / LORA)
-    folder = quick("--max_train_steps", "1", "--instance_prompt", "a photo of zzz toy", flag, file, output="new")
+    line = shlex.split(message.splitlines()[-1])
+    assert line[:2] == ["--init_lora_from", str(finished / "checkpoint-6" / LORA)] and line[2] == "--output_dir"
+    quick("--max_train_steps", "1", "--instance_prompt", "a photo of zzz toy", *line)
+    folder = Path(f"{finished}-2")
     assert column(folder, "step") == [1] and column(folder, "lora_norm")[0] > column(finished, "lora_norm")[0]
 
 
@@ -374,10 +388,10 @@ def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one
     """After a resume below a damaged checkpoint 6, what was just written stays although 6 has the higher number."""
     truncate(finished / "checkpoint-6" / "training_state.safetensors")
 
-    def stop_after_five(run, parts, state, batches, original=script.train_step):
-        if state.step == 5:
+    def stop_after_five(run, training, batches, original=script.train_step):
+        if training.step == 5:
             raise RuntimeError("killed")
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", stop_after_five)
     with pytest.raises(RuntimeError, match="killed"):
@@ -390,9 +404,9 @@ def test_rotation_never_removes_the_only_good_checkpoint_for_a_damaged_newer_one
 def full_disk(script, monkeypatch, when: int, how: str) -> None:
     """The save of step `when` fails: at fsync, or really, because files may not grow over 20 kB."""
 
-    def save(run, state, original=script.save_checkpoint):
-        if state.step != when:
-            return original(run, state)
+    def save(run, training, original=script.save_checkpoint):
+        if training.step != when:
+            return original(run, training)
         with monkeypatch.context() as patch:
             if how == "fsync":
 
@@ -400,11 +414,11 @@ def full_disk(script, monkeypatch, when: int, how: str) -> None:
                     raise OSError(28, "No space left on device")
 
                 patch.setattr(script, "flush_to_disk", refuse)
-                return original(run, state)
+                return original(run, training)
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
             try:
-                return original(run, state)
+                return original(run, training)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -448,16 +462,16 @@ def test_a_last_save_that_fails_is_said_with_its_own_error_and_keeps_the_checkpo
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
     script, quick, six_steps, monkeypatch, tmp_path, capsys, number, code
 ):
-    """Stopped carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
+    """SystemExit carries 128 + the signal, the resume line is printed, no final LoRA pretends that the run is done."""
 
-    def signalled(run, parts, state, batches, original=script.train_step):
-        if state.step == 2:
+    def signalled(run, training, batches, original=script.train_step):
+        if training.step == 2:
             os.kill(os.getpid(), number)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "train_step", signalled)
-        with pytest.raises(script.Stopped) as caught:
+        with pytest.raises(SystemExit) as caught:
             quick("--max_train_steps", "6")
     folder = tmp_path / "out"
     assert caught.value.code == code
@@ -470,7 +484,7 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
 
 def test_the_time_limit_saves_and_stops_like_a_signal(script, quick, six_steps, tmp_path):
     """One step is always done, and without the limit the run goes on exactly."""
-    with pytest.raises(script.Stopped) as caught:
+    with pytest.raises(SystemExit) as caught:
         quick("--max_train_steps", "6", "--max_train_minutes", "1e-6")
     folder = tmp_path / "out"
     assert caught.value.code == 143 and checkpoints(folder) == [1] and len(metrics(folder)) == 1

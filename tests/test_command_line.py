@@ -146,7 +146,7 @@ def test_trigger_is_replaced_in_a_class_prompt_too(good):
 
 def test_trigger_in_the_instance_prompt_is_refused(refusal):
     message = refusal("--instance_prompt", "a photo of [trigger] dog", "--validation_prompt", "[trigger]")
-    assert "--instance_prompt: is what replaces [trigger]" in message and "1 problem" in message
+    assert "--instance_prompt: [trigger] stands for --instance_prompt" in message and "has it in itself" in message
 
 
 @pytest.mark.parametrize("flag", ["--validation_prompt", "--final_validation_prompt"])
@@ -202,9 +202,9 @@ def test_a_class_that_is_called_as_the_instance_is_refused(good, tmp_path, capsy
     assert t2i.parse_args([*good, *flags, "a photo of a dog"]).with_prior_preservation
 
 
-def test_a_file_instead_of_a_data_folder_is_called_a_file(refusal, tmp_path):
+def test_a_file_instead_of_a_data_folder_is_refused(refusal, tmp_path):
     (tmp_path / "photos.zip").write_bytes(b"PK")
-    assert "photos.zip: a file; give the folder" in refusal("--instance_data_dir", str(tmp_path / "photos.zip"))
+    assert "photos.zip: no such folder" in refusal("--instance_data_dir", str(tmp_path / "photos.zip"))
 
 
 def test_of_the_processes_of_a_machine_one_tells_a_mistake(parse, good, capsys, monkeypatch):
@@ -231,14 +231,14 @@ def test_a_mistake_in_a_notebook_is_headed_by_the_scripts_name(refusal, parse, m
 
 
 USELESS = {
-    "--lora_dropout": ("1.0", "at most 0.99"),
-    "--lora_alpha": ("1e-4", "at least 0.01"),
-    "--max_grad_norm": ("1e-9", "at least 0.001"),
-    "--adam_epsilon": ("1", "at most 0.01"),
-    "--adam_weight_decay": ("1000", "at most 10"),
-    "--logit_mean": ("50", "at most 10"),
-    "--lr_power": ("1000", "at most 10"),
-    "--adam_beta1": ("1.0", "at most 0.99"),
+    "--lora_dropout": ("1.0", "from 0 to 0.99"),
+    "--lora_alpha": ("1e-4", "from 0.01"),
+    "--max_grad_norm": ("1e-9", "from 0.001"),
+    "--adam_epsilon": ("1", "to 0.01"),
+    "--adam_weight_decay": ("1000", "from 0 to 10"),
+    "--logit_mean": ("50", "to 10"),
+    "--lr_power": ("1000", "from 0 to 10"),
+    "--adam_beta1": ("1.0", "from 0 to 0.99"),
 }
 
 
@@ -257,8 +257,8 @@ def test_the_defaults_are_values_of_their_own_flags(parse):
 
 
 def test_a_type_that_refuses_says_so_by_argparses_own_error(parse):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be above 0 and finite, not 0"):
-        parse.POSITIVE("0")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be from 1e-30 to 1e\+18, not 0"):
+        parse.FLAGS["learning_rate"]["type"]("0")
 
 
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine", "polynomial", "cosine_with_restarts"])

@@ -244,14 +244,16 @@ def test_the_snippet_of_the_card_edits_a_image(edit, mixed, tiny, tmp_path, monk
     folder = edit(*flags, "--max_train_steps", "1", "--num_inference_steps", "2", *extra)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: image-to-image" in card
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.S | re.M)
-    assert "image=[load_image" in code
-    code = code.replace(repr(tiny.name), repr(str(tiny)))
+    snippets = re.findall(r"^```python\n(.*?)^```$", card, flags=re.S | re.M)
     monkeypatch.chdir(folder.parent)
     shutil.copy(mixed / "references" / "first1.jpg", "reference.png")
-    exec(compile(code, "card", "exec"), {})
-    with Image.open("image.png") as image:
-        assert image.size == ((96, 64) if extra else (80, 64))
+    for code in snippets:
+        assert "image=[load_image" in code
+        exec(compile(code.replace(repr(tiny.name), repr(str(tiny))), "card", "exec"), {})
+        with Image.open("image.png") as image:
+            assert image.size == ((96, 64) if extra else (80, 64))
+        Path("image.png").unlink()
+    assert len(snippets) == 2
 
 
 def test_the_saved_command_line_repeats_the_run_and_leaves_paths_out_of_the_upload(i2i, edit, mixed, tmp_path):

@@ -40,12 +40,12 @@ def poison_latents(folder: Path) -> None:
 
 
 def before_step(script, monkeypatch, step: int, action) -> None:
-    """Calls `action(state)` when the training step after `step` whole ones begins."""
+    """Calls `action(training)` when the training step after `step` whole ones begins."""
 
-    def stepped(run, parts, state, batches, original=script.train_step):
-        if state.step == step:
-            action(state)
-        return original(run, parts, state, batches)
+    def stepped(run, training, batches, original=script.train_step):
+        if training.step == step:
+            action(training)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", stepped)
 
@@ -71,11 +71,11 @@ def test_latents_that_are_not_numbers_skip_the_step_and_leave_weights_and_moment
     save_file({name: tensor * math.nan for name, tensor in load_file(victim).items()}, victim)
     snapshots, steps, names = [], [], []
 
-    def watched(run, parts, state, batches, original=script.train_step):
+    def watched(run, training, batches, original=script.train_step):
         batch = next(batches)
-        values = original(run, parts, state, iter([batch]))
-        slots = state.optimizer.state.values()
-        tensors = [*state.parameters.values(), *(value for slot in slots for value in slot.values())]
+        values = original(run, training, iter([batch]))
+        slots = training.optimizer.state.values()
+        tensors = [*training.parameters.values(), *(value for slot in slots for value in slot.values())]
         snapshots.append([tensor.detach().clone() for tensor in tensors])
         steps.append(values)
         names.append(batch[0]["name"][0])
@@ -101,8 +101,8 @@ def test_latents_that_are_not_numbers_skip_the_step_and_leave_weights_and_moment
 def test_a_first_step_that_is_skipped_prints_no_warning_of_torch(script, quick, monkeypatch):
     """The schedule counts skipped steps too, and torch thinks that this is a mistake."""
 
-    def poison(run, parts, batch, original=script.batch_losses):
-        losses, sigmas = original(run, parts, batch)
+    def poison(run, training, batch, original=script.batch_losses):
+        losses, sigmas = original(run, training, batch)
         return (losses * math.nan if batch["position"][0] == 0 else losses), sigmas
 
     monkeypatch.setattr(script, "batch_losses", poison)
@@ -147,8 +147,8 @@ def test_an_encoding_that_is_not_finite_is_named_and_not_kept(script, train, mon
 def test_a_lora_that_is_not_finite_is_never_saved(script, quick, monkeypatch, tmp_path, when):
     """However it came about; what was saved before stays the newest."""
 
-    def spoil(state):
-        next(iter(state.parameters.values())).data.view(-1)[0] = math.inf
+    def spoil(training):
+        next(iter(training.parameters.values())).data.view(-1)[0] = math.inf
         if when == "when it breaks off":
             fail()
 
@@ -327,10 +327,10 @@ def test_a_final_lora_that_does_not_fit_is_still_in_the_last_checkpoint(script, 
 def test_a_checkpoint_that_did_not_fit_is_tried_again_at_the_next_tenth_step(script, quick, monkeypatch, tmp_path):
     """Not only when the next one is due, which may be hundreds of steps away."""
 
-    def save(run, state, original=script.save_checkpoint):
-        if state.step == 8:
+    def save(run, training, original=script.save_checkpoint):
+        if training.step == 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(run, state)
+        return original(run, training)
 
     monkeypatch.setattr(script, "save_checkpoint", save)
     quick("--max_train_steps", "22", "--checkpointing_steps", "8")

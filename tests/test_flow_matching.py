@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from unit_parts import losses_of, start_run
+from unit_parts import losses_of, predict, start_run
 
 FAMILIES = {"dev": Flux2Pipeline, "klein": Flux2KleinPipeline}
 SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -38,8 +38,7 @@ def denoise(script, run, transformer, family: str, guidance: float, size: tuple[
     hook = transformer.register_forward_hook(
         lambda _, args, kwargs, output: calls.append((dict(kwargs), output[0])), with_kwargs=True
     )
-    parts = SimpleNamespace(transformer=transformer, vae_on_device=lambda run: script.load_vae(run))
-    pipeline = script.make_pipeline(run, parts)
+    pipeline = script.make_pipeline(run, transformer, script.load_vae(run))
     assert type(pipeline) is FAMILIES[family]
     generator = torch.Generator().manual_seed(3)
     options = {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "latent"}
@@ -65,10 +64,8 @@ def test_the_prediction_is_exactly_what_the_denoising_call_computes(script, mode
     run = start_run(script, models[family], tmp_path, "--guidance_scale", str(guidance), "--mixed_precision", precision)
     transformer = with_random_lora(script, run)
     for inputs, output, sigma in denoise(script, run, transformer, family, guidance, (48, 80)):
-        with torch.no_grad():
-            actual = script.predict_velocity(
-                run.args, transformer, inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"], 3, 5
-            )
+        given = inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"]
+        actual = predict(script, run.args, transformer, *given, 3, 5)
         assert actual.shape == (2, 15, 32) and actual.dtype == run.dtype
         assert (actual - output).abs().max() == 0
 
@@ -84,10 +81,8 @@ def test_every_input_of_the_transformer_is_the_pipelines(script, models, family,
     calls = denoise(script, run, transformer, family, guidance, (64, 32), steps=6)
     transformer.register_forward_pre_hook(lambda _, args, kwargs: ours.append(kwargs), with_kwargs=True)
     for inputs, _, sigma in calls:
-        with torch.no_grad():
-            script.predict_velocity(
-                run.args, transformer, inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"], 4, 2
-            )
+        given = inputs["hidden_states"], sigma.expand(2), inputs["encoder_hidden_states"]
+        predict(script, run.args, transformer, *given, 4, 2)
     for (theirs, _, _), mine in zip(calls, ours, strict=True):
         for name in ("hidden_states", "timestep", "guidance", "encoder_hidden_states"):
             if theirs[name] is None:
@@ -105,14 +100,13 @@ def test_the_lora_and_the_sigma_and_the_prompt_matter(script, tiny, tmp_path):
     transformer = with_random_lora(script, run)
     noisy, embeds = torch.randn(1, 4, 32), torch.randn(1, 64, 96)
 
-    @torch.no_grad()
-    def predict(sigma=0.5, prompt=embeds):
-        return script.predict_velocity(run.args, transformer, noisy, torch.tensor([sigma]), prompt, 2, 2)
+    def velocity(sigma=0.5, prompt=embeds):
+        return predict(script, run.args, transformer, noisy, torch.tensor([sigma]), prompt, 2, 2)
 
-    base = predict()
-    assert not predict(sigma=0.6).allclose(base, atol=1e-4) and not predict(prompt=-embeds).allclose(base, atol=1e-4)
+    base = velocity()
+    assert not velocity(sigma=0.6).allclose(base, atol=1e-4) and not velocity(prompt=-embeds).allclose(base, atol=1e-4)
     transformer.disable_adapters()
-    assert not predict().allclose(base, atol=1e-4)
+    assert not velocity().allclose(base, atol=1e-4)
 
 
 # ---- the loss ----
@@ -310,16 +304,16 @@ def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     space, vae = script.open_latent_space(run), script.load_vae(run)
     pixels, noise, embeds = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 8, 32), torch.randn(2, 64, 96)
     clean = script.tokens_from_moments(space, script.encode_pixels(vae, pixels))
-    parts = SimpleNamespace(
+    training = SimpleNamespace(
         space=space, transformer=Knows(noise - clean + 2), vae_on_device=lambda run: vae, rest_vae=lambda args: None
     )
     batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels,
              "prompt_embeds": embeds}  # fmt: skip
     batch |= {"references": [[], []]} if script.TASK == "image-to-image" else {}
-    losses, sigmas = script.batch_losses(run, parts, batch)
+    losses, sigmas = script.batch_losses(run, training, batch)
     factor = math.exp(0.5 + 0.65 * (8 - 256) / 3840)
     assert sigmas == pytest.approx([factor * s / (1 + (factor - 1) * s) for s in (0.8, 0.1)], rel=1e-5)
     assert losses.tolist() == pytest.approx([4, 4], rel=1e-5)
     cached = {**batch, "moments": script.encode_pixels(vae, batch["pixels"])}
     del cached["pixels"]
-    assert script.batch_losses(run, parts, cached)[0].equal(losses)
+    assert script.batch_losses(run, training, cached)[0].equal(losses)

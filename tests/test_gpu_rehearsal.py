@@ -71,23 +71,23 @@ def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "
     """Two steps of training; what the second one did."""
     references = int(script.TASK == "image-to-image")
     with started(script, folder, *flags, model=model) as run:
-        parts = bare_training.make_parts(script, run, references)
+        learned, loaded = bare_training.make_streams(script, run, references), None
         if streams == 2:
-            parts.streams.append(script.Stream("class", parts.streams[0].samples, 0.5))
+            learned.append(script.Stream("class", learned[0].samples, 0.5))
         if "false" in flags:
             vae = script.AutoencoderKLFlux2.from_config(run.model.config("vae"))
             with mock.patch.object(script.AutoencoderKLFlux2, "from_pretrained", lambda *_, **__: vae):
-                parts.vae = script.load_vae(run)
+                loaded = script.load_vae(run)
         quantise = quantise_nf4 if NF4[1] in flags else bare_training.quantise_by_script
-        state = bare_training.set_up(script, run, parts, quantise)
-        for home in parts.transformer.stream.homes:
+        training = bare_training.set_up(script, run, learned, quantise, loaded)
+        for home in training.transformer.stream.homes:
             home.pinned = True
-        batches = bare_training.make_batches(script, run, parts)
-        script.train_step(run, parts, state, batches)
+        batches = bare_training.make_batches(script, run, training)
+        script.train_step(run, training, batches)
         with Watch() as watch:
-            script.train_step(run, parts, state, batches)
-        parts.transformer.stream.homes.clear()  # which would be given back to a GPU
-        weights = (*parts.transformer.parameters(), *parts.transformer.buffers())
+            script.train_step(run, training, batches)
+        training.transformer.stream.homes.clear()  # which would be given back to a GPU
+        weights = (*training.transformer.parameters(), *training.transformer.buffers())
         where = Counter(str(tensor.device) for tensor in weights)
         assert set(where) == {"cuda:0"}, where
         return watch

@@ -323,11 +323,9 @@ def test_under_bf16_no_fp32_copy_of_an_activation_is_made(script, tiny, tmp_path
 def set_up(script, model: Path, folder: Path, *flags: str) -> tuple:
     """(transformer, parameters) as the training loop gets them."""
     run = start_run(script, model, folder, "--max_train_steps", "1", *flags)
-    parts = script.TrainingParts(
-        script.open_latent_space(run), None, None, None, [script.Stream("instance", [])], [(64, 64)]
-    )
-    state = script.set_up_training(run, parts)
-    return parts.transformer.train(), state.parameters
+    streams = [script.Stream("instance", [])]
+    training = script.prepare_training(run, script.open_latent_space(run), streams, None)
+    return training.transformer.train(), training.parameters
 
 
 def gradients(transformer: torch.nn.Module, parameters: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -485,8 +483,8 @@ def test_the_export_is_in_the_compute_dtype_unless_it_is_upcast(script, tiny, tm
         run = start_run(script, tiny, folder, "--mixed_precision", "bf16", "--lora_alpha", "3", *flags)
         parameters = script.add_lora(run, script.load_transformer(run))
         script.save_lora(run, parameters, tmp_path)
-        script.save_comfyui_lora(run, parameters)
-        for path in (tmp_path / script.LORA_FILE, run.output_dir / script.COMFYUI_FILE):
+        script.save_lora(run, parameters, tmp_path, for_comfyui=True)
+        for path in (tmp_path / script.LORA_FILE, tmp_path / script.COMFYUI_FILE):
             assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
         assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
 
@@ -549,9 +547,9 @@ def test_rank_alpha_and_modules_come_from_the_file(script, tiny, tmp_path, start
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--rank", "8"), "--rank 8: it is 4 in --init_lora_from {file}; leave the flag out"),
-    (("--lora_alpha", "1.5"), "--lora_alpha 1.5: it is 2 in --init_lora_from {file}; leave the flag out"),
-    (("--lora_layers", "fal"), "--lora_layers fal: --init_lora_from {file} has 8 other modules"),
+    (("--rank", "8"), "--rank: it is 4 in --init_lora_from {file}; leave the flag out"),
+    (("--lora_alpha", "1.5"), "--lora_alpha: it is 2.0 in --init_lora_from {file}; leave the flag out"),
+    (("--lora_layers", "fal"), "--lora_layers: it is 8 modules, such as transformer_blocks.0.attn.to_q, in"),
 ], ids=lambda value: value[0] if isinstance(value, tuple) else "")  # fmt: skip
 def test_a_flag_that_differs_from_the_file_is_refused_by_name(script, tiny, tmp_path, start_from, flags, message):
     """Before anything is loaded: the numbers of the file mean nothing under another alpha, rank or module."""
@@ -626,7 +624,7 @@ def test_a_lora_of_another_trainer_is_started_from_with_the_same_numbers(
     ours = load_file(foreign)
     assert found == float(alpha) and {f"transformer.{name}" for name in matrices} == ours.keys()
     assert all(matrix.equal(ours[f"transformer.{name}"]) for name, matrix in matrices.items())
-    with pytest.raises(script.UserError, match=f"--lora_alpha 3: it is {alpha} in --init_lora_from"):
+    with pytest.raises(script.UserError, match=f"--lora_alpha: it is {alpha}.0 in --init_lora_from"):
         start_from(file, "--lora_alpha", "3")
 
 

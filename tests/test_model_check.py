@@ -85,14 +85,19 @@ MISFITS = [
     ("dev", "text_encoder", renamed("language_model.", ""), ("281 missing", "281 unexpected", "layers.0.input_layer")),
     ("dev", "text_encoder", without("layers.7."), ("9 missing", "layers.7.input_layernorm.weight and ")),
     ("dev", "text_encoder", cut("layers.2.mlp.up"), ("1 misshapen", "(31, 32) for (32, 32)")),
-    ("dev", "text_encoder", in_float8("weight_scale"), ("unexpected", "weight_scale and ", "choose an unquantised")),
+    ("dev", "text_encoder", in_float8("weight_scale"), ("unexpected", "weight_scale and ", "quantised format")),
     ("klein", "text_encoder", renamed("model.", "encoder.model."), ("310 missing", "model.embed_tokens.weight")),
     ("klein", "text_encoder", without("layers.0.self_attn.q_norm"), ("1 missing", "layers.0.self_attn.q_norm.weight")),
-    ("klein", "text_encoder", in_float8("weight_scale_inv"), ("unexpected", "weight_scale_inv and ", "unquantised")),
+    (
+        "klein",
+        "text_encoder",
+        in_float8("weight_scale_inv"),
+        ("unexpected", "weight_scale_inv and ", "quantised format"),
+    ),
     ("dev", "transformer", without("x_embedder"), ("1 missing", "x_embedder.weight")),
     ("dev", "transformer", renamed("", "model.diffusion_model."), ("missing", "unexpected", "model.diffusion_model.")),
     ("dev", "transformer", cut("x_embedder"), ("1 misshapen", "x_embedder.weight (127, 32) for (128, 32)")),
-    ("klein", "transformer", in_float8("input_scale"), ("unexpected", "input_scale and ", "choose an unquantised")),
+    ("klein", "transformer", in_float8("input_scale"), ("unexpected", "input_scale and ", "quantised format")),
     ("dev", "vae", without("bn.running"), ("2 missing", "bn.running_mean and bn.running_var")),  # FLUX.1's
     ("klein", "vae", renamed("encoder.", "first_stage.encoder."), ("missing", "unexpected", "first_stage.encoder.")),
     ("klein", "vae", lambda weights: weights | {"extra": torch.zeros(1)}, ("(1 unexpected, such as extra)",)),
@@ -155,7 +160,7 @@ def test_a_file_that_is_not_whole_is_named_with_what_to_do(message, models, part
         path.write_text(POINTER if damage == "pointer" else "")
     text = message(model)
     assert part in text and path.name in text and "\n" not in text
-    assert "found: consolidated.safetensors" in text if damage == "gone" else "git lfs pull" in text
+    assert ("No such file" if damage == "gone" else "git lfs pull") in text
 
 
 def split(model: Path, part: str, variant: str = "") -> Path:
@@ -193,7 +198,7 @@ def test_a_missing_shard_is_named(message, models, part):
     shard = next((model / part).glob("*-00002-of-*"))
     shard.unlink()
     text = message(model)
-    assert f"{part}: 1 of 3 weight files are missing, such as {shard.name}" in text
+    assert f"{shard}: missing" in text
 
 
 def test_an_index_that_is_a_pointer_and_a_hole_in_a_shard_are_told(message, models):
@@ -205,18 +210,12 @@ def test_an_index_that_is_a_pointer_and_a_hole_in_a_shard_are_told(message, mode
     save_file(weights, shard)
     assert f"transformer: the weights do not fit the model (1 missing, such as {name})" in message(model)
     index.write_text(POINTER)
-    assert f"{index}: is not JSON" in message(model)
+    assert f"{index}: no JSON object" in message(model)
 
 
-def test_a_variant_that_is_not_there_is_told_with_what_is(message, models):
-    model = models("dev")
-    text = message(model, "--variant", "fp16")
-    assert "diffusion_pytorch_model.fp16.safetensors" in text and "--variant" in text
-    assert "(found: diffusion_pytorch_model.safetensors)" in text
-    for part, name in FILES.items():
-        (model / part / name).rename(model / part / name.replace(".safetensors", ".fp16.safetensors"))
-    text = message(model)
-    assert "(found: diffusion_pytorch_model.fp16.safetensors)" in text and "--variant" in text
+def test_a_variant_that_is_not_there_is_told(message, models):
+    text = message(models("dev"), "--variant", "fp16")
+    assert "diffusion_pytorch_model.fp16.safetensors: missing" in text and "another --variant" in text
 
 
 # ------------------------------------------------------------------------------------- the text encoder, its tokenizer
@@ -277,56 +276,18 @@ def test_with_a_remote_encoder_neither_is_looked_at(script, models, tmp_path):
     check_model(script, model, tmp_path, *url)
 
 
-# ------------------------------------------------------------------------------------------------ configs and scheduler
+# -------------------------------------------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "transformer/config.json"])
 def test_a_config_that_is_missing_or_no_json_is_named(message, models, file):
     model = models("dev")
-    (model / file).write_text('{"_class_name": ')
-    assert f"{model / file}: is not JSON" in message(model)
+    for content in '{"_class_name": ', "[1]":
+        (model / file).write_text(content)
+        assert f"{model / file}: no JSON object" in message(model)
     if file != "model_index.json":  # that one is looked for on the command line
         (model / file).unlink()
-        assert f"{file} is missing" in message(model)
-
-
-@pytest.mark.parametrize(
-    ("file", "lost"),
-    [
-        ("vae/config.json", "block_out_channels"),
-        ("transformer/config.json", "joint_attention_dim"),
-        ("text_encoder/config.json", "text_config"),
-        ("text_encoder/config.json", "model_type"),
-        ("scheduler/scheduler_config.json", None),
-        ("model_index.json", None),
-        ("transformer/config.json", None),
-    ],
-)
-def test_a_config_that_lacks_what_is_needed_or_is_no_object_is_named(message, models, file, lost):
-    """`lost` None: the file holds a list."""
-    model = models("dev")
-    content = json.loads((model / file).read_text())
-    (model / file).write_text(json.dumps({key: content[key] for key in content if key != lost} if lost else []))
-    told = {
-        "text_config": "has no 'num_hidden_layers'",
-        "model_type": "cannot be read as Mistral3",
-        None: "no JSON object",
-    }
-    assert str(model / file).removesuffix("/config.json") in (said := message(model))
-    assert told.get(lost, f"has no '{lost}'") in said
-
-
-def test_an_index_without_a_map_of_its_weights_is_named(message, models):
-    model = models("dev")
-    (model / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
-    assert "index.json: has no 'weight_map'" in message(model)
-
-
-def test_another_scheduler_is_told(message, models):
-    """diffusers would take what it knows of the settings and its own defaults for the rest, in silence."""
-    model = models("dev")
-    (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
-    assert "scheduler: its class is DDIMScheduler" in message(model)
+        assert f"{model / file}: no JSON object ([Errno 2] No such file" in message(model)
 
 
 # ------------------------------------------------------------------------------------------------------------- when

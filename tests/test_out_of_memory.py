@@ -46,8 +46,8 @@ def fail(monkeypatch, script, name: str, error: Exception, call: int = 1) -> Non
         ("encode prompts", "load_text_encoder", "device"),
         ("encode prompts", "encode_prompt", "host"),
         ("encode images", "encode_pixels", "python"),
-        ("set up training", "load_transformer", "device"),
-        ("set up training", "place_transformer", "driver"),
+        ("prepare training", "load_transformer", "device"),
+        ("prepare training", "place_transformer", "driver"),
         ("train", "batch_losses", "host"),
         ("save results", "save_checkpoint", "device"),
     ],
@@ -72,7 +72,7 @@ def test_class_images_are_a_phase_of_their_own(t2i, tiny, photos, tmp_path, monk
     fail(monkeypatch, t2i, "generate", DEVICE)
     flags = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy"]
     flags += ["--num_class_images", "1", "--num_inference_steps", "1", "--max_train_steps", "1"]
-    with pytest.raises(t2i.OutOfMemory, match="in phase 'prepare streams'"):
+    with pytest.raises(t2i.OutOfMemory, match="in phase 'make streams'"):
         t2i.main(t2i.parse_args(command_line(tiny, photos, tmp_path / "out", *flags)))
 
 
@@ -89,15 +89,18 @@ def test_another_failure_stays_what_it_was(script, train, monkeypatch, error):
 # ---- the flags ----
 
 
+FOUR_BIT = ("--text_encoder_bnb_config_path", ROOT / "configs" / "quantization" / "nf4.json")
+
+
 @pytest.mark.parametrize(
     "phase, flags, expected",
     [
         ("train", (), ["--gradient_checkpointing", "--stream_blocks"]),
         ("train", ("--gradient_checkpointing",), ["--stream_blocks", "--bnb_quantization_config_path"]),
         ("train", ("--stream_blocks",), ["--bnb_quantization_config_path", "--cache_latents"]),
-        ("set up training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
-        ("encode prompts", (), ["--offload", "--remote_text_encoder"]),
-        ("encode prompts", ("--offload",), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
+        ("prepare training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
+        ("encode prompts", (), ["--offload", "--text_encoder_bnb_config_path", "--remote_text_encoder"]),
+        ("encode prompts", (*FOUR_BIT, "--offload"), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
         ("encode images", (), ["a smaller --resolution"]),
     ],
 )
@@ -117,9 +120,9 @@ def test_everything_that_is_on_is_not_said_again(bnb_on_cpu, script, tiny, tmp_p
 def test_what_several_processes_can_do_is_said_to_them(script, tiny, tmp_path):
     """The encoder and FP8 weights are split, those of bitsandbytes are not."""
     run = start_run(script, tiny, tmp_path)
-    two = replace(run, sharding=script.Sharding(), accelerator=type("Two", (), {"num_processes": 2})())
+    two = replace(run, sharding=True, processes=2)
     assert "--fsdp_text_encoder" in script.memory_flags(two, "encode prompts")
-    assert script.memory_flags(two, "set up training")[0] == "--do_fp8_training"
+    assert script.memory_flags(two, "prepare training")[0] == "--do_fp8_training"
 
 
 # ---- what was learned ----
@@ -165,7 +168,7 @@ def test_after_a_validation_without_memory_the_vae_rests_and_memory_is_released(
     """With --offload it would else stay on the device until the next image."""
     events = []
     fail(monkeypatch, script, "generate", DEVICE, call=2)
-    for owner, name in ((script, "release_memory"), (script.TrainingParts, "rest_vae"), (script, "train_step")):
+    for owner, name in ((script, "release_memory"), (script.Training, "rest_vae"), (script, "train_step")):
         original = getattr(owner, name)
         note = functools.partial(lambda label, call, *args: (events.append(label), call(*args))[1], name, original)
         monkeypatch.setattr(owner, name, functools.partialmethod(note) if owner is not script else note)

@@ -168,7 +168,7 @@ def test_with_several_processes_each_spreads_its_encoder_over_its_own_gpu(script
     encoder.config = SimpleNamespace()
     model = script.transformers.Mistral3ForConditionalGeneration
     monkeypatch.setattr(model, "from_pretrained", lambda _, **options: given.append(options) or (encoder, WHOLE))
-    monkeypatch.setattr(script.torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(script.torch.accelerator, "get_memory_info", lambda device: (20 * 2**30, 24 * 2**30))
     run = replace(start_run(script, tiny, tmp_path, "--offload"), device=torch.device("cuda", 3))
     script.load_text_encoder(run)
     monkeypatch.setattr(script.Run, "processes", 8)
@@ -243,7 +243,7 @@ def test_nothing_of_the_encoder_is_left_when_the_prompts_are_encoded(script, wid
     before = sum(live_tensors().values()), resident()
     prompts = script.encode_prompts(run, ["a toy", "a dog"])
     after = sum(live_tensors().values()), resident()
-    assert len(during) == 2 and prompts.load("a toy").shape == (64, 96)
+    assert len(during) == 2 and prompts.get("a toy").shape == (64, 96)
     for kind, allowed in ((0, 100_000), (1, 30_000_000)):
         assert during[-1][kind] - before[kind] > 180_000_000, (before, during, after)
         assert after[kind] - before[kind] < allowed, (before, during, after)

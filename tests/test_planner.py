@@ -9,7 +9,7 @@ import bare_training
 import plan_memory
 import pytest
 import torch
-from bare_training import make_batches, make_parts, quantise_by_script, read_architecture, set_up, start_run
+from bare_training import make_batches, make_streams, quantise_by_script, read_architecture, set_up, start_run
 from memory_counter import LiveStorages
 from plan_memory import BASES, GB, Job, count_training, largest_share_kept, sharded, share_of
 
@@ -51,11 +51,11 @@ def test_on_real_tensors_the_counter_agrees_with_the_allocator_to_one_percent(t2
     Not with FP8, which the CPU emulates with copies of its own inside the kernel.
     """
     run = start_run(t2i, read_architecture(small), tmp_path / "run", "--resolution", 192, *flags)
-    parts = make_parts(t2i, run)
+    streams = make_streams(t2i, run)
 
     def train() -> None:
-        state = set_up(t2i, run, parts)
-        t2i.train_step(run, parts, state, make_batches(t2i, run, parts))
+        training = set_up(t2i, run, streams)
+        t2i.train_step(run, training, make_batches(t2i, run, training))
 
     counted, allocated = allocated_peak(train)
     assert counted > 20e6 and counted == pytest.approx(allocated, rel=0.01), (counted, allocated)
@@ -298,3 +298,16 @@ def test_a_plan_does_not_depend_on_the_gpu_of_this_machine(t2i, small, tmp_path,
     Job(small, 128).plan(tmp_path / "plan")
     Job(small, 128).run(tmp_path / "run")
     assert asked == [True, False]
+
+
+@pytest.mark.parametrize("kind, part", [("nf4", (4 + 8 / 64 + 32 / 64 / 256) / 16), ("int8", 0.5)])
+def test_a_text_encoder_in_another_format_is_counted_in_it(tmp_path, kind, part):
+    """Its layers shrink, its word embeddings do not."""
+    flags = ("--text_encoder_bnb_config_path", str(plan_memory.ROOT / "configs" / "quantization" / f"{kind}.json"))
+    plain, other = (plan_memory.count_encoder(Job("klein-4B", 512, 0, words)) for words in ((), flags))
+    config = plan_memory.encoder_config(Job("klein-4B", 512).plan(tmp_path))
+    with torch.device("meta"):
+        encoder = plan_memory.transformers.Qwen3Model(config)
+    linears = [module for module in encoder.layers.modules() if isinstance(module, torch.nn.Linear)]
+    saved = (1 - part) * 2 * sum(module.weight.numel() for module in linears)
+    assert plain["peak"] - other["peak"] == pytest.approx(saved, rel=0.02) and other["weights"] == plain["weights"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import draw_photo
 from PIL import Image
-from runs import LORA, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
+from runs import LORA, around_updates, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
 
 # Class images are the text-to-image script's alone.
 pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indirect=True)]
@@ -162,12 +162,11 @@ def test_loss_and_gradient_are_linear_in_the_prior_weight(script, quick, class_d
     """Weight w adds w times the class part to what a run without prior preservation has."""
     gradients = {}
 
-    def keep(state, original=script.apply_update):
-        flat = torch.cat([p.grad.flatten() for name, p in state.parameters.items() if "lora_B" in name])
+    def keep(training):
+        flat = torch.cat([p.grad.flatten() for name, p in training.parameters.items() if "lora_B" in name])
         gradients.setdefault(current, flat.clone())
-        return original(state)
 
-    monkeypatch.setattr(script, "apply_update", keep)
+    around_updates(monkeypatch, script, before=keep)
     runs = {}
     for weight in (1.0, 3.0):
         current = weight
@@ -221,9 +220,10 @@ def test_the_bare_base_model_draws_the_class_images(script, quick, ready, tmp_pa
     """Images drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
     modes = []
 
-    def look(run, parts, *rest, original=script.generate):
-        modes.append((parts.transformer.training, any("lora" in name for name, _ in parts.transformer.named_modules())))
-        return original(run, parts, *rest)
+    def look(run, space, pipeline, *rest, original=script.generate):
+        names = [name for name, _ in pipeline.transformer.named_modules()]
+        modes.append((pipeline.transformer.training, any("lora" in name for name in names)))
+        return original(run, space, pipeline, *rest)
 
     first = quick("--learning_rate", "1e-1", output="first")
     monkeypatch.setattr(script, "generate", look)

@@ -297,7 +297,7 @@ def test_a_sharded_text_encoder_gives_the_same_embeddings(two, name):
     sharded = {path.name: path for path in (folder / f"{name}-encoder/cache/prompts").iterdir()}
     assert len(sharded) == len(cached) + 3
     for file, path in cached.items():
-        assert torch.equal(load_file(path)["prompt_embeds"], load_file(sharded[file])["prompt_embeds"])
+        assert torch.equal(load_file(path)["tensor"], load_file(sharded[file])["tensor"])
 
 
 # ---- FSDP2: configs/accelerate/fsdp2.yaml ----
@@ -396,7 +396,7 @@ def test_klein_is_sharded_with_its_encoder(sharded, data, tiny_klein, tmp_path):
     assert_same_training(single, folder / "klein")
     for path in (single / "cache/prompts").iterdir():
         other = folder / "klein/cache/prompts" / path.name
-        assert torch.equal(load_file(path)["prompt_embeds"], load_file(other)["prompt_embeds"])
+        assert torch.equal(load_file(path)["tensor"], load_file(other)["tensor"])
 
 
 def test_checkpoints_of_one_two_and_sharded_processes_have_the_same_files_and_sizes(two, sharded, data, tmp_path):
@@ -543,7 +543,7 @@ if __name__ == "__main__":
     "where, what, message",
     [
         ("encode_prompt", "raise RuntimeError('rank one fell over')", "rank one fell over"),
-        ("apply_update", "os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("average_over_processes", "os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
     ],
 )
 def test_a_process_that_fails_ends_the_whole_run_and_leaves_no_other_behind(data, where, what, message, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from conftest import draw_photo, draw_photos
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
-from unit_parts import caption_of, log_lines, losses_of, start_run, training_set
+from unit_parts import caption_of, log_lines, losses_of, predict, start_run, training_set
 
 FAMILIES = ("dev", "klein")
 # (width, height) of references: odd, at the limits of the pipelines, above 1 MP, exactly 1 MP.
@@ -45,7 +45,7 @@ def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
 def reference_of(i2i, run, path: Path):
     """The `Reference` that the script makes of a file."""
     image = i2i.Image(path.name, path)
-    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[image], run.cell, None)
+    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[0][image], run.cell, None)
 
 
 def arguments(i2i, *flags):
@@ -61,8 +61,7 @@ def pipeline_inputs(i2i, run, vae, images: list[Image.Image], family: str) -> li
     calls = []
     transformer = i2i.load_transformer(run).eval()
     transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
-    parts = SimpleNamespace(transformer=transformer, vae_on_device=lambda run: vae)
-    pipeline = i2i.make_pipeline(run, parts)
+    pipeline = i2i.make_pipeline(run, transformer, vae)
     generator = torch.Generator().manual_seed(0)
     options = {"negative_prompt_embeds": torch.zeros(1, 8, 96, dtype=run.dtype)} if family == "klein" else {}
     pipeline(
@@ -81,9 +80,9 @@ def pipeline_inputs(i2i, run, vae, images: list[Image.Image], family: str) -> li
 def check_parity(i2i, run, paths: list[Path], family: str) -> None:
     """Tokens and ids of the references are those that the pipeline feeds the transformer, with a difference of 0."""
     space, vae = i2i.open_latent_space(run), i2i.load_vae(run)
-    parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    training = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
     references = [reference_of(i2i, run, path) for path in paths]
-    ours = i2i.encode_references(run, parts, [[reference.pixels() for reference in references]])
+    ours = i2i.encode_references(run, training, [[reference.pixels() for reference in references]])
     images = [i2i.decode_image(path.read_bytes()) for path in paths]
     (theirs,) = pipeline_inputs(i2i, run, vae, images, family)
     tokens, ids = (torch.cat(part, dim=1) for part in zip(*ours, strict=True))
@@ -138,20 +137,19 @@ def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i,
         lambda _, args, kwargs, output: outputs.append((dict(kwargs), output[0])), with_kwargs=True
     )
     images = [noise_image((96, 64), 1), noise_image((64, 128), 2)]
-    pipeline = i2i.make_pipeline(run, SimpleNamespace(transformer=transformer, vae_on_device=lambda run: vae))
+    pipeline = i2i.make_pipeline(run, transformer, vae)
     options = {"negative_prompt_embeds": torch.zeros(1, 8, 96, dtype=run.dtype)} if family == "klein" else {}
     embeds = torch.randn(1, 8, 96, generator=torch.Generator().manual_seed(0)).to(run.dtype)
     pipeline(image=images, prompt_embeds=embeds, height=48, width=80, num_inference_steps=2, output_type="latent",
              guidance_scale=1.0, **options)  # fmt: skip
     hook.remove()
-    parts = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    training = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
     views = [i2i.image_to_pixels(image, (image.height, image.width), None, False) for image in images]
-    references = i2i.encode_references(run, parts, [views])
+    references = i2i.encode_references(run, training, [views])
     assert len(outputs) == 2
     for (inputs, output), sigma in zip(outputs, pipeline.scheduler.sigmas, strict=False):
-        with torch.no_grad():
-            velocity = i2i.predict_velocity(run.args, transformer, inputs["hidden_states"][:, :15], sigma.expand(1),
-                                            embeds, 3, 5, references)  # fmt: skip
+        noisy = inputs["hidden_states"][:, :15]
+        velocity = predict(i2i, run.args, transformer, noisy, sigma.expand(1), embeds, 3, 5, references)
         assert velocity.shape == (1, 15, 32) and (velocity - output[:, :15]).abs().max() == 0
 
 
@@ -159,9 +157,11 @@ def test_every_sample_of_a_batch_has_the_same_position_ids(i2i, tiny, tmp_path):
     """T counts the references of one sample, not the samples of a batch."""
     run = start_run(i2i, tiny, tmp_path)
     vae = i2i.load_vae(run)
-    parts = SimpleNamespace(space=i2i.open_latent_space(run), vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    training = SimpleNamespace(
+        space=i2i.open_latent_space(run), vae_on_device=lambda run: vae, rest_vae=lambda args: None
+    )
     views = [[torch.rand(3, 64, 64), torch.rand(3, 32, 96)] for _ in range(3)]
-    (first, first_ids), (second, second_ids) = i2i.encode_references(run, parts, views)
+    (first, first_ids), (second, second_ids) = i2i.encode_references(run, training, views)
     assert first.shape == (3, 16, 32) and second.shape == (3, 12, 32)
     assert first_ids.shape == (1, 16, 4) and set(first_ids[0, :, 0].tolist()) == {10}
     assert second_ids.shape == (1, 12, 4) and set(second_ids[0, :, 0].tolist()) == {20}
@@ -176,8 +176,8 @@ def test_references_are_the_mean_of_the_distribution_even_when_targets_are_sampl
     for mode in ("mode", "sample"):
         run = start_run(i2i, tiny, tmp_path, "--vae_encode_mode", mode)
         vae = i2i.load_vae(run)
-        parts = SimpleNamespace(space=space, vae_on_device=lambda run, vae=vae: vae, rest_vae=lambda args: None)
-        tokens.append(i2i.encode_references(run, parts, [[pixels]])[0][0])
+        training = SimpleNamespace(space=space, vae_on_device=lambda run, vae=vae: vae, rest_vae=lambda args: None)
+        tokens.append(i2i.encode_references(run, training, [[pixels]])[0][0])
     assert torch.equal(*tokens)
 
 
@@ -544,7 +544,7 @@ def test_a_column_cannot_be_target_and_reference(i2i, pairs, tmp_path, photo_pat
     with pytest.raises(i2i.UserError, match="is output the target"):
         listed(i2i, pairs, "--image_column", "output", "--cond_image_column", "output")
     name = as_parquet(tmp_path / "d", {"image": photo_paths[:1]}, {"image": datasets.Image()})
-    with pytest.raises(i2i.UserError, match="--image_column image: is a --cond_image_column too"):
+    with pytest.raises(i2i.UserError, match="is image the target"):
         rows_of(i2i, name, tmp_path, "--cond_image_column", "image")
 
 
@@ -580,7 +580,7 @@ def test_captions_beside_references_are_told(i2i, folders):
     (first / "b.txt").write_text("make it day")
     with log_lines() as lines:
         listed(i2i, target, "--cond_data_dir", first)
-    assert any("1 .txt file(s) not used: 'b.txt'" in line for line in lines)
+    assert any("1 .txt file(s) not used, see docs/data.md: 'b.txt'" in line for line in lines)
 
 
 def test_folders_are_matched_in_any_case_and_unicode_form(i2i, tmp_path):
@@ -592,7 +592,7 @@ def test_folders_are_matched_in_any_case_and_unicode_form(i2i, tmp_path):
 def test_references_from_metadata_and_from_folders_at_once_are_refused(i2i, folders):
     target, first, _ = folders
     write_metadata(target, {"file_name": "a.jpg", "before_file_name": "b.jpg", "text": "x"})
-    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata in .* name references too"):
+    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata name references too"):
         listed(i2i, target, "--cond_data_dir", first)
 
 
@@ -716,7 +716,11 @@ def test_all_bad_references_are_in_one_list_with_the_bad_targets(i2i, tiny, fold
     with pytest.raises(i2i.UserError) as error:
         checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first)
     text = str(error.value)
-    assert "3 image(s)" in text and "64 pixels a side, it has 40 x 200" in text and "8:1 at most" in text
+    assert (
+        "3 image(s)" in text
+        and "64 pixels a side and 8:1 at most, it has 40 x 200" in text
+        and "it has 900 x 100" in text
+    )
     assert "c.jpg: not an image" in text
 
 
@@ -768,7 +772,7 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     run, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first, *flags)
     space = i2i.open_latent_space(run)
     if run.args.cache_latents:
-        i2i.cache_latents(run, space, [image for sample in samples for image in sample.images])
+        i2i.encode_images(run, space, [image for sample in samples for image in sample.images])
     return training_set(i2i, run, samples)
 
 
@@ -854,7 +858,7 @@ def test_target_and_reference_of_the_same_file_have_cache_files_of_their_own(i2i
     space = i2i.open_latent_space(start_run(i2i, tiny, tmp_path))
     image = i2i.Image("x", sha256="0", size=(70, 70), target=(64, 64))
     others = [i2i.as_reference(image, 16, pair) for pair in (None, image, replace(image, size=(140, 140)))]
-    assert len({space.path(one, False) for one in [image, *others]}) == 4
+    assert len({space.key(one, False) for one in [image, *others]}) == 4
 
 
 def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
@@ -914,13 +918,12 @@ def test_references_and_their_order_reach_the_prediction(i2i, tiny, tmp_path):
     first, second, noisy = (torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(n)) for n in range(3))
     ids = [i2i.position_ids(2, 2, time=time) for time in (10, 20)]
 
-    @torch.no_grad()
-    def predict(*references):
+    def velocity(*references):
         embeds = torch.ones(1, 8, 96)
-        return i2i.predict_velocity(run.args, transformer, noisy, torch.tensor([0.5]), embeds, 2, 2, list(references))
+        return predict(i2i, run.args, transformer, noisy, torch.tensor([0.5]), embeds, 2, 2, list(references))
 
-    plain, one = predict(), predict((first, ids[0]))
-    both, swapped = predict((first, ids[0]), (second, ids[1])), predict((second, ids[0]), (first, ids[1]))
+    plain, one = velocity(), velocity((first, ids[0]))
+    both, swapped = velocity((first, ids[0]), (second, ids[1])), velocity((second, ids[0]), (first, ids[1]))
     for a, b in ((plain, one), (one, both), (both, swapped)):
         assert (a - b).abs().max() > 1e-3
 
@@ -932,7 +935,9 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_rows_alone_with_kept_and_dropped
     generator = torch.Generator().manual_seed(1)
     embeds = {name: torch.randn(64, 96, generator=generator) for name in "abcd"}
     rests = []
-    parts = SimpleNamespace(space=space, transformer=transformer, vae_on_device=lambda run: vae, rest_vae=rests.append)
+    training = SimpleNamespace(
+        space=space, transformer=transformer, vae_on_device=lambda run: vae, rest_vae=rests.append
+    )
     rows = []
     for number, caption in enumerate("abcd"):
         references = [torch.rand(3, 64, 80, generator=generator) * 2 - 1, torch.rand(3, 64, 64, generator=generator)]
@@ -940,13 +945,13 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_rows_alone_with_kept_and_dropped
                      "noise": torch.randn(6, 32, generator=generator),
                      "pixels": torch.rand(3, 32, 48, generator=generator) * 2 - 1,
                      "references": references if number in (0, 3) else []})  # fmt: skip
-    together, sigmas = i2i.batch_losses(run, parts, i2i.collate(rows))
+    together, sigmas = i2i.batch_losses(run, training, i2i.collate(rows))
     assert len(rests) == 1  # with --offload the VAE moves once for targets and references
-    alone = [i2i.batch_losses(run, parts, i2i.collate([row])) for row in rows]
+    alone = [i2i.batch_losses(run, training, i2i.collate([row])) for row in rows]
     torch.testing.assert_close(together, torch.cat([losses for losses, _ in alone]), rtol=1e-5, atol=1e-5)
     assert sigmas.tolist() == [sigma.item() for _, (sigma,) in alone] and together.std() > 1e-3
     for number in (0, 3):  # the references do count
-        bare = i2i.batch_losses(run, parts, i2i.collate([{**rows[number], "references": []}]))[0]
+        bare = i2i.batch_losses(run, training, i2i.collate([{**rows[number], "references": []}]))[0]
         assert abs(bare - together[number]) > 1e-3
 
 
@@ -967,15 +972,15 @@ def test_the_size_of_a_validation_image_is_the_trained_one_nearest_to_its_refere
     """Or the one that was asked for; an aligned reference is brought to it."""
     target, first, _ = folders
     flags = ("--instance_data_dir", target, "--validation_prompt", "x", "--validation_image", first / "a.jpeg")
-    buckets = [(64, 96), (96, 80), (96, 64)]
-    size, inputs = i2i.validation_inputs(start_run(i2i, tiny, tmp_path, *flags), 0, buckets)
+    flags = (*flags, "--aspect_ratio_buckets", "64,96;96,80;96,64")
+    size, inputs = i2i.validation_inputs(start_run(i2i, tiny, tmp_path, *flags), 0)
     assert size == (96, 80) and [image.size for image in inputs["image"]] == [(80, 96)]
     run = start_run(i2i, tiny, tmp_path, *flags, "--validation_size", "32,64")
-    assert i2i.validation_inputs(run, 0, buckets)[0] == (32, 64)
+    assert i2i.validation_inputs(run, 0)[0] == (32, 64)
     run = start_run(i2i, tiny, tmp_path, *flags, "--validation_size", "32,64", "--align_cond_image")
-    assert [image.size for image in i2i.validation_inputs(run, 0, buckets)[1]["image"]] == [(64, 32)]
-    bare = start_run(i2i, tiny, tmp_path, "--instance_data_dir", target, "--validation_prompt", "x")
-    assert i2i.validation_inputs(bare, 0, buckets) == ((64, 96), {})
+    assert [image.size for image in i2i.validation_inputs(run, 0)[1]["image"]] == [(64, 32)]
+    bare = start_run(i2i, tiny, tmp_path, "--instance_data_dir", target, "--validation_prompt", "x", *flags[-2:])
+    assert i2i.validation_inputs(bare, 0) == ((64, 96), {})
 
 
 @pytest.mark.parametrize(("size", "reason"), [((63, 100), "64 pixels a side"), ((900, 100), "8:1 at most")])

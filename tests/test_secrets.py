@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -80,7 +81,7 @@ def test_tokens_in_the_environment_of_a_program_are_in_nothing_that_wandb_and_te
 @pytest.mark.e2e
 def test_the_line_that_goes_on_does_not_tell_the_token(script, train, cache, capsys):
     token = "of-a-form-that-nobody-knows"
-    with pytest.raises(script.Stopped):
+    with pytest.raises(SystemExit):
         train("--latents_cache_dir", cache, "--hub_token", token, "--max_train_minutes", "1e-6")
     printed = "".join(capsys.readouterr())
     assert "config.args', '--resume_from_checkpoint', 'latest'" in printed and token not in printed
@@ -285,7 +286,7 @@ def card_of(script, tiny, tmp_path_factory):
     def write(prompt: str) -> tuple[dict, str, ast.Module]:
         folder = tmp_path_factory.mktemp("card")
         run = start_run(script, tiny, folder, f"--instance_prompt={prompt}", f"--final_validation_prompt={prompt}")
-        script.write_card(run, script.TrainState({}, None, None, {}, step=3), [(prompt, "samples/x.png")])
+        script.write_card(run, SimpleNamespace(step=3), [(prompt, "samples/x.png")])
         text = (run.output_dir / "README.md").read_bytes().decode()
         head, body = text.removeprefix("---\n").split("\n---\n", 1)
         assert huggingface_hub.ModelCard(text).data.license == yaml.safe_load(head)["license"]
@@ -316,8 +317,8 @@ def test_a_hostile_prompt_is_text_in_the_card_and_nothing_else(card_of, plain_ca
     assert len(constants) == 1
     constants[0].value = "a toy"
     assert ast.dump(tree) == ast.dump(plain_tree)
-    trigger = next(line for line in body.splitlines() if line.startswith("| trigger |"))
-    assert not re.search(r"(?<!\\)[<>\[\]`]", trigger) and len(re.findall(r"(?<!\\)\|", trigger)) == 3
+    trigger = next(line for line in body.splitlines() if line.startswith('Write "'))
+    assert not re.search(r"(?<!\\)[<>\[\]`|]", trigger)
     assert [c for c in body if c != "\n" and not c.isprintable()] == []
 
 
@@ -337,4 +338,4 @@ def test_words_that_are_no_utf8_are_refused_by_name(script, tiny, photos, tmp_pa
     with pytest.raises(SystemExit) as stop:
         script.parse_args(command_line(tiny, photos, tmp_path / "out", "--instance_prompt", word))
     printed = capsys.readouterr().err
-    assert stop.value.code == 2 and "--instance_prompt 'caf\\udce9': is not UTF-8" in printed
+    assert stop.value.code == 2 and "caf\\udce9: cannot read it" in printed

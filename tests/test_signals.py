@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -134,9 +136,13 @@ def test_a_run_under_nohup_outlives_the_shell_that_started_it(tmp_path, photos, 
         ([""], False),
     ],
 )
-def test_only_a_launcher_is_one(script, words, expected):
+def test_the_end_of_a_launcher_is_asked_for_and_of_no_other_parent(script, monkeypatch, words, expected):
     """A shell whose command mentions accelerate, a notebook's kernel and a daemon are none."""
-    assert script.is_launcher("\0".join([*words, ""]).encode()) == expected
+    asked = []
+    monkeypatch.setattr(Path, "read_bytes", lambda _: "\0".join([*words, ""]).encode())
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *numbers: asked.append(numbers)))
+    script.end_with_launcher()
+    assert bool(asked) == expected
 
 
 def test_a_run_in_another_thread_than_the_main_one_works_and_its_time_limit_too(script, train, tmp_path):
@@ -154,7 +160,7 @@ def test_a_run_in_another_thread_than_the_main_one_works_and_its_time_limit_too(
         thread.start()
         thread.join(60)
         assert not thread.is_alive()
-    assert [type(error) for error in caught] == [script.Stopped] and caught[0].code == 143
+    assert [type(error) for error in caught] == [SystemExit] and caught[0].code == 143
     assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-1") is None
 
 
@@ -170,13 +176,13 @@ def test_a_run_in_another_thread_than_the_main_one_works_and_its_time_limit_too(
 def test_the_echo_of_a_signal_is_not_a_second_one(script, train, monkeypatch, tmp_path, numbers, code):
     """Slurm signals the whole group and torchrun passes its own on: the step is finished and saved all the same."""
 
-    def signalled(run, parts, state, batches, original=script.train_step):
+    def signalled(run, training, batches, original=script.train_step):
         for number in numbers:
             os.kill(os.getpid(), number)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", signalled)
-    with pytest.raises(script.Stopped) as caught:
+    with pytest.raises(SystemExit) as caught:
         train("--max_train_steps", "5")
     assert caught.value.code == code
     assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-1") is None
@@ -185,13 +191,13 @@ def test_the_echo_of_a_signal_is_not_a_second_one(script, train, monkeypatch, tm
 def test_a_second_signal_some_time_later_acts_at_once(script, train, monkeypatch, tmp_path):
     """Who presses Ctrl-C again does not want to wait for the save."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as behind a shell's &
-    steps = spy(monkeypatch, script, "apply_update")
+    steps = spy(monkeypatch, script, "batch_losses")
 
-    def signalled(run, parts, state, batches, original=script.train_step):
+    def signalled(run, training, batches, original=script.train_step):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1.1)
-        return original(run, parts, state, batches)
+        return original(run, training, batches)
 
     monkeypatch.setattr(script, "train_step", signalled)
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from unit_parts import start_run, training_set
 
 SQUARE, WIDE, TALL = (64, 64), (64, 128), (128, 64)
@@ -319,9 +318,7 @@ def test_a_cached_visit_reads_the_latents_of_its_flip(script, open_set, samples)
     data.samples = [gone]
     for number, which in enumerate((False, True)):
         for image in getattr(gone, "images", [gone.image]):
-            file = data.space.path(image, which)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"moments": torch.full((2, 8, 8, 8), float(number))}, file)
+            data.space.cache.put(torch.full((2, 8, 8, 8), float(number)), "image", *data.space.key(image, which))
     seen = set()
     for item in (data[0, position] for position in range(30)):
         assert "pixels" not in item

@@ -163,7 +163,8 @@ def test_position_ids_are_the_pipelines(script, rows, columns):
 def test_text_ids_are_the_pipelines(script, length):
     """(0, 0, 0, l), pads included."""
     expected = Flux2Pipeline._prepare_text_ids(torch.zeros(1, length, 8))
-    assert script.text_ids(length).equal(expected) and script.text_ids(length).dtype == expected.dtype
+    actual = script.position_ids(1, 1, length=length)
+    assert actual.equal(expected) and actual.dtype == expected.dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,11 +217,10 @@ def test_decoded_tokens_are_the_pipelines_image(script, runs, pipelines, size):
 def test_a_validation_image_is_what_the_users_pipeline_draws(script, runs, pipelines, family):
     """Same prompt, seed, size, steps and guidance: embedded for [dev], against the empty prompt for [klein]."""
     run = replace(runs[family], args=script.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
-    prompts = script.encode_prompts(run, ["a cat", ""])
-    parts = script.TrainingParts(
-        script.open_latent_space(run), prompts, pipelines[family].transformer, pipelines[family].vae, [], [(64, 64)]
-    )
-    actual = script.generate(run, parts, script.make_pipeline(run, parts), "a cat", [("validation", 0, 0)], (48, 80))
+    script.encode_prompts(run, ["a cat", ""])
+    space = script.open_latent_space(run)
+    pipeline = script.make_pipeline(run, pipelines[family].transformer, pipelines[family].vae)
+    actual = script.generate(run, space, pipeline, "a cat", [("validation", 0, 0)], (48, 80))
     pipelines[family].set_progress_bar_config(disable=True)
     expected = pipelines[family](
         prompt="a cat",
@@ -299,7 +299,7 @@ def test_the_name_of_an_embedding_changes_with_everything_that_it_depends_on(scr
 
     def remember(reason: str, *flags: str, prompt: str = "a cat", folder: Path = model) -> None:
         run = start_run(script, folder, tmp_path / "run", *flags)
-        names[reason] = script.PromptCache(run).path(prompt).name
+        names[reason] = script.open_prompts(run).path(prompt).name
 
     remember("as it is")
     remember("prompt", prompt="a cat ")
@@ -325,11 +325,11 @@ def test_the_name_of_an_embedding_changes_with_everything_that_it_depends_on(scr
 def test_the_name_of_an_embedding_does_not_change_with_anything_else(script, tiny, tmp_path):
     """Training flags, the VAE and the transformer: a second run encodes nothing."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = script.PromptCache(start_run(script, model, tmp_path / "a")).path("a cat").name
+    first = script.open_prompts(start_run(script, model, tmp_path / "a")).path("a cat").name
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--resolution", "128", "--learning_rate", "1", "--caption_dropout", "0.1")
-    assert script.PromptCache(start_run(script, model, tmp_path / "b", *flags)).path("a cat").name == first
+    assert script.open_prompts(start_run(script, model, tmp_path / "b", *flags)).path("a cat").name == first
     assert "cat" not in first
 
 
@@ -351,9 +351,7 @@ def test_each_different_prompt_is_encoded_once_and_the_second_start_loads_no_enc
     again = script.encode_prompts(start_run(script, tiny, tmp_path), ["a dog", "a cat"])
     assert len(encoded) == 3
     for prompt, embedding in encoded:
-        assert cache.load(prompt).equal(embedding) and again.load(prompt).equal(embedding)
-    batch = again.batch(["a dog", "a cat"], torch.float32)
-    assert batch.shape == (2, 64, 96) and batch[0].equal(encoded[2][1])
+        assert cache.get(prompt).equal(embedding) and again.get(prompt).equal(embedding)
 
 
 def test_the_empty_prompt_is_encoded_where_it_is_needed(script, runs, tiny, tmp_path):
@@ -374,52 +372,57 @@ def image(script, photos) -> object:
     return script.Image(path.name, path, sha256=sha256, size=(128, 96), target=(64, 64))
 
 
+def latent_file(space: object, image: object, flip: bool = False) -> Path:
+    """Where the latent of an image is kept."""
+    return space.cache.path(*space.key(image, flip))
+
+
 def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script, tiny, tmp_path, image, monkeypatch):
     """Content, target, flip, VAE, decode policy."""
     model = shutil.copytree(tiny, tmp_path / "model")
     run = start_run(script, model, tmp_path / "run")
     space = script.open_latent_space(run)
-    paths = [space.path(image, False), space.path(image, True)]
-    paths += [space.path(replace(image, sha256="0"), False), space.path(replace(image, target=(64, 80)), False)]
-    paths += [space.path(replace(image, target=(80, 64)), False)]
+    paths = [latent_file(space, image), latent_file(space, image, flip=True)]
+    paths += [latent_file(space, replace(image, sha256="0")), latent_file(space, replace(image, target=(64, 80)))]
+    paths += [latent_file(space, replace(image, target=(80, 64)))]
     monkeypatch.setattr(script, "DECODE_POLICY", script.DECODE_POLICY + 1)
-    paths.append(space.path(image, False))
+    paths.append(latent_file(space, image))
     monkeypatch.undo()
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
-    paths.append(script.open_latent_space(run).path(image, False))
+    paths.append(latent_file(script.open_latent_space(run), image))
     assert len(set(paths)) == len(paths)
 
 
 def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, tmp_path, image):
     """Its file name and size in pixels, the training flags, the encoder and the transformer."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = script.open_latent_space(start_run(script, model, tmp_path / "a")).path(image, False).name
+    first = latent_file(script.open_latent_space(start_run(script, model, tmp_path / "a")), image).name
     touch(model / "text_encoder" / "model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--mixed_precision", "bf16", "--vae_encode_mode", "sample")
     space = script.open_latent_space(start_run(script, model, tmp_path / "b", *flags))
     other = replace(image, name="other.jpg", path=None, size=(1, 1))
-    assert space.path(other, False).name == first
+    assert latent_file(space, other).name == first
 
 
 def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, image, vae, monkeypatch):
     """The file holds what a visit with the centre crop would encode, bit for bit, and its mirror image beside it."""
-    flags = ("--cache_latents", "--random_flip", "--instance_data_dir", image.path.parent)
+    flags = ("--cache_latents", "--skip_final_inference", "--random_flip", "--instance_data_dir", image.path.parent)
     run = start_run(script, tiny, tmp_path, *flags)
     space = script.open_latent_space(run)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [image])
+    script.encode_images(run, space, [image])
     for flip in (False, True):
         pixels = script.image_to_pixels(script.decode_image(image.read()), image.target, None, flip)
-        cached = load_file(space.path(image, flip))["moments"]
+        cached = space.cache.get(*space.key(image, flip))
         assert cached.dtype == torch.float32 and cached.shape == (2, 8, 8, 8)
         assert cached.equal(script.encode_pixels(vae, pixels[None])[0])
-    assert len(list(space.folder.iterdir())) == 2
+    assert len(list(space.cache.folder.iterdir())) == 2
 
 
 def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_path, image, vae, monkeypatch):
     """Two samples with the same image are one latent."""
-    run = start_run(script, tiny, tmp_path, "--cache_latents")
+    run = start_run(script, tiny, tmp_path, "--cache_latents", "--skip_final_inference")
     space, encoded, encode = script.open_latent_space(run), [], script.encode_pixels
 
     def counting(vae, pixels):
@@ -428,10 +431,10 @@ def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_pa
 
     monkeypatch.setattr(script, "encode_pixels", counting)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [image, replace(image, name="a copy.jpg")])
+    script.encode_images(run, space, [image, replace(image, name="a copy.jpg")])
     assert len(encoded) == 1
     monkeypatch.setattr(script, "load_vae", None)
-    assert script.cache_latents(run, space, [image]) is None
+    assert script.encode_images(run, space, [image]) is None
     assert len(encoded) == 1
 
 
@@ -441,17 +444,17 @@ def test_a_full_disk_is_an_error_before_anything_is_encoded(script, tiny, tmp_pa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(script.UserError, match="latent cache needs .* are free; see --latents_cache_dir"):
-        script.cache_latents(run, script.open_latent_space(run), [image])
+        script.encode_images(run, script.open_latent_space(run), [image])
 
 
 def test_the_size_of_the_latent_cache_is_estimated_rightly(script, tiny, tmp_path, image, vae, monkeypatch):
     """Within the few bytes of a header per file: too small an estimate would fill the disk."""
-    run = start_run(script, tiny, tmp_path, "--cache_latents", "--random_flip")
+    run = start_run(script, tiny, tmp_path, "--cache_latents", "--random_flip", "--skip_final_inference")
     space, needs = script.open_latent_space(run), []
     monkeypatch.setattr(script, "check_space", lambda folder, need, *_: needs.append(need))
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.cache_latents(run, space, [replace(image, target=(160, 96))])
-    written = sum(path.stat().st_size for path in space.folder.iterdir())
+    script.encode_images(run, space, [replace(image, target=(160, 96))])
+    written = sum(path.stat().st_size for path in space.cache.folder.iterdir())
     assert needs and needs[0] <= written <= needs[0] + 2 * 200
 
 

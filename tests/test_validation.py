@@ -4,17 +4,21 @@ import re
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from conftest import draw_photo
 from diffusers import Flux2Pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import LORA, assert_same_run, column, files_of, lora, metrics, spy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from unit_parts import log_lines
 
 pytestmark = pytest.mark.e2e
 
@@ -27,10 +31,10 @@ def card_of(folder: Path) -> ModelCard:
     return ModelCard((folder / "README.md").read_text(encoding="utf-8"))
 
 
-def python_of(card: ModelCard) -> str:
-    """The snippet in the card."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.S | re.M)
-    return code
+def python_of(card: ModelCard) -> tuple[str, str]:
+    """The two snippets in the card: the short one, and the one that loads part by part."""
+    short, long = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.S | re.M)
+    return short, long
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -61,12 +65,12 @@ def test_images_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all(q
     hashes = {(folder / "samples" / "step-000000" / name).read_bytes() for name in images}
     assert len(hashes) == 4
     sheet = pixels(folder / "samples" / "contact_sheet.png")
-    wide, high = 256, round(64 * 256 / 96)  # every cell is scaled to 256 pixels on its longer side
-    assert sheet.shape == (2 * (high + 28) + 24, 3 * (wide + 8) + 8, 3)
+    high = round(64 * 256 / 96)  # in a square of 256 pixels, in which the image fills the longer side
+    assert sheet.shape == (2 * 284 + 24, 3 * 264 + 8, 3)
     for x, step in enumerate((0, 2, 4)):
         for row in (0, 1):
-            top, left = 24 + row * (high + 28), 8 + x * (wide + 8)
-            shown = sheet[top : top + high, left : left + wide].mean(axis=(0, 1))
+            top, left = 24 + row * 284, 8 + x * 264
+            shown = sheet[top : top + high, left : left + 256].mean(axis=(0, 1))
             image = pixels(folder / "samples" / f"step-{step:06d}" / f"prompt-{row}_image-0.png").mean(axis=(0, 1))
             assert np.abs(shown - image).max() < 2
     assert [line["step"] for line in metrics(folder) if "validation_loss" in line] == [2, 4]
@@ -76,15 +80,15 @@ def test_images_change_with_training_and_start_from_the_base_model(quick, tiny, 
     """Step 0 is what the untouched pipeline draws from the same noise; later steps differ from it."""
     calls = spy(monkeypatch, script, "train")
     folder = quick(*EVERY_STEP, "--learning_rate", "3e-2", "--skip_final_inference")
-    run, parts, _, _ = calls[0].args
+    run, training = calls[0].args
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    expected = draw(script, run, parts, pipeline, "a toy")
+    expected = draw(script, run, pipeline, "a toy")
     shown = [pixels(folder / "samples" / f"step-00000{step}" / "prompt-0_image-0.png") for step in (0, 1, 3)]
     assert np.abs(shown[0] - expected).max() <= 1
     assert np.abs(shown[1] - shown[0]).max() > 1 and np.abs(shown[2] - shown[1]).max() > 1
 
 
-def draw(script, run, parts, pipeline, prompt: str) -> np.ndarray:
+def draw(script, run, pipeline, prompt: str) -> np.ndarray:
     """What the installed pipeline draws with its own encoder and decoder from the noise of the first image."""
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 64}
@@ -108,26 +112,26 @@ def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(
     """Dtypes, devices, values, requires_grad, optimizer and schedule are as before; eval mode while drawing."""
     modes, states = [], []
 
-    def generate(run, parts, *rest, original=script.generate, **inputs):
-        modes.append(parts.transformer.training)
-        return original(run, parts, *rest, **inputs)
+    def generate(run, space, pipeline, *rest, original=script.generate, **inputs):
+        modes.append(pipeline.transformer.training)
+        return original(run, space, pipeline, *rest, **inputs)
 
-    def snapshot(parts, state):
-        models = {"transformer": parts.transformer, "vae": parts.vae}
+    def snapshot(training):
+        models = {"transformer": training.transformer, "vae": training.vae}
         tensors = {
             f"{key}.{name}": tensor for key, model in models.items() for name, tensor in model.state_dict().items()
         }
         facts = {name: (t.dtype, t.device, t.requires_grad, t.double().sum().item()) for name, t in tensors.items()}
-        trained = [name for name, parameter in parts.transformer.named_parameters() if parameter.requires_grad]
-        moments = [slot["exp_avg"].double().sum().item() for slot in state.optimizer.state.values()]
-        hooks = [len(module._forward_pre_hooks) for module in parts.transformer.modules()]
-        scaling = [layer.scaling["default"] for layer in parts.transformer.modules() if hasattr(layer, "scaling")]
-        return facts, trained, moments, state.schedule.state_dict()["_last_lr"], hooks, scaling
+        trained = [name for name, parameter in training.transformer.named_parameters() if parameter.requires_grad]
+        moments = [slot["exp_avg"].double().sum().item() for slot in training.optimizer.state.values()]
+        hooks = [len(module._forward_pre_hooks) for module in training.transformer.modules()]
+        scaling = [layer.scaling["default"] for layer in training.transformer.modules() if hasattr(layer, "scaling")]
+        return facts, trained, moments, training.schedule.state_dict()["_last_lr"], hooks, scaling
 
-    def validate(run, parts, state, original=script.validate):
-        before = snapshot(parts, state)
-        values = original(run, parts, state)
-        states.append((before, snapshot(parts, state), parts.transformer.training))
+    def validate(run, training, original=script.validate):
+        before = snapshot(training)
+        values = original(run, training)
+        states.append((before, snapshot(training), training.transformer.training))
         return values
 
     monkeypatch.setattr(script, "generate", generate)
@@ -152,19 +156,75 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
     """The same number twice at step 0, logged afterwards, and lower after steps on the same images."""
     starts = []
 
-    def train(run, parts, state, stop, original=script.train):
-        parts.transformer.eval()
-        starts.append(script.validation_loss(run, parts))
+    def train(run, training, original=script.train):
+        training.transformer.eval()
+        starts.append(script.validation_loss(run, training))
         torch.manual_seed(123)
-        starts.append(script.validation_loss(run, parts))
-        return original(run, parts, state, stop)
+        starts.append(script.validation_loss(run, training))
+        return original(run, training)
 
     monkeypatch.setattr(script, "train", train)
     flags = ("--max_train_steps", "16", "--learning_rate", "3e-3", "--validation_steps", "8", "--lora_dropout", "0.1")
     folder = quick("--validation_prompt", "a toy", *DRAW, *flags, "--skip_final_inference")
     assert starts[0] == starts[1]
     logged = [line["validation_loss"] for line in metrics(folder) if "validation_loss" in line]
-    assert len(logged) == 2 and starts[0] > logged[0] > logged[1]
+    assert len(logged) == 2 and starts[0]["validation_loss"] > logged[0] > logged[1]
+
+
+# -------------------------------------------------------------------------------------------------------- held-out loss
+
+
+def test_held_out_images_are_measured_at_all_sigmas_and_never_trained_on(script, quick, monkeypatch):
+    """Without any prompt; the run is that of a folder without them."""
+    flags = ("--validation_split", "2", "--validation_steps", "2", "--max_train_steps", "6", "--seed", "3")
+    names = {True: set(), False: set()}
+
+    def batch_losses(run, training, batch, original=script.batch_losses):
+        names[torch.is_grad_enabled()] |= {*batch["name"]}
+        return original(run, training, batch)
+
+    monkeypatch.setattr(script, "batch_losses", batch_losses)
+    with log_lines() as lines:
+        folder = quick(*flags)
+    (told,) = (line for line in lines if "held out" in line)
+    assert len(names[False]) == 2 and len(names[True]) == 3 and not names[True] & names[False]
+    assert all(name in told for name in names[False])
+    found = [line for line in metrics(folder) if "validation_loss" in line]
+    assert [line["step"] for line in found] == [2, 4, 6]
+    assert {f"validation_loss_sigma_{tenth / 10}" for tenth in (5, 7, 9)} <= found[0].keys()
+    assert any("validation loss" in line and "after step" in line for line in lines[-1].splitlines())
+
+
+def test_a_run_that_holds_images_out_is_the_run_without_them(script, quick, train, photos, tmp_path):
+    flags = ("--max_train_steps", "4", "--seed", "3")
+    with log_lines() as lines:
+        folder = quick("--validation_split", "2", "--validation_steps", "2", *flags)
+    (told,) = (line for line in lines if "held out" in line)
+    shutil.copytree(photos, fewer := tmp_path / "fewer")
+    for path in [path for path in fewer.rglob("*") if path.name in told]:
+        path.unlink()
+    assert column(folder, "loss") == column(quick("--instance_data_dir", fewer, *flags, output="fewer"), "loss")
+
+
+def test_the_lowest_held_out_loss_keeps_its_lora_and_a_resumed_run_knows_it(script, quick, monkeypatch):
+    """best/ is of a new low only; what the base model reaches at step 0 is the first to beat."""
+    values = iter([1.0, 0.8, 0.5, 0.9, 0.6, 0.4])
+    monkeypatch.setattr(script, "validation_loss", lambda *_: {"validation_loss": next(values)})
+    flags = ("--validation_split", "1", "--validation_steps", "1", "--checkpointing_steps", "1")
+    folder = quick(*flags, "--max_train_steps", "3")
+    lora = folder / "best" / "pytorch_lora_weights.safetensors"
+    assert lora.read_bytes() == (folder / "checkpoint-2" / lora.name).read_bytes()
+    with log_lines() as lines:
+        quick(*flags, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert lora.read_bytes() == (folder / "checkpoint-2" / lora.name).read_bytes()
+    assert "lowest 0.5000, after step 2" in lines[-1]
+    quick(*flags, "--max_train_steps", "5", "--resume_from_checkpoint", "latest")
+    assert lora.read_bytes() == (folder / "checkpoint-5" / lora.name).read_bytes()
+
+
+def test_no_image_is_left_to_train_on(script, quick):
+    with pytest.raises(script.UserError, match=r"--validation_split 5: only 5 images"):
+        quick("--validation_split", "5", "--max_train_steps", "1")
 
 
 # ------------------------------------------------------------------------------------------------------- final images
@@ -184,16 +244,16 @@ def test_final_images_come_from_the_saved_file(script, quick, tiny, monkeypatch)
         "0.5",
     )
     folder = quick(*flags, *DRAW)
-    run, parts, _, _ = calls[0].args
+    run, training = calls[0].args
     assert [call.args[1] for call in reads] == [folder / LORA]
     final = folder / "samples" / "final"
     assert files_of(final) == {"contact_sheet.png", "prompt-0_image-0.png"}
     assert size_of(final / "contact_sheet.png") == (256 + 8 + 8, 256 + 28 + 24)
     pipeline = Flux2Pipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    base = draw(script, run, parts, pipeline, "a toy")
+    base = draw(script, run, pipeline, "a toy")
     pipeline.load_lora_weights(folder, weight_name=LORA, adapter_name="lora")
     shown = pixels(final / "prompt-0_image-0.png")
-    assert np.abs(shown - draw(script, run, parts, pipeline, "a toy")).max() <= 1
+    assert np.abs(shown - draw(script, run, pipeline, "a toy")).max() <= 1
     assert np.abs(shown - base).mean() > 0
 
 
@@ -244,6 +304,8 @@ def test_tensorboard_holds_the_numbers_of_the_metrics_file_and_the_images(quick)
     (name,) = [tag for tag in board.Tags()["images"] if tag.startswith("validation")]
     assert [image.step for image in board.Images(name)] == [0, 1, 2, 3]
     assert (board.Images(name)[0].width, board.Images(name)[0].height) == (64, 64)
+    texts = board.Tensors("validation/0/prompt/text_summary")
+    assert [text.tensor_proto.string_val[0].decode() for text in texts] == ["a toy"] * 4
 
 
 def tags(folder: Path) -> dict[str, list[str]]:
@@ -266,6 +328,91 @@ def test_a_tracker_that_fails_is_a_warning_and_training_goes_on(quick, monkeypat
     assert column(folder, "step") == [1, 2, 3]
     assert all(value > 0 for value in column(folder, "validation_loss"))
     assert capsys.readouterr().err.count("no route to the board") == 1
+
+
+class Recorder(GeneralTracker):
+    """A tracker in memory: one with numbers only, and one that fails while running."""
+
+    name, requires_logging_directory, calls, broken = "recorder", False, None, False
+
+    def __init__(self, *_: Any, **options: Any) -> None:
+        """Nothing was called yet."""
+        super().__init__()
+        self.calls = [("start", options)]
+
+    @property
+    def tracker(self) -> None:
+        """There is no run behind it."""
+
+    def start(self) -> None:
+        """Nothing to connect to."""
+
+    def store_init_configuration(self, values: dict) -> None:
+        """The settings of the run."""
+        self.calls.append(("settings", values))
+
+    def log(self, values: dict, step: int | None = None, **_: Any) -> None:
+        """Numbers of a step."""
+        if self.broken:
+            raise ConnectionError("no route to the recorder")
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        """The run is over."""
+        self.calls.append(("finish", None))
+
+
+class Broken(Recorder):
+    """The one that fails."""
+
+    name, broken = "broken", True
+
+
+@pytest.fixture
+def recorders(script, monkeypatch):
+    """Runs get a broken and a good tracker instead of TensorBoard; the list of those that were made."""
+    made = []
+
+    def init_trackers(accelerator, _project, settings, options):
+        made.append(options)
+        accelerator.trackers = [Broken(), Recorder()]
+        for tracker in accelerator.trackers:
+            tracker.store_init_configuration(settings)
+        made.extend(accelerator.trackers)
+
+    monkeypatch.setattr(script.accelerate.Accelerator, "init_trackers", init_trackers)
+    return made
+
+
+def test_a_tracker_that_fails_costs_the_others_nothing_and_is_told_once(quick, recorders, capsys):
+    """Every number arrives at the other one, to the end; what gets no images is said."""
+    folder = quick(*EVERY_STEP, "--skip_final_inference")
+    _, broken, good = recorders
+    assert [step for step, _ in good.calls] == ["start", "settings", 0, 1, 2, 3, "finish"]
+    assert [values["loss"] for step, values in good.calls if step in (1, 2, 3)] == column(folder, "loss")
+    assert [step for step, _ in broken.calls] == ["start", "settings", "finish"]
+    said = capsys.readouterr().err
+    assert said.count("tracker broken: failed (ConnectionError: no route to the recorder)") == 1
+    assert "trackers: broken, recorder get the numbers only; the images are in" in said
+
+
+def test_trackers_show_the_run_by_the_name_of_its_folder(quick, recorders):
+    """In the words of each tracker."""
+    quick("--max_train_steps", "1", output="blue-toy")
+    assert recorders[0]["wandb"] == {"name": "blue-toy"} and recorders[0]["mlflow"] == {"run_name": "blue-toy"}
+
+
+def test_wandb_gets_every_image_with_its_prompt(script, tmp_path, monkeypatch):
+    """As the caption below it."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "Image", lambda image, caption: (image.shape, caption))
+    calls = []
+    tracker = SimpleNamespace(name="wandb", log=lambda values, step: calls.append((values, step)))
+    for row in range(2):
+        draw_photo(tmp_path / f"prompt-{row}_image-0.png", (96, 64), row)
+    script.send_images(["a toy", "a red toy"], tmp_path, 7, tracker)
+    names = {"validation/0": ((64, 96, 3), "a toy")}, {"validation/1": ((64, 96, 3), "a red toy")}
+    assert calls == [(values, 7) for values in names]
 
 
 def test_a_tracker_that_cannot_start_ends_the_run_before_anything_is_encoded(script, train, monkeypatch, tmp_path):
@@ -298,34 +445,41 @@ def test_the_card_parses_and_its_gallery_shows_images_that_exist(script, quick):
     assert "<Gallery />" in card_of(folder).text
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_the_licence_is_that_of_the_base_models_own_readme_or_else_of_its_family(quick, tiny, tmp_path, own):
-    """A base with a card of its own passes its licence on; one without has the licence of FLUX.2 [dev]."""
-    model = shutil.copytree(tiny, tmp_path / "base")
-    (model / "README.md").unlink()
-    if own:
-        (model / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    data = card_of(quick("--pretrained_model_name_or_path", model, "--max_train_steps", "1")).data.to_dict()
-    if own:
-        assert data["license"] == "mit" and "license_name" not in data
-    else:
-        assert data["license"] == "other" and data["license_name"] == "flux-non-commercial-license"
-        assert data["license_link"].startswith("https://huggingface.co/black-forest-labs/")
+def test_the_licence_is_that_of_the_models_family(quick):
+    """FLUX.2 [dev] has a licence of its own, and what is derived from it keeps that."""
+    data = card_of(quick("--max_train_steps", "1")).data.to_dict()
+    assert data["license"] == "other" and data["license_name"] == "flux-non-commercial-license"
+    assert data["license_link"].startswith("https://huggingface.co/black-forest-labs/")
 
 
-def test_the_cards_snippet_runs_as_it_stands(quick, tiny, tmp_path, monkeypatch):
-    """It writes a picture of the right size with the LoRA on, whatever the prompt; every rung: `test_bnb.py`."""
+def test_the_cards_snippets_run_as_they_stand_and_draw_the_same(quick, tiny, tmp_path, monkeypatch):
+    """Images of the right size with the LoRA on, whatever the prompt; every rung: `test_bnb.py`."""
     folder = quick("--final_validation_prompt", 'it\'s a "toy"', "--validation_size", "64,96", *DRAW)
-    code = python_of(card_of(folder))
+    snippets, images = python_of(card_of(folder)), []
+    lines = [line for line in snippets[0].splitlines() if line and "import load_image" not in line]
+    assert len(lines) == 5
     (tmp_path / "desk").mkdir()
     (tmp_path / "desk" / tiny.name).symlink_to(tiny)
     (tmp_path / "desk" / folder.name).symlink_to(folder)
     draw_photo(tmp_path / "desk" / "reference.png", (96, 64), seed=1)  # what a snippet for edits asks for
     monkeypatch.chdir(tmp_path / "desk")
-    names = {}
-    exec(compile(code, "snippet", "exec"), names)
-    assert size_of(Path("image.png")) == (96, 64)
-    assert names["pipeline"].get_active_adapters()
+    for code in snippets:
+        names = {}
+        *loading, drawing = code.splitlines()
+        exec(compile("\n".join([*loading, "torch.manual_seed(0)", drawing]), "snippet", "exec"), names)
+        assert size_of(Path("image.png")) == (96, 64)
+        assert names["pipeline"].get_active_adapters()
+        images.append(pixels(Path("image.png")))
+    assert np.abs(images[0] - images[1]).max() <= 1 and images[0].std() > 1
+
+
+def test_the_card_says_how_the_lora_is_got_and_used(script, quick):
+    """Trigger words, both files by links that exist, ComfyUI's folder."""
+    card = card_of(quick("--max_train_steps", "1"))
+    assert 'Write "a photo of sks toy" in the prompt.' in card.text
+    assert f"For ComfyUI put [{script.COMFYUI_FILE}]({script.COMFYUI_FILE}) into `models/loras`" in card.text
+    without = card_of(quick("--max_train_steps", "1", "--no-comfyui_lora", output="without"))
+    assert f"[{LORA}]({LORA})" in without.text and script.COMFYUI_FILE not in without.text
 
 
 HOSTILE = "a \"toy\": [x]\n---\nlicense: mit\n---\n``` | <script>alert(1)</script> # {0} {prompt} \\ %s '''"
@@ -338,10 +492,11 @@ def test_a_hostile_prompt_leaves_a_card_that_parses(quick):
     card = card_of(folder)
     assert card.data.license != "mit" and card.data.instance_prompt == HOSTILE
     assert card.data.widget[0]["text"] == HOSTILE
-    code = python_of(card)
-    compile(code, "snippet", "exec")
-    assert repr(HOSTILE) in code
-    prose = card.text.replace(code, "")
+    prose = card.text
+    for code in python_of(card):
+        compile(code, "snippet", "exec")
+        assert repr(HOSTILE) in code
+        prose = prose.replace(code, "")
     assert "<script>" not in prose
     assert not [line for line in prose.splitlines() if line.strip() in ("---", "license: mit")]
 

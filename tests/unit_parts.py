@@ -37,13 +37,13 @@ def training_set(script: Any, run: Any, samples: list, stream: str = "instance")
     """A TrainingSet of the samples whose prompts are "encoded" already, as small zeros."""
     data = script.TrainingSet(run, script.open_latent_space(run), samples, stream)
     for prompt in {"", *(caption for sample in samples for caption in sample.captions)}:
-        script.write_cached(data.prompts.path(prompt), "prompt_embeds", torch.zeros(2, 3), prompt)
+        data.prompts.put(torch.zeros(2, 3), prompt, prompt)
     return data
 
 
 def losses_of(
     script: Any, args: Any, model: Any, clean_BLC: torch.Tensor, noise_BLC: torch.Tensor, sigmas_B: torch.Tensor,
-    height: int, width: int, references: list = (),
+    height: int, width: int, references: list = (), embeds_BLD: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`batch_losses` of a batch with these clean tokens, noise and (unshifted) sigmas; nothing is encoded.
 
@@ -52,16 +52,38 @@ def losses_of(
     args.timestep_shift = "none"
     space = SimpleNamespace(cell=16, mean_C=torch.zeros(clean_BLC.shape[2]), std_C=torch.ones(clean_BLC.shape[2]))
     latents = torch.nn.functional.pixel_shuffle(clean_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
-    parts = SimpleNamespace(space=space, transformer=model, rest_vae=lambda args: None)
-    run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=torch.float32)
+    training = SimpleNamespace(space=space, transformer=model, rest_vae=lambda args: None)
     count = len(sigmas_B)
+    embeds_BLD = torch.zeros(count, 8, 96) if embeds_BLD is None else embeds_BLD
+    run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=embeds_BLD.dtype)
     batch = {"target": [(16 * height, 16 * width)] * count, "u": 1 - sigmas_B, "noise": noise_BLC,
-             "moments": torch.stack([latents, latents], dim=1), "prompt_embeds": torch.zeros(count, 8, 96),
+             "moments": torch.stack([latents, latents], dim=1), "prompt_embeds": embeds_BLD,
              "references": [list(references)] * count}  # fmt: skip
     if script.TASK == "image-to-image":
         with mock.patch.object(script, "encode_references", lambda *_: references):
-            return script.batch_losses(run, parts, batch)[0]
-    return script.batch_losses(run, parts, batch)[0]
+            return script.batch_losses(run, training, batch)[0]
+    return script.batch_losses(run, training, batch)[0]
+
+
+def predict(
+    script: Any, args: Any, model: Any, noisy_BLC: torch.Tensor, sigmas_B: torch.Tensor, embeds_BLD: torch.Tensor,
+    height: int, width: int, references: list = (),
+) -> torch.Tensor:  # fmt: skip
+    """The velocity (B, L, C) that `batch_losses` gets from the model at exactly these noisy tokens and sigmas."""
+    velocities, length = [], height * width
+
+    def exactly(**inputs: Any) -> Any:
+        given = inputs["hidden_states"]
+        assert given.dtype == embeds_BLD.dtype and torch.allclose(given[:, :length].float(), noisy_BLC.float(), 0.02)
+        output = model(**{**inputs, "hidden_states": torch.cat([noisy_BLC.to(given.dtype), given[:, length:]], 1)})
+        velocities.append(output[0][:, :length])
+        return output
+
+    exactly.config = model.config
+    with mock.patch.object(script, "shift_sigmas", lambda *_: sigmas_B), torch.no_grad():
+        clean_BLC = noisy_BLC.float()  # the mix with a noise that equals it
+        losses_of(script, args, exactly, clean_BLC, clean_BLC, sigmas_B, height, width, references, embeds_BLD)
+    return velocities[0]
 
 
 @contextlib.contextmanager

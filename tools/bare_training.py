@@ -56,19 +56,18 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
     words = ["--pretrained_model_name_or_path", write_checkpoint(architecture, folder / "model")]
     words += ["--output_dir", folder / "out", "--instance_data_dir", folder / "data", "--instance_prompt", "a photo"]
     words += ["--mixed_precision", "bf16", "--cache_latents", "--report_to", "none", "--dataloader_num_workers", 0]
-    words += ["--seed", 0, "--max_train_steps", 1000, *flags]
+    words += ["--seed", 0, "--max_train_steps", 1000, "--no-compile_blocks", *flags]
     return script.start_accelerator(script.parse_args([str(word) for word in words]))
 
 
-def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
-    """TrainingParts with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
+def make_streams(script: ModuleType, run: Any, references: int = 0) -> list:
+    """One stream with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
     size = (run.args.resolution, run.args.resolution)
     extra = {}
     if references:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
-    space, prompts = script.open_latent_space(run), script.PromptCache(run)
-    return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
+    return [script.Stream("instance", [sample])]
 
 
 def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
@@ -99,7 +98,7 @@ def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> 
         from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
 
         weights = {name: part.weight.data for name, part in block.named_modules() if isinstance(part, torch.nn.Linear)}
-        config = script.diffusers.BitsAndBytesConfig(**script.bnb_settings(run))
+        config = script.diffusers.BitsAndBytesConfig(**run.quantization)
         replace_with_bnb_linear(block, [], quantization_config=config)
         for name, weight in weights.items():
             empty = block.get_submodule(name).weight
@@ -128,27 +127,29 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
     return transformer
 
 
-def set_up(script: ModuleType, run: Any, parts: Any, quantise: Callable[..., None] = quantise_by_script) -> Any:
-    """The script's TrainState: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
+def set_up(
+    script: ModuleType, run: Any, streams: list, quantise: Callable[..., None] = quantise_by_script, vae: Any = None
+) -> Any:
+    """The script's Training: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
-        state = script.set_up_training(run, parts)
-    parts.transformer.train()
-    for group in state.optimizer.param_groups:
+        training = script.prepare_training(run, script.open_latent_space(run), streams, vae)
+    training.transformer.train()
+    for group in training.optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True  # as on a GPU
-    for parameter in state.parameters.values():
+    for parameter in training.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    return state
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return training
 
 
-def make_batches(script: ModuleType, run: Any, parts: Any) -> Iterator[tuple[dict, ...]]:
+def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
     """The script's own loader, over latents and a prompt that were never encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
     prompt = torch.randn(shape, dtype=run.dtype)
     with (
         mock.patch.object(script.TrainingSet, "view", random_moments),
-        mock.patch.object(script.PromptCache, "load", lambda *_: prompt),
+        mock.patch.object(script.TensorCache, "get", lambda *_: prompt),
     ):
-        yield from script.make_loaders(run, parts, 0)
+        yield from script.make_loaders(run, training)

@@ -16,6 +16,7 @@ Shapes: B batch, C channels, H height, W width.
 import argparse
 import json
 import math
+import re
 import zlib
 from pathlib import Path
 
@@ -486,6 +487,9 @@ def make_tiny_flux2(
     with torch.random.fork_rng(devices=[]):
         pipeline = make_pipeline(family, seed, dtype)
     pipeline.save_pretrained(folder)
+    # transformers 5.23 names the vision tower's only kind of rope, and 5.0 refuses the name; both take it for granted
+    config = Path(folder) / "text_encoder" / "config.json"
+    config.write_text(re.sub(r',\s*"rope_type": "axial"', "", config.read_text()))
     return Path(folder)
 
 

@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -48,6 +48,7 @@ GB = 1e9
 HOST_BASE_GB = 1.1  # libraries and loader: benchmarks/memory.json, whose model is 5 MB
 RESULT, MEASURED = ROOT / "benchmarks" / "plan_memory.json", ROOT / "benchmarks" / "gpu.json"
 CHECKPOINTING, FP8, STREAM = "--gradient_checkpointing", "--do_fp8_training", "--stream_blocks"
+ENCODER_NF4 = ("--text_encoder_bnb_config_path", str(ROOT / "configs" / "quantization" / "nf4.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- Rungs
@@ -203,14 +204,14 @@ def count_training(job: Job, base: str, share: float) -> Training:
     counter = LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder, *flags)
-        parts = bare_training.make_parts(job.script, run, job.references)
+        streams = bare_training.make_streams(job.script, run, job.references)
         with planned(counter):
-            state = bare_training.set_up(job.script, run, parts, base_quantiser(base))
-            batches = bare_training.make_batches(job.script, run, parts)
+            training = bare_training.set_up(job.script, run, streams, base_quantiser(base))
+            batches = bare_training.make_batches(job.script, run, training)
             counter.restart()
-            job.script.train_step(run, parts, state, batches)
-            sizes = tuple(frozen_bytes(block) for block in blocks_of(parts.transformer))
-            count = sum(parameter.numel() for parameter in state.parameters.values())
+            job.script.train_step(run, training, batches)
+            sizes = tuple(frozen_bytes(block) for block in blocks_of(training.transformer))
+            count = sum(parameter.numel() for parameter in training.parameters.values())
             tokens = run.args.max_sequence_length + sum(target_tokens(size) for size in sequence(job))
             return Training(counter.peak, counter.now, sizes, count, tokens)
 
@@ -243,7 +244,7 @@ def target_tokens(side: int) -> int:
 
 @cache
 def count_encoder(job: Job) -> dict[str, float]:
-    """Weights and peak of the text encoder's phase, in bytes, as the script loads it: with the layers that are read."""
+    """Weights in bf16 and peak of the text encoder's phase, in bytes: the layers that are read, as they are kept."""
     script, counter = text_to_image, LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder)
@@ -254,6 +255,9 @@ def count_encoder(job: Job) -> dict[str, float]:
             if hasattr(encoder.model, "vision_tower"):
                 encoder.model.vision_tower = encoder.model.multi_modal_projector = None
             weights = counter.now
+            if run.text_quantization:
+                layers = getattr(encoder.model, "language_model", encoder.model).layers
+                stand_in("nf4" if run.text_quantization.get("load_in_4bit") else "int8", layers)
             counter.restart()
             ids = torch.ones(1, run.args.max_sequence_length, dtype=torch.int64)
             tokens = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -329,11 +333,12 @@ def disk(job: Job, lora_parameters: int) -> dict[str, float]:
 def plan(job: Job, base: str, share: float) -> dict[str, Any]:
     """One row: peaks of the phases in GB, host, disk, operations, and seconds where they were measured."""
     training, encoder = count_training(job, base, share), count_encoder(job)
+    encoder_nf4 = count_encoder(replace(job, flags=(*job.flags, *ENCODER_NF4)))
     step = {gpu: step_tflop(job, share) / rates[base] for gpu, rates in measured_rates().items() if base in rates}
     return {
         "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
         "training_gb": training.peak / GB, "resident_gb": training.resident / GB,
-        "encoder_gb": encoder["peak"] / GB, "vae_gb": count_vae(job) / GB,
+        "encoder_gb": encoder["peak"] / GB, "encoder_nf4_gb": encoder_nf4["peak"] / GB, "vae_gb": count_vae(job) / GB,
         "host_gb": HOST_BASE_GB + max(encoder["weights"], transformer_bytes(job)) / GB,
         "disk_gb": disk(job, training.lora_parameters), "tflop": step_tflop(job, share), "seconds": step,
         "lora_parameters": training.lora_parameters,
@@ -433,8 +438,8 @@ def tell_what_fits(job: Job, gpu_gb: float) -> None:
         row = plan(job, base, share)
         found.append(row)
         print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
-              f"{row['encoder_gb']:.1f} GB, VAE {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
-              f"{time_words(row)}\n\n{command_line(job, base, share, gpu_gb)}\n")  # fmt: skip
+              f"{row['encoder_gb']:.1f} GB ({row['encoder_nf4_gb']:.1f} GB in NF4), VAE {row['vae_gb']:.1f} GB, "
+              f"host {row['host_gb']:.0f} GB; {time_words(row)}\n\n{command_line(job, base, share, gpu_gb)}\n")  # fmt: skip
     print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
 
 
@@ -504,14 +509,16 @@ def speed_lines() -> Iterator[str]:
 
 def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown lines: what comes before training, for each model."""
-    yield "| predicted GB before training | text encoder | VAE, 1 MP | host | a prompt / 1 MP image on disk |"
-    yield "|---|---|---|---|---|"
+    heads = "text encoder | the same in NF4 | VAE, 1 MP | host | a prompt / 1 MP image on disk"
+    yield f"| predicted GB before training | {heads} |"
+    yield "|---|---|---|---|---|---|"
     for model in dict.fromkeys(row["model"] for row in rows):
         row = max(
             (row for row in rows if row["model"] == model and not row["references"]), key=lambda row: row["vae_gb"]
         )
         disk_cell = f"{1000 * row['disk_gb']['prompt']:.1f} / {1000 * row['disk_gb']['sample']:.1f} MB"
-        yield f"| {model} | {row['encoder_gb']:.1f} | {row['vae_gb']:.1f} | {row['host_gb']:.0f} | {disk_cell} |"
+        encoders = f"{row['encoder_gb']:.1f} | {row['encoder_nf4_gb']:.1f}"
+        yield f"| {model} | {encoders} | {row['vae_gb']:.1f} | {row['host_gb']:.0f} | {disk_cell} |"
 
 
 def write(result: dict[str, Any]) -> None:

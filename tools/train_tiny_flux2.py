@@ -540,7 +540,7 @@ def predict_velocity(
         timestep=sigmas_B,
         guidance=guidance_B,
         encoder_hidden_states=batch.prompts_BLD,
-        txt_ids=script.text_ids(batch.prompts_BLD.shape[1]),
+        txt_ids=script.position_ids(1, 1, length=batch.prompts_BLD.shape[1]),
         img_ids=ids,
         return_dict=False,
     )[0][:, :length]

@@ -14,13 +14,10 @@ MUTATIONS = {
         "errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()",
         "errors_B = (velocity_BLC.float() + (noise_BLC - clean_BLC)).square()",
     ),
-    "sigma reversed": (
-        "timestep=(sigmas_B * 1000).to(dtype) / 1000,",
-        "timestep=((1 - sigmas_B) * 1000).to(dtype) / 1000,",
-    ),
+    "sigma reversed": ("timestep_B, guided = (sigmas_B * 1000)", "timestep_B, guided = ((1 - sigmas_B) * 1000)"),
     "captions shuffled": (
-        'prompt_embeds_BLD = tensors["prompt_embeds"]',
-        'prompt_embeds_BLD = tensors["prompt_embeds"].roll(1, 0)',
+        'prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]',
+        'prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"].roll(1, 0)',
     ),
     "latents not normalised": (
         "return ((patches - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1)).flatten(2).transpose(1, 2)",

@@ -1,0 +1,120 @@
+"""A sheet of samples as the model will see them: bucket, crop, mirroring, mask, references, caption.
+
+    python tools/preview.py --out preview.png train_dreambooth_lora_flux2.py @run.args
+
+The line is the training's own, behind the tool's flags. Rows are the first visits of the run in their order, drawn by
+the script's own loader: the image as it is, then what is trained on, then the references. No weights are loaded; of a
+model on the Hub only configs and tokenizer are fetched. Without `--seed` each run draws other crops and another order.
+"""
+
+import argparse
+import importlib
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+GAP = 12  # pixels between cells
+TEXT_WIDTH = 46  # characters of a line
+
+
+def visits(script: ModuleType, words: list[str], count: int) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
+    """The run, its first `count` visits as the loader gives them, and the listed images by name."""
+    args = script.parse_args([*words, "--dry_run"])  # an earlier run in the output folder is no hindrance
+    if args.seed is None:
+        print("no --seed: the training draws other crops, mirrorings and another order than shown here")
+    if args.cache_latents:  # what is cached is the centre; here its pixels are wanted
+        args.cache_latents, args.center_crop = False, True
+    args.dataloader_num_workers = 0
+    script.set_up_logging()
+    run = script.start_accelerator(args)
+    samples, _ = script.check_data(run)
+    script.TensorCache.get = lambda *_: torch.zeros(1)  # nothing is encoded
+    streams, space = [script.Stream("instance", samples)], SimpleNamespace(channels=4)
+    shown: list[dict[str, Any]] = []
+    for (batch,) in script.make_loaders(run, SimpleNamespace(streams=streams, space=space, step=0)):
+        rows = range(len(batch["name"]))
+        shown += [{key: values[row] for key, values in batch.items()} for row in rows]
+        if len(shown) >= count:
+            return run, shown[:count], {sample.image.name: sample.image for sample in samples}
+    raise AssertionError("the loader is endless")
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """The image of (3, H, W) in [-1, 1]."""
+    return Image.fromarray(((pixels / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """The image with its longer side of `side` pixels; a small one in whole pixels, which stay visible."""
+    scale = side / max(image.size)
+    small = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), small)
+
+
+def cells(run: Any, visit: dict[str, Any], listed: dict[str, Any]) -> list[tuple[str, Image.Image]]:
+    """(title, image) of everything that a row shows."""
+    original, trained = listed[visit["name"]].decoded(), to_image(visit["pixels"])
+    row = [(f"image {original.width} x {original.height}", original)]
+    row.append((f"trained at {trained.width} x {trained.height}", trained))
+    if "mask" in visit:  # the weight of each token
+        weight = visit["mask"].float().reshape(trained.height // run.cell, trained.width // run.cell)
+        shades = Image.fromarray((weight / weight.max().clamp(min=1e-6) * 255).round().byte().numpy())
+        shades = shades.resize(trained.size, Image.Resampling.NEAREST)
+        row.append(("weight of the loss", Image.composite(trained, Image.new("RGB", trained.size, "magenta"), shades)))
+    for number, reference in enumerate(visit.get("references", []), 1):
+        image = to_image(reference)
+        row.append((f"reference {number}, {image.width} x {image.height}", image))
+    return row
+
+
+def draw(rows: list[tuple[dict[str, Any], list[tuple[str, Image.Image]]]], side: int) -> Image.Image:
+    """The sheet: a row for each visit, with its text at the left."""
+    font, left, line = ImageFont.load_default(14), TEXT_WIDTH * 8 + 2 * GAP, 20
+    columns = max(len(row) for _, row in rows)
+    sheet = Image.new("RGB", (left + columns * (side + GAP), len(rows) * (side + line + 2 * GAP) + GAP), "white")
+    pen, top = ImageDraw.Draw(sheet), GAP
+    for visit, row in rows:
+        caption = textwrap.wrap(visit["caption"], TEXT_WIDTH)[: side // line - 2] or ["(empty caption)"]
+        text = [f"visit {visit['position'] + 1}", visit["name"][-TEXT_WIDTH:], "", *caption]
+        for number, words in enumerate(text):
+            pen.text((GAP, top + number * line), words, "black", font)
+        bottom = top + len(text) * line
+        for column, (title, image) in enumerate(row):
+            x, small = left + column * (side + GAP), thumbnail(image, side)
+            pen.text((x, top), title, "black", font)
+            sheet.paste(small, (x, top + line))
+            pen.rectangle((x - 1, top + line - 1, x + small.width, top + line + small.height), outline="grey")
+            bottom = max(bottom, top + line + small.height)
+        top = bottom + 2 * GAP
+    return sheet.crop((0, 0, sheet.width, top - GAP))
+
+
+def main(argv: list[str]) -> None:
+    """Draws the sheet of the command line and writes it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="%(prog)s [--out PNG] [--count N] [--side N] SCRIPT.py FLAGS OF THE TRAINING",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("preview.png"), help="the image to write (preview.png)")
+    parser.add_argument("--count", type=int, default=12, help="visits to show (12)")
+    parser.add_argument("--side", type=int, default=256, help="pixels of an image's longer side in the sheet (256)")
+    own, words = parser.parse_known_args(argv)
+    if not words or not Path(words[0]).is_file():
+        parser.error("give the training script first, such as train_dreambooth_lora_flux2.py, then its flags")
+    sys.path.insert(0, str(Path(words[0]).resolve().parent))
+    script = importlib.import_module(Path(words[0]).stem)
+    try:
+        run, shown, listed = visits(script, words[1:], own.count)
+    except script.UserError as error:
+        sys.exit(f"error: {error}")
+    draw([(visit, cells(run, visit, listed)) for visit in shown], own.side).save(own.out)
+    print(f"{own.out}: {len(shown)} visits of {len(listed)} images")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
