@@ -435,11 +435,11 @@ def tell_what_fits(job: Job, gpu_gb: float) -> None:
         if share is None:
             print(f"{where}: {what_streams(job, base, gpu_gb)}")
             continue
-        row = plan(job, base, share)
+        row, line = plan(job, base, share), command_line(job, base, share, gpu_gb)
         found.append(row)
         print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
               f"{row['encoder_gb']:.1f} GB ({row['encoder_nf4_gb']:.1f} GB in NF4), VAE {row['vae_gb']:.1f} GB, "
-              f"host {row['host_gb']:.0f} GB; {time_words(row)}\n\n{command_line(job, base, share, gpu_gb)}\n")  # fmt: skip
+              f"host {row['host_gb']:.0f} GB; {time_words(row)}\n\n{line}\n")  # fmt: skip
     print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
 
 
