@@ -27,6 +27,7 @@ Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import csv
 import difflib
@@ -109,9 +110,7 @@ def to_sizes(text: str) -> str:
     """What `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
-        raise argparse.ArgumentTypeError(
-            f"'{text}': write it as 'height,width', several with ';' between, multiples of 16"
-        )
+        raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
     return text
 
 
@@ -150,10 +149,13 @@ SHARED_FLAGS = [
     flag("dataset_split", str, "train", "split of that data set"),
     flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
     flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-    flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+    flag("instance_data_dir", to_path, None, "folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
-    flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+    flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+         resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
@@ -170,6 +172,7 @@ SHARED_FLAGS = [
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: text encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
     flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
@@ -181,8 +184,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-         "empirical (as at inference) or a number"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (as drawn) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -235,6 +237,7 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
@@ -264,7 +267,7 @@ LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safe
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
@@ -293,6 +296,7 @@ PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_p
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
@@ -331,9 +335,10 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            word.encode()  # what is no UTF-8 could not be written down
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
-            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
+            parser.error(f"{word}: cannot read it ({error})")
     trigger = parser.parse_args(words).instance_prompt or "[trigger]"
     return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
@@ -356,14 +361,24 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
-        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+    text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
+    together = {
+        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+            settings and args.do_fp8_training,
+        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+            settings and args.stream_blocks,
+        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+            text_format and elsewhere,
+        "--instance_data_dir or --dataset_name: give exactly one of them":
+            bool(args.instance_data_dir) == bool(args.dataset_name),
+        "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
+            args.mask_suffix and args.dataset_name,
+    }  # fmt: skip
+    yield from (problem for problem, holds in together.items() if holds)
+    for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
+        yield f"--instance_data_dir {folder}: no such folder"
+    if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
+        yield f"--repeats: {len(args.repeats)} number(s) for {count} --instance_data_dir; give one for each"
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
@@ -375,26 +390,22 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
 
 
-def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises UserError."""
-    path = args.bnb_quantization_config_path
+def read_quantization(flag: str, path: str) -> dict[str, Any]:
+    """The settings of bitsandbytes in the file of this flag. Raises UserError."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
             raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
     except (OSError, ValueError, AttributeError) as error:
-        example = "configs/quantization/nf4.json"
-        raise UserError(f"--bnb_quantization_config_path {path}: cannot be used ({error}); see {example}") from None
+        raise UserError(f"--{flag} {path}: cannot be used ({error}); see configs/quantization/nf4.json") from None
     return settings
 
 
 def launched_with(name: str) -> bool:
-    """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def process_count() -> int:
-    """Processes that the launcher started, on all machines."""
+def process_count() -> int:  # on all machines
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -478,10 +489,10 @@ def check_own(args: Args) -> Iterator[str]:
     for folder in args.cond_data_dir or []:
         if not os.path.isdir(folder):
             yield f"--cond_data_dir {folder}: no such folder"
-        elif args.instance_data_dir and os.path.realpath(folder) == os.path.realpath(args.instance_data_dir):
+        elif os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
             yield f"--cond_data_dir {folder}: is --instance_data_dir too; references need a folder of their own"
-    if args.cond_data_dir and (args.dataset_name or args.cond_image_column):
-        yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
+    if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
+        yield "--cond_data_dir: goes with one --instance_data_dir alone; else give metadata, see --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
         yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
@@ -500,7 +511,7 @@ def split_paths(text: str) -> list[str]:
 # differs: there are folders of references too
 def data_folders(args: Args) -> list[str]:
     """The folders that the images are read from, into which nothing may be written."""
-    return [folder for folder in (args.instance_data_dir, *(args.cond_data_dir or [])) if folder]
+    return [*(args.instance_data_dir or []), *(args.cond_data_dir or [])]
 
 
 # region shared: arguments-result
@@ -519,10 +530,7 @@ def flag_notes(args: Args) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
-
-    Any other parent, a shell or a supervisor, may end before the run does.
-    """
+    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
     words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
     if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
@@ -550,6 +558,10 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+
 # news from libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -595,7 +607,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-log = logging.getLogger("flux2_lora")
+log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 # endregion shared: imports
 
 
@@ -620,6 +632,7 @@ class Run:
     cell: int  # pixels per token side
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
@@ -656,6 +669,7 @@ class Training:
 
     space: LatentSpace
     streams: list[Stream]  # the first one is what is learned
+    held_out: list[Sample]  # what is never trained on
     vae: Any  # None when the images are cached and nothing is drawn
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
@@ -671,6 +685,7 @@ class Training:
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
     signal: int = 0  # the highest that any process had received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
     unsaved: bool = False  # the last checkpoint that was due did not fit the disk
     seconds: float = 0.0  # that the steps since this start took
 
@@ -743,9 +758,7 @@ def output_lock(args: Args) -> Iterator[None]:
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
             who = path.read_text(encoding="utf-8").strip()
-            raise UserError(
-                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
-            ) from None
+            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -787,7 +800,8 @@ def free_memory(run: Run) -> int:
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
     if "prompts" in phase:
-        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+        names, smaller = ["offload", "text_encoder_bnb_config_path"], ["max_sequence_length"]
+        names += ["fsdp_text_encoder", "remote_text_encoder"]
     elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
@@ -796,7 +810,8 @@ def memory_flags(run: Run, phase: str) -> list[str]:
         names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
         smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
-    useless += ["fsdp_text_encoder"] if run.processes == 1 else []
+    useless += ["fsdp_text_encoder"] if run.processes == 1 or run.text_quantization else []
+    useless += ["text_encoder_bnb_config_path"] if run.args.fsdp_text_encoder else []
     helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
     return helping + [f"a smaller --{name}" for name in smaller]
 
@@ -804,8 +819,9 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 def resume_line(run: Run, *more: str) -> str:
     """What goes on from the last checkpoint: a command, or the call of a notebook."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
+    if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
+        several = f"notebook_launcher(train, ({words},), {run.processes})"
+        return f"main(parse_args({words}))" if run.processes == 1 else several
     launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
     return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
@@ -851,10 +867,12 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    log.handlers = [LogHandler()]  # of one script, where both are imported
+    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
+        log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
+            library.logging.disable_progress_bar()
 
 
 def start_accelerator(args: Args) -> Run:
@@ -895,7 +913,8 @@ def start_accelerator(args: Args) -> Run:
         dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype),
+        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype, "transformer"),
+        text_quantization=find_quantization(args, model, dtype, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(), sharding=launched_with("ACCELERATE_USE_FSDP"),
     )  # fmt: skip
@@ -924,25 +943,34 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
 
 
 class Progress(tqdm):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.in_lines = not sys.stderr.isatty()
+        """`total` things to do, of which `done` were done before."""
+        self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
-        silent = not log.isEnabledFor(logging.INFO)
-        super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", "dynamic_ncols": True}
+        super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
         self.set_postfix_str(note, refresh=False)
         self.update()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        facts = super().format_dict
+        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
+        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
+        return facts | {"left": f"{left} left"}
 
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
-            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
-            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
+            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
+            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
 
 
 class LogHandler(logging.Handler):
@@ -1083,18 +1111,24 @@ BNB_VALUES |= {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_skip_modules": (N
 BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
 
 
-def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict[str, Any] | None:
-    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None."""
-    stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
+def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: str) -> dict[str, Any] | None:
+    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
+
+    Of the text encoder only those of its flag: one that is stored quantised is used as it is. Raises UserError for
+    settings or a machine that will not do, another format, and what would be quantised twice.
+    """
+    own_flag = "bnb_quantization_config_path" if part == "transformer" else "text_encoder_bnb_config_path"
+    path = getattr(args, own_flag)
+    stored = model.config(part).get("quantization_config") if part == "transformer" or path else None
     if not (stored or path):
         return None
-    where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
+    where = f"{model.name} is stored quantised" if stored else f"--{own_flag} {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
         raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
-    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
-        if getattr(args, name):
+    for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
+        if stored and getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where} already")
-    settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
+    settings, known = stored or read_quantization(own_flag, path), diffusers.BitsAndBytesConfig().to_dict()
     if not stored:
         for name, value in settings.items():
             usable = BNB_VALUES.get(name, (value,) if name in known else ())  # diffusers would ignore another name
@@ -1102,9 +1136,12 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict
                 choices = " or ".join(map(json.dumps, usable)) or f"one of {', '.join(known)}"
                 raise UserError(f"{where}: {name} is {json.dumps(value)}; use {choices}")
         settings = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), **settings}
-        settings["llm_int8_skip_modules"] = outside_blocks(model)
-    try:  # bitsandbytes itself, and a GPU
-        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        settings |= {"llm_int8_skip_modules": outside_blocks(model)} if part == "transformer" else {}
+    try:  # bitsandbytes itself, and for the loader of diffusers a GPU
+        if part == "transformer":
+            DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        else:
+            transformers.BitsAndBytesConfig(**settings)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
@@ -1154,10 +1191,14 @@ def check_parts(run: Run) -> None:
             check_part(run, part)
 
 
-def fetch_part(run: Run, part: str) -> Path:
+def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
+    """The folder of a part, to load it from; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
+    if announced:
+        size = sum(path.stat().st_size for path in run.model.weight_files(part) if path.is_file())
+        log.info(f"load: {part}, {size / 1e9:.2f} GB on disk")
     return folder
 
 
@@ -1260,6 +1301,7 @@ class Image:
     size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1272,6 +1314,15 @@ class Image:
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        if not self.mask:
+            return torch.ones(math.prod(self.target) // cell**2)
+        grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
+        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
 
 # endregion shared: data
@@ -1312,6 +1363,7 @@ class Sample:
     captions: Captions  # one of them is drawn at each visit
     origin: str = ""  # where the captions come from, for the report
     references: tuple[Image, ...] = ()
+    repeats: int = 1  # how often it is in a round of all samples
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -1324,16 +1376,17 @@ class Sample:
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
-        return self.image.sha256, *self.captions, self.image.target, *references
+        masks = [self.image.mask.sha256] if self.image.mask else []
+        return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
 
 # region shared: listing
-Row = tuple[list[Image], Captions, str]  # an image and what belongs to it, the captions, and where those come from
+Row = tuple[list[Image], Captions, str, int]  # an image and what belongs to it, captions, their origin, and repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
-    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
@@ -1452,10 +1505,27 @@ def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[Row]:
-    """The rows of metadata, or the images, of --instance_data_dir; what is not used is told by name."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
+def list_rows(args: Args) -> list[Row]:
+    """The rows of --dataset_name, or of each --instance_data_dir with its share of --repeats."""
+    if args.dataset_name:
+        return list_dataset(args)
+    repeats = args.repeats or [1] * len(args.instance_data_dir)
+    folders = zip(args.instance_data_dir, repeats, strict=True)
+    return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
+
+
+def is_mask(args: Args, path: Path) -> bool:
+    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
+
+
+def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
+    """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
+    folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
+    root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
+    others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
+    images = [path for path in images if not is_mask(args, path)]
     names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
     tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
@@ -1480,8 +1550,10 @@ def list_folder(args: Args) -> list[Row]:
         if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
-        used += paths
-        images = [Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path) for path in paths]
+        mask = masks.get(paths[0].with_suffix(""))
+        used += [*paths, mask]
+        images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
+        images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
         listed.append((images, texts, origin))
     tell_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
@@ -1489,8 +1561,8 @@ def list_folder(args: Args) -> list[Row]:
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
-        if int(number) != args.repeats:
-            advice = f"give --repeats {number} --instance_prompt '{prompt}'"
+        if int(number) != repeats:
+            advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"
             log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
     without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
     if without and not any(texts for _, texts, _ in listed):
@@ -1554,7 +1626,7 @@ def list_dataset(args: Args) -> list[Row]:
     cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
     classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
     texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
-    return [(*row, f"column {caption}") for row in zip(dataset_images(args, table, images), texts, strict=True)]
+    return [(*row, f"column {caption}", 1) for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
@@ -1626,8 +1698,7 @@ def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Imag
 # differs: samples of the text-to-image script have no references
 def list_samples(args: Args) -> list[Sample]:
     """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
-    rows = list_dataset(args) if args.dataset_name else list_folder(args)
-    samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in rows]
+    samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
     samples = add_references(args, samples) if args.cond_data_dir else samples
     counts = Counter(len(sample.references) for sample in samples)
     if len(counts) > 1:
@@ -1639,27 +1710,22 @@ def list_samples(args: Args) -> list[Sample]:
     return samples
 
 
-def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
-    """Images below `folder` by their path in it without the ending. Raises UserError where two share one."""
-    stems: dict[str, Path] = {}
-    for path in paths:
-        stem = plain(path.relative_to(folder).with_suffix(""))
-        if stems.setdefault(stem, path) != path:
-            raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
-    return stems
-
-
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     """Samples with the references of the same stem in each --cond_data_dir. Raises UserError where one has none."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    if any(sample.references for sample in samples):
-        raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
     listed, found = {sample.image.path: sample for sample in samples}, []
-    targets = by_stem(folder, listed)
-    for other in others:
-        files, images = list_files(other)
-        tell_unused(other, files, images)
-        found.append(by_stem(other, images))
+    if any(sample.references for sample in samples):
+        raise UserError("--cond_data_dir: the metadata name references too; leave one of them out")
+    for folder in (Path(os.path.abspath(path)) for path in data_folders(args)):
+        files, images = list_files(folder)
+        if found:
+            tell_unused(folder, files, images)
+        stems: dict[str, Path] = {}
+        for path in images if found else listed:
+            stem = plain(path.relative_to(folder).with_suffix(""))
+            if stems.setdefault(stem, path) != path:
+                raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
+        found.append(stems)
+    targets, *found = found
     alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
     alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
     if alone:
@@ -1677,10 +1743,9 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
     """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
     height, width = size
-    if min(size) < MIN_REFERENCE_SIDE:
-        return f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
-    if max(size) > MAX_REFERENCE_ASPECT * min(size):
-        return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+    if min(size) < MIN_REFERENCE_SIDE or max(size) > MAX_REFERENCE_ASPECT * min(size):
+        limits = f"{MIN_REFERENCE_SIDE} pixels a side and {MAX_REFERENCE_ASPECT}:1 at most"
+        return f"a reference needs {limits}, it has {width} x {height}"
     if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
         return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
     return None
@@ -1714,17 +1779,20 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
     # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
-    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    index, good, bad = {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"policy {DECODE_POLICY}", {}, {}, {}
+    images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
         for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
-            if reason:
-                bad[image.name] = reason
+            mask = good.get(image.mask)  # before its image
+            if image.mask and mask and mask.size != (height, width):
+                reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
+            if reason or (image.mask and not mask):
+                bad[image.name] = reason or f"{image.mask.name} is bad"
             else:
-                good[image] = replace(image, sha256=sha256, size=(height, width))
+                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
             progress.advance()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
@@ -1838,10 +1906,13 @@ class SampleStream:
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors, keeps the rest as lists."""
-    return {
-        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
-        for key, value in items[0].items()
-    }
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
+
+
+def epoch_rounds(args: Args) -> int:
+    """How often the samples are gone through in an epoch: what --repeats have in common."""
+    return math.gcd(*(args.repeats or [1]))
 
 
 def choose_buckets(run: Run) -> list[Size]:
@@ -1866,16 +1937,35 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    masked = [image for image in images if image.mask]
+    if run.args.mask_suffix:
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and run.args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
+
+
+def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+    held_out = [samples[index] for index in sorted(order[:count])]
+    if held_out:
+        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+    rest = [samples[index] for index in sorted(order[count:])]
+    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
 # endregion shared: samples
 
 
 # differs: samples of the text-to-image script have no references
-def check_data(run: Run) -> list[Sample]:
-    """The samples, every image decoded once and every caption final."""
+def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on and what is held out; every image decoded once, every caption final."""
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     check_references(run, samples)
@@ -1883,7 +1973,7 @@ def check_data(run: Run) -> list[Sample]:
         sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
-    return samples
+    return split_samples(run, samples)
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
@@ -1930,7 +2020,8 @@ class TrainingSet(Dataset):
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        centre = run.args.center_crop or run.args.cache_latents
+        crop = None if centre else torch.rand(2, generator=generator("crop", position)).tolist()
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
@@ -1951,6 +2042,8 @@ class TrainingSet(Dataset):
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
+        if run.args.mask_suffix:
+            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
 
     def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
@@ -1987,11 +2080,13 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
     images = []
     for path in map(Path, split_paths(args.validation_image[row]) if row < len(args.validation_image or []) else []):
         try:
-            images.append(decode_image(path.read_bytes()))
+            image = decode_image(path.read_bytes())
+            problem = reference_problem((image.height, image.width))
         except (OSError, ValueError) as error:
-            raise UserError(f"--validation_image {path}: {error}") from None
-        if problem := reference_problem((images[-1].height, images[-1].width)):
+            problem = error
+        if problem:
             raise UserError(f"--validation_image {path}: {problem}")
+        images.append(image)
     return images
 
 
@@ -2032,7 +2127,8 @@ def open_prompts(run: Run) -> TensorCache:
     """The cache of prompt embeddings (L, D) by prompt."""
     encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
     template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
-    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
+    formats = [json.dumps(run.text_quantization, sort_keys=True)] if run.text_quantization else []
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template, *formats)
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -2090,8 +2186,12 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 def load_text_encoder(run: Run) -> nn.Module:
     """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
-    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
+    quantized = run.text_quantization is not None  # whole on the device: bitsandbytes' layers are not spread
+    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder and not quantized
     options = {"device_map": "auto"} if spread else {}
+    if quantized:
+        settings = transformers.BitsAndBytesConfig(**run.text_quantization)
+        options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
         options["max_memory"] = {run.device.index: free_memory(run) - 2**30, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
@@ -2220,7 +2320,7 @@ class LatentSpace:
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
+    fetch_part(run, "vae", announced=False)
     weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
     mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
     std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
@@ -2916,7 +3016,10 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
         )[0][:, : height * width]
 
     # against what it should be
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
+    if "weights" in tensors:  # of the loss masks
+        errors_BLC = errors_BLC * tensors["weights"][..., None]
+    errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
@@ -2928,7 +3031,7 @@ def samples_per_step(run: Run) -> int:
 
 
 def total_steps(run: Run, samples: int) -> int:
-    visits = run.args.num_train_epochs * samples * run.args.repeats
+    visits = run.args.num_train_epochs * samples * epoch_rounds(run.args)
     return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
 
 
@@ -2993,7 +3096,9 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
     training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(training)
+        before = [up.clone() for up in training.ups]
+        training.optimizer.step()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
         training.skipped = 0
     else:
         training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -3023,12 +3128,6 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
     return slots.view(-1, rows.shape[1])
-
-
-def apply_update(training: Training) -> None:
-    before = [up.clone() for up in training.ups]
-    training.optimizer.step()
-    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3149,9 +3248,8 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += (
-            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
-        )
+        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    "
+        lines += shlex.join(new)
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
@@ -3173,7 +3271,7 @@ def save_checkpoint(run: Run, training: Training) -> Path:
     schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
         "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
-        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
+        "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
         "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule, "compiled": training.compiled > 0,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
@@ -3242,6 +3340,7 @@ def restore(run: Run, training: Training) -> None:
     training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
     training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    training.best = tuple(stored["best"]) if stored.get("best") else None
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
@@ -3346,6 +3445,9 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
     for (x, y), image in cells.items():
         sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
+        run.told.add("contact sheet")
 
 
 def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
@@ -3364,25 +3466,42 @@ def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> No
 
 
 @torch.no_grad()
-def validation_loss(run: Run, training: Training) -> float:
-    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
-    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
-    return sum(losses) / len(losses)
+def validation_loss(run: Run, training: Training) -> dict[str, float]:
+    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+
+    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    """
+    samples = training.held_out or training.samples[:4]
+    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    losses, sigmas = [], []
+    for number in range(visits):
+        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
+            found.append(value.item())
+    by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
+    return {"validation_loss": sum(losses) / visits, **{f"validation_{name}": value for name, value in by_sigma}}
 
 
 def validate(run: Run, training: Training) -> dict[str, float]:
-    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+
+    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
     training.transformer.eval()
     try:
-        draw_samples(run, training, prompts, folder)
-        training.rest_vae(run.args)
-        if run.is_main:
-            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            track(run, functools.partial(send_images, prompts, folder, training.step))
-        values["validation_loss"] = validation_loss(run, training)
+        if prompts and run.args.num_validation_images:
+            draw_samples(run, training, prompts, folder)
+            training.rest_vae(run.args)
+            if run.is_main:
+                draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+                track(run, functools.partial(send_images, prompts, folder, training.step))
+        values = validation_loss(run, training)
+        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+            training.best = values["validation_loss"], training.step
+            if run.is_main and training.step:
+                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
@@ -3397,9 +3516,11 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 
 
 # differs: the text-to-image script has class images and no references
-def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(
+    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
-    return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
+    return [Stream("instance", samples)], [image for sample in samples + held_out for image in sample.images]
 
 
 # -------------------------------------------------------------------------------------------------------------- Results
@@ -3559,7 +3680,7 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline({prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
+pipeline(prompt={prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
 ```
 
 Part by part, with the transformer as it was trained:
@@ -3716,7 +3837,9 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
         raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
+def prepare_training(
+    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
@@ -3736,10 +3859,8 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
     ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
-    training = Training(
-        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
-        optimizer, schedule, now, StopSignals(), compiled,
-    )  # fmt: skip
+    rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals(), compiled
+    training = Training(space, streams, held_out, vae, transformer, parameters, ups, *rest)
     if run.resume:
         restore(run, training)
     return training
@@ -3768,11 +3889,13 @@ def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
 
 def announce_training(run: Run, training: Training, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    images, repeats, per_step = len(training.samples), run.args.repeats, samples_per_step(run)
+    rounds, per_step = epoch_rounds(run.args), samples_per_step(run)
+    epoch, groups = rounds * len(training.samples), Counter(Counter(training.samples).values())
+    images = " + ".join(f"{count} images x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
     batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
-    log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
+    log.info(f"train: {images} = {epoch} samples per epoch")
     log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")
-    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / epoch:.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if homes := training.transformer.stream.homes:
@@ -3824,10 +3947,10 @@ def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
-    epochs = run.args.validation_epochs * len(training.samples) * run.args.repeats / samples_per_step(run)
-    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
-    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
-    if training.step == 0 and drawing:
+    epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
+    drawing = run.args.validation_prompt and run.args.num_validation_images
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if training.step == 0 and period < math.inf:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))
     batches = make_loaders(run, training)
@@ -3843,7 +3966,7 @@ def train(run: Run, training: Training) -> None:
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
                 training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
+            progress.advance(f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
             stop.agree(run, training.signal)
             if stop.agreed is None and training.step % period == 0:
                 values |= validate(run, training)
@@ -3909,9 +4032,10 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
         "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
         "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
+        **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
-    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    results = {"LoRA": LORA_FILE, "best": "best", "images": "samples", "card": "README.md", "settings": "config.args"}
     facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
@@ -3924,16 +4048,16 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples = check_data(run)
+            samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples))
+        encode_prompts(run, all_prompts(run, samples + held_out))
         space = open_latent_space(run)
-        streams, images = make_streams(run, space, samples)
+        streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
-        training = prepare_training(run, space, streams, vae)
+        training = prepare_training(run, space, streams, vae, held_out)
         with training.stop:  # before and after, a signal acts at once: what is done is on disk
             try:
                 train(run, training)

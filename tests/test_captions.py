@@ -374,7 +374,7 @@ def test_the_folder_names_of_kohyas_trainer_are_told_with_the_remedy(script, tmp
     fill(tmp_path, "10_sks dog/a.jpg", "plain/b.jpg")
     for folder in (tmp_path, tmp_path / "10_sks dog"):
         (line,) = warned(script, folder)
-        assert "'10_sks dog'" in line and "--repeats 10 --instance_prompt 'sks dog'" in line
+        assert "'10_sks dog'" in line and "--repeats 10 and --instance_prompt 'sks dog'" in line
         assert warned(script, folder, "--repeats", "10") == []
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_comfyui import bfl_shapes
 
 import convert_transformer  # isort: skip  (tools/, which conftest puts on the path)
+from bare_training import read_architecture  # isort: skip
 
 BFL_NAMES = {
     "x_embedder": "img_in",
@@ -152,6 +154,21 @@ def test_both_scripts_train_on_the_folder(script, base, tiny, train, tmp_path):
     own = train("--max_train_steps", "2", output="own")
     made = train("--max_train_steps", "2", "--pretrained_model_name_or_path", tmp_path / "made", output="out")
     assert trajectory(made) == trajectory(own)
+
+
+@pytest.mark.parametrize("model", ["dev", "klein-9B", "klein-4B"])
+def test_bfls_own_models_have_all_the_tensors_of_diffusers_ones(model):
+    """By names and shapes; dev alone has a guidance embedder, and no other model's config takes its file."""
+    weights = {f"{module}.weight": (module, "BF16", shape) for module, shape in bfl_shapes(model).items()}
+    for name in list(weights):
+        block = re.match(r"(double_blocks\.\d+\.(?:img|txt)_attn)\.qkv|(single_blocks\.\d+)\.linear1", name)
+        for norm in ("query_norm", "key_norm") if block else ():
+            weights[f"{block[1] or block[2]}.norm.{norm}.scale"] = (norm, "BF16", (128,))
+    found = convert_transformer.check(Path("one"), weights, Path(model), read_architecture(model)["transformer"])
+    assert {source for source, _ in found.values()} == {*weights}
+    with pytest.raises(ValueError, match="is not the transformer of"):
+        other = read_architecture("klein-4B" if model == "dev" else "dev")["transformer"]
+        convert_transformer.check(Path("one"), weights, Path("other"), other)
 
 
 def test_the_other_parts_are_linked_or_copied(base, tiny, tmp_path):

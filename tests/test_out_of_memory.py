@@ -89,6 +89,9 @@ def test_another_failure_stays_what_it_was(script, train, monkeypatch, error):
 # ---- the flags ----
 
 
+FOUR_BIT = ("--text_encoder_bnb_config_path", ROOT / "configs" / "quantization" / "nf4.json")
+
+
 @pytest.mark.parametrize(
     "phase, flags, expected",
     [
@@ -96,8 +99,8 @@ def test_another_failure_stays_what_it_was(script, train, monkeypatch, error):
         ("train", ("--gradient_checkpointing",), ["--stream_blocks", "--bnb_quantization_config_path"]),
         ("train", ("--stream_blocks",), ["--bnb_quantization_config_path", "--cache_latents"]),
         ("prepare training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
-        ("encode prompts", (), ["--offload", "--remote_text_encoder"]),
-        ("encode prompts", ("--offload",), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
+        ("encode prompts", (), ["--offload", "--text_encoder_bnb_config_path", "--remote_text_encoder"]),
+        ("encode prompts", (*FOUR_BIT, "--offload"), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
         ("encode images", (), ["a smaller --resolution"]),
     ],
 )
