@@ -2634,7 +2634,7 @@ class BlockStream:
 
     def start(self) -> None:
         """Makes the buffers, and each block's call fetch its weights first, outside of what torch.compile sees."""
-        largest = max((home.nbytes for home in self.homes), default=0)
+        largest = max(home.nbytes for home in self.homes)
         self.buffers = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self.held: list[int | None] = [None, None]  # the block in each buffer
         self.side = None if self.device.type == "cpu" else torch.Stream(self.device)
@@ -2713,12 +2713,13 @@ def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Tr
     """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
     if run.sharding:
         shard(run, transformer, blocks_of(transformer))
-        return transformer
-    streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
-        if id(tensor) not in streamed and tensor.device != run.device:
-            tensor.data = tensor.data.to(run.device)
-    transformer.stream.start()
+    elif not transformer.stream.blocks:
+        transformer.to(run.device)
+    else:
+        streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            tensor.data = tensor.data if id(tensor) in streamed else tensor.data.to(run.device)
+        transformer.stream.start()
     return transformer
 
 

@@ -98,8 +98,7 @@ def compiled_blocks(
     resume = None if stored is None else SimpleNamespace(state={"compiled": stored, "step": 0})
     run = SimpleNamespace(
         args=SimpleNamespace(compile_blocks=flag, do_fp8_training=fp8), quantization={"load_in_8bit": bits8},
-        resume=resume,
-        device=torch.device(device), dtype=dtype,
+        resume=resume, device=torch.device(device), dtype=dtype,
     )  # fmt: skip
     blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
     transformer = SimpleNamespace(transformer_blocks=blocks[:1], single_transformer_blocks=blocks[1:])
