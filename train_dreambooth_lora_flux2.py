@@ -2215,28 +2215,20 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     return prompts
 
 
-@dataclass(frozen=True)
 class LatentSpace:
-    """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
+    """How images become tokens: the VAE's sizes, its batch-norm statistics, and the cache of encoded images."""
 
-    mean_C: torch.Tensor
-    std_C: torch.Tensor
-    channels: int  # of a token
-    cell: int  # pixels per token side
-    cache: TensorCache
+    def __init__(self, run: Run) -> None:
+        """Reads the statistics from the VAE's weight files without loading the VAE."""
+        fetch_part(run, "vae")
+        weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+        variance_C, epsilon = weights["bn.running_var"].float(), run.model.config("vae").get("batch_norm_eps", 1e-4)
+        self.mean_C, self.std_C = weights["bn.running_mean"].float(), torch.sqrt(variance_C + epsilon)
+        self.channels, self.cell = len(self.mean_C), run.cell  # of a token, and its pixels per side
+        self.cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
 
     def key(self, image: Image, flip: bool) -> tuple:
         return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
-
-
-def open_latent_space(run: Run) -> LatentSpace:
-    """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
-    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
-    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
-    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
-    cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
-    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -3975,7 +3967,7 @@ def main(args: Args) -> None:
         if args.dry_run:
             return
         run = begin_output(run)
-        space = open_latent_space(run)
+        space = LatentSpace(run)
         prompts = encode_prompts(run, all_prompts(run, samples))
         parts = TrainingParts(space, prompts, None, None, [], buckets)
         parts.streams, images = prepare_streams(run, parts, samples)

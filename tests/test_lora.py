@@ -323,9 +323,7 @@ def test_under_bf16_no_fp32_copy_of_an_activation_is_made(script, tiny, tmp_path
 def set_up(script, model: Path, folder: Path, *flags: str) -> tuple:
     """(transformer, parameters) as the training loop gets them."""
     run = start_run(script, model, folder, "--max_train_steps", "1", *flags)
-    parts = script.TrainingParts(
-        script.open_latent_space(run), None, None, None, [script.Stream("instance", [])], [(64, 64)]
-    )
+    parts = script.TrainingParts(script.LatentSpace(run), None, None, None, [script.Stream("instance", [])], [(64, 64)])
     state = script.set_up_training(run, parts)
     return parts.transformer.train(), state.parameters
 

@@ -67,7 +67,7 @@ def make_parts(script: ModuleType, run: Any, references: int = 0) -> Any:
     if references:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
-    space, prompts = script.open_latent_space(run), script.open_prompts(run)
+    space, prompts = script.LatentSpace(run), script.open_prompts(run)
     return script.TrainingParts(space, prompts, None, None, [script.Stream("instance", [sample])], [size])
 
 
