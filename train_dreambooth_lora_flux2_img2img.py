@@ -2519,19 +2519,19 @@ def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> Autoenco
     """
     vae, flips = None, (False, True) if run.args.random_flip else (False,)
     wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
-    missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
+    missing = [(key, *work) for key, work in wanted.items() if not space.cache.has(*key)]
     if wanted:
         log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     with shared_out(run, missing) as mine:
         if mine:
             numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-            need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in mine)
+            need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
             check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
             vae = load_vae(run)
             with Progress("encode images", len(mine)) as progress:
-                for image, flip in mine:
+                for key, image, flip in mine:
                     moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                    space.cache.put(moments, f"image {image.name}", *space.key(image, flip))
+                    space.cache.put(moments, f"image {image.name}", *key)
                     progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
