@@ -949,7 +949,8 @@ class Progress(tqdm):
         """`total` things to do, of which `done` were done before."""
         self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
-        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", "dynamic_ncols": True}
+        width = {"dynamic_ncols": True} if IN_NOTEBOOK else {"ncols": shutil.get_terminal_size().columns}  # never 0
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", **width}
         super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
@@ -2304,28 +2305,20 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     return prompts
 
 
-@dataclass(frozen=True)
 class LatentSpace:
-    """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
+    """How images become tokens: the VAE's sizes, its batch-norm statistics, and the cache of encoded images."""
 
-    mean_C: torch.Tensor
-    std_C: torch.Tensor
-    channels: int  # of a token
-    cell: int  # pixels per token side
-    cache: TensorCache
+    def __init__(self, run: Run) -> None:
+        """Reads the statistics from the VAE's weight files without loading the VAE."""
+        fetch_part(run, "vae", announced=False)
+        weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+        variance_C, epsilon = weights["bn.running_var"].float(), run.model.config("vae").get("batch_norm_eps", 1e-4)
+        self.mean_C, self.std_C = weights["bn.running_mean"].float(), torch.sqrt(variance_C + epsilon)
+        self.channels, self.cell = len(self.mean_C), run.cell  # of a token, and its pixels per side
+        self.cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
 
     def key(self, image: Image, flip: bool) -> tuple:
         return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
-
-
-def open_latent_space(run: Run) -> LatentSpace:
-    """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae", announced=False)
-    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
-    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
-    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
-    cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
-    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2387,19 +2380,19 @@ def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> Autoenco
     """
     vae, flips = None, (False, True) if run.args.random_flip else (False,)
     wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
-    missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
+    missing = [(key, *work) for key, work in wanted.items() if not space.cache.has(*key)]
     if wanted:
         log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     with shared_out(run, missing) as mine:
         if mine:
             numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-            need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in mine)
+            need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
             check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
             vae = load_vae(run)
             with Progress("encode images", len(mine)) as progress:
-                for image, flip in mine:
+                for key, image, flip in mine:
                     moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                    space.cache.put(moments, f"image {image.name}", *space.key(image, flip))
+                    space.cache.put(moments, f"image {image.name}", *key)
                     progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
@@ -4054,7 +4047,7 @@ def main(args: Args) -> None:
             return
         run = begin_output(run)
         encode_prompts(run, all_prompts(run, samples + held_out))
-        space = open_latent_space(run)
+        space = LatentSpace(run)
         streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
         training = prepare_training(run, space, streams, vae, held_out)

@@ -209,7 +209,7 @@ def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode)
 
 def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkeypatch):
     """The cache holds the mirrored twin of every image, and visits read either."""
-    calls = spy(monkeypatch, script.LatentSpace, "path")
+    calls = spy(monkeypatch, script.LatentSpace, "key")
     flags = ("--cache_latents", "--max_train_steps", "6", *STANDSTILL)
     plain = quick(*flags, output="a")
     assert {call.args[2] for call in calls} == {False}

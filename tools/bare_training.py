@@ -132,7 +132,7 @@ def set_up(
 ) -> Any:
     """The script's Training: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
-        training = script.prepare_training(run, script.open_latent_space(run), streams, vae)
+        training = script.prepare_training(run, script.LatentSpace(run), streams, vae)
     training.transformer.train()
     for group in training.optimizer.param_groups:
         if "foreach" in group:
