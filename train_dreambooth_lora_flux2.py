@@ -1575,7 +1575,11 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
     # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
-    file, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
+    file, images, policy = (
+        cache_dir / "checked_images.json",
+        list(dict.fromkeys(images)),
+        f"decode policy {DECODE_POLICY}",
+    )
     index, good, bad = {}, {}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
@@ -1651,11 +1655,6 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
 
 
-@functools.lru_cache(maxsize=256)
-def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
-    return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
-
-
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
     """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
@@ -1684,14 +1683,14 @@ class SampleStream:
         """This process's (sample index, position) pairs of global micro-batch `step`."""
         cycle, place = divmod(step, sum(self.shares))
         bucket, earlier = bucket_schedule(self.seed, self.stream, cycle, self.shares)[place]
-        members, global_batch = self.buckets[bucket], self.batch * self.processes
-        start = (cycle * self.shares[bucket] + earlier) * global_batch
-        pairs = []
-        for i in range(self.process_index * self.batch, (self.process_index + 1) * self.batch):
-            turn, offset = divmod(start + i, len(members))
-            order = permutation(self.seed, self.stream, bucket, turn, len(members))
-            pairs.append((members[order[offset]], step * global_batch + i))
-        return pairs
+        members, count = self.buckets[bucket], len(self.buckets[bucket])
+        global_batch, mine = self.batch * self.processes, self.process_index * self.batch
+        start = (cycle * self.shares[bucket] + earlier) * global_batch + mine
+        turns = range(start // count, (start + self.batch - 1) // count + 1)  # the rounds that this batch lies in
+        makers = (make_generator(self.seed, self.stream, "order", bucket, turn) for turn in turns)
+        rounds = torch.cat([torch.randperm(count, generator=maker) for maker in makers])
+        places = rounds[start % count :][: self.batch].tolist()
+        return [(members[place], step * global_batch + mine + i) for i, place in enumerate(places)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.micro_batch, itertools.count(self.first))
@@ -1781,8 +1780,10 @@ class TrainingSet(Dataset):
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        image, cached = sample.image, run.args.cache_latents
+        encoded = self.space.cache.get(*self.space.key(image, flip)) if cached else image.pixels(crop, flip)
         item = {
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
+            "moments" if cached else "pixels": encoded,
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
@@ -1795,12 +1796,6 @@ class TrainingSet(Dataset):
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
         return item
-
-    def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
-        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
-        if self.run.args.cache_latents:
-            return self.space.cache.get(*self.space.key(image, flip))
-        return image.pixels(crop, flip)
 
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
