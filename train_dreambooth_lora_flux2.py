@@ -25,6 +25,7 @@ Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import csv
 import difflib
@@ -107,14 +108,12 @@ def to_sizes(text: str) -> str:
     """What `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
-        raise argparse.ArgumentTypeError(
-            f"'{text}': write it as 'height,width', several with ';' between, multiples of 16"
-        )
+        raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
     return text
 
 
 class Switch(argparse.Action):
-    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is on by default."""
+    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is, or may be, on by default."""
 
     def __call__(self, _parser: Any, found: Args, value: str | None, option: str | None = None) -> None:
         setattr(found, self.dest, (value != "false") != str(option).startswith("--no-"))
@@ -152,6 +151,9 @@ SHARED_FLAGS = [
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
     flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+         resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
@@ -180,8 +182,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-         "empirical (as at inference) or a number"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (as drawn) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -220,6 +221,7 @@ SHARED_FLAGS = [
     flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
     flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
     flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+    flag("compile_blocks", bool, None, "torch.compile the blocks; None: on a GPU, when 500 steps or more are to go"),
     flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
     "Checkpoints",
     flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
@@ -233,6 +235,7 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
@@ -262,7 +265,7 @@ LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safe
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
@@ -290,6 +293,7 @@ PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_p
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
@@ -316,7 +320,8 @@ def build_parser() -> argparse.ArgumentParser:
             group = groups[row]
             continue
         name, options = row
-        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
+        may_be_on = options.get("action") is Switch and options["default"] is not False
+        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * may_be_on
         group.add_argument(f"--{name}", *more, **options)
     return parser
 
@@ -327,9 +332,10 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            word.encode()  # what is no UTF-8 could not be written down
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
-            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
+            parser.error(f"{word}: cannot read it ({error})")
     trigger = parser.parse_args(words).instance_prompt or "[trigger]"
     return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
@@ -352,14 +358,20 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if args.text_encoder_bnb_config_path and (args.fsdp_text_encoder or args.remote_text_encoder):
-        yield "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder"
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
+    text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
+    together = {
+        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+            settings and args.do_fp8_training,
+        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+            settings and args.stream_blocks,
+        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+            text_format and elsewhere,
+        "--instance_data_dir or --dataset_name: give exactly one of them":
+            bool(args.instance_data_dir) == bool(args.dataset_name),
+        "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
+            args.mask_suffix and args.dataset_name,
+    }  # fmt: skip
+    yield from (problem for problem, holds in together.items() if holds)
     for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
         yield f"--instance_data_dir {folder}: no such folder"
     if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
@@ -387,12 +399,10 @@ def read_quantization(flag: str, path: str) -> dict[str, Any]:
 
 
 def launched_with(name: str) -> bool:
-    """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def process_count() -> int:
-    """Processes that the launcher started, on all machines."""
+def process_count() -> int:  # on all machines
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -502,10 +512,7 @@ def flag_notes(args: Args) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
-
-    Any other parent, a shell or a supervisor, may end before the run does.
-    """
+    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
     words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
     if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
@@ -533,6 +540,10 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+
 # news from libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -578,7 +589,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-log = logging.getLogger("flux2_lora")
+log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 # endregion shared: imports
 
 
@@ -640,6 +651,7 @@ class Training:
 
     space: LatentSpace
     streams: list[Stream]  # the first one is what is learned
+    held_out: list[Sample]  # what is never trained on
     vae: Any  # None when the images are cached and nothing is drawn
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
@@ -649,11 +661,13 @@ class Training:
     schedule: Any
     fingerprint: dict[str, Any]
     stop: StopSignals
+    compiled: int  # blocks that run compiled
     step: int = 0  # optimizer steps done
     whole: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
     signal: int = 0  # the highest that any process had received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
     unsaved: bool = False  # the last checkpoint that was due did not fit the disk
     seconds: float = 0.0  # that the steps since this start took
 
@@ -726,9 +740,7 @@ def output_lock(args: Args) -> Iterator[None]:
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
             who = path.read_text(encoding="utf-8").strip()
-            raise UserError(
-                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
-            ) from None
+            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -749,8 +761,7 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     phase = next((name for caller, name in itertools.pairwise(called) if caller == "main"), "start").replace("_", " ")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     peak = max(peak_memory(run).values(), default=math.nan)
-    on_gpu = run.device.type == "cuda"
-    free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
+    free = free_memory(run) / 1e9
     flags = memory_flags(run, phase)
     text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
     text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
@@ -758,6 +769,14 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
         same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
         text += f"  flags that are not in this line may make another run. Go on with\n    {resume_line(run, *same)}"
     raise OutOfMemory(text.rstrip()) from error
+
+
+def free_memory(run: Run) -> int:
+    """Free bytes of the device; of the host on the CPU, and where the device does not tell."""
+    if run.device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+            return torch.accelerator.get_memory_info(run.device)[0]
+    return psutil.virtual_memory().available
 
 
 def memory_flags(run: Run, phase: str) -> list[str]:
@@ -782,8 +801,9 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 def resume_line(run: Run, *more: str) -> str:
     """What goes on from the last checkpoint: a command, or the call of a notebook."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
+    if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
+        several = f"notebook_launcher(train, ({words},), {run.processes})"
+        return f"main(parse_args({words}))" if run.processes == 1 else several
     launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
     return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
@@ -833,7 +853,8 @@ def set_up_logging() -> None:
         log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
+            library.logging.disable_progress_bar()
 
 
 def start_accelerator(args: Args) -> Run:
@@ -859,6 +880,8 @@ def start_accelerator(args: Args) -> Run:
     )
     if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
         raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    if accelerator.device.type not in ("cpu", "cuda"):
+        log.warning(f"start: on {accelerator.device.type} nothing is tested, only on CUDA and the CPU")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")
     if args.do_fp8_training:
         check_fp8(accelerator.device, dtype)
@@ -902,25 +925,34 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
 
 
 class Progress(tqdm):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.in_lines = not sys.stderr.isatty()
+        """`total` things to do, of which `done` were done before."""
+        self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
-        silent = not log.isEnabledFor(logging.INFO)
-        super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", "dynamic_ncols": True}
+        super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
         self.set_postfix_str(note, refresh=False)
         self.update()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        facts = super().format_dict
+        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
+        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
+        return facts | {"left": f"{left} left"}
 
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
-            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
-            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
+            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
+            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
 
 
 class LogHandler(logging.Handler):
@@ -1141,10 +1173,14 @@ def check_parts(run: Run) -> None:
             check_part(run, part)
 
 
-def fetch_part(run: Run, part: str) -> Path:
+def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
+    """The folder of a part, to load it from; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
+    if announced:
+        size = sum(path.stat().st_size for path in run.model.weight_files(part) if path.is_file())
+        log.info(f"load: {part}, {size / 1e9:.2f} GB on disk")
     return folder
 
 
@@ -1247,6 +1283,7 @@ class Image:
     size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1259,6 +1296,15 @@ class Image:
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        if not self.mask:
+            return torch.ones(math.prod(self.target) // cell**2)
+        grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
+        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
 
 # endregion shared: data
@@ -1280,7 +1326,8 @@ class Sample:
 
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
-        return self.image.sha256, *self.captions, self.image.target
+        masks = [self.image.mask.sha256] if self.image.mask else []
+        return self.image.sha256, *self.captions, self.image.target, *masks
 
 
 # region shared: listing
@@ -1289,7 +1336,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
-    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
@@ -1417,12 +1464,18 @@ def list_rows(args: Args) -> list[Row]:
     return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
 
 
+def is_mask(args: Args, path: Path) -> bool:
+    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
+
+
 def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
     """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
     folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
     root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
     others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
+    images = [path for path in images if not is_mask(args, path)]
     names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
     tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
@@ -1447,8 +1500,10 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
-        used += paths
+        mask = masks.get(paths[0].with_suffix(""))
+        used += [*paths, mask]
         images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
+        images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
         listed.append((images, texts, origin))
     tell_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
@@ -1575,21 +1630,20 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
     # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
-    file, images, policy = (
-        cache_dir / "checked_images.json",
-        list(dict.fromkeys(images)),
-        f"decode policy {DECODE_POLICY}",
-    )
-    index, good, bad = {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"decoder {DECODE_POLICY}", {}, {}, {}
+    images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
         for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
-            if reason:
-                bad[image.name] = reason
+            mask = good.get(image.mask)  # before its image
+            if image.mask and mask and mask.size != (height, width):
+                reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
+            if reason or (image.mask and not mask):
+                bad[image.name] = reason or f"{image.mask.name} is bad"
             else:
-                good[image] = replace(image, sha256=sha256, size=(height, width))
+                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
             progress.advance()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
@@ -1655,6 +1709,11 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
 
 
+@functools.lru_cache(maxsize=256)
+def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
+    return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
+
+
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
     """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
@@ -1683,14 +1742,14 @@ class SampleStream:
         """This process's (sample index, position) pairs of global micro-batch `step`."""
         cycle, place = divmod(step, sum(self.shares))
         bucket, earlier = bucket_schedule(self.seed, self.stream, cycle, self.shares)[place]
-        members, count = self.buckets[bucket], len(self.buckets[bucket])
-        global_batch, mine = self.batch * self.processes, self.process_index * self.batch
-        start = (cycle * self.shares[bucket] + earlier) * global_batch + mine
-        turns = range(start // count, (start + self.batch - 1) // count + 1)  # the rounds that this batch lies in
-        makers = (make_generator(self.seed, self.stream, "order", bucket, turn) for turn in turns)
-        rounds = torch.cat([torch.randperm(count, generator=maker) for maker in makers])
-        places = rounds[start % count :][: self.batch].tolist()
-        return [(members[place], step * global_batch + mine + i) for i, place in enumerate(places)]
+        members, global_batch = self.buckets[bucket], self.batch * self.processes
+        start = (cycle * self.shares[bucket] + earlier) * global_batch
+        pairs = []
+        for i in range(self.process_index * self.batch, (self.process_index + 1) * self.batch):
+            turn, offset = divmod(start + i, len(members))
+            order = permutation(self.seed, self.stream, bucket, turn, len(members))
+            pairs.append((members[order[offset]], step * global_batch + i))
+        return pairs
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.micro_batch, itertools.count(self.first))
@@ -1729,16 +1788,35 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    masked = [image for image in images if image.mask]
+    if run.args.mask_suffix:
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and run.args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
+
+
+def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+    held_out = [samples[index] for index in sorted(order[:count])]
+    if held_out:
+        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+    rest = [samples[index] for index in sorted(order[count:])]
+    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
 # endregion shared: samples
 
 
 # differs: samples of the image-to-image script have references
-def check_data(run: Run) -> list[Sample]:
-    """The samples, every image decoded once and every caption final."""
+def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on and what is held out; every image decoded once, every caption final."""
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     folder, asked = run.args.class_data_dir, run.args.class_prompt
@@ -1747,8 +1825,7 @@ def check_data(run: Run) -> list[Sample]:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
                 was = f"{path.name} was drawn from '{prompt}', not from --class_prompt '{asked}'"
                 raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
-    rounds = range(max(sample.repeats for sample in samples))  # the stream visits what stands here, as often as it does
-    return [sample for turn in rounds for sample in samples if turn < sample.repeats]
+    return split_samples(run, samples)
 
 
 # differs: samples of the image-to-image script have references
@@ -1775,7 +1852,8 @@ class TrainingSet(Dataset):
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        centre = run.args.center_crop or run.args.cache_latents
+        crop = None if centre else torch.rand(2, generator=generator("crop", position)).tolist()
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
@@ -1795,6 +1873,8 @@ class TrainingSet(Dataset):
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
+        if run.args.mask_suffix:
+            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
 
 
@@ -1901,8 +1981,7 @@ def load_text_encoder(run: Run) -> nn.Module:
         settings = transformers.BitsAndBytesConfig(**run.text_quantization)
         options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
-        free = torch.cuda.mem_get_info(run.device)[0] - 2**30
-        options["max_memory"] = {run.device.index: free, "cpu": 2**62}
+        options["max_memory"] = {run.device.index: free_memory(run) - 2**30, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
     refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
@@ -2029,7 +2108,7 @@ class LatentSpace:
 
 def open_latent_space(run: Run) -> LatentSpace:
     """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
+    fetch_part(run, "vae", announced=False)
     weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
     mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
     std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
@@ -2441,15 +2520,47 @@ def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks:
     """Keeps only the inputs of the first blocks; inside `forward`, so that torch.compile and FSDP go around it."""
     blocks = blocks_of(transformer)
     for block in blocks[: math.ceil(share_of_blocks * len(blocks))]:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(recompute, block.forward)
 
 
-def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) -> None:
-    """torch.compile of each block in place, if the accelerate config asks for it; of several sizes for any at once."""
-    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
-    # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
-    for block in blocks_of(transformer) if backend.lower() not in ("", "no") else ():
-        block.compile(backend=backend.lower(), dynamic=several_sizes or None, mode=mode or None)
+def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # Dynamo breaks at a bare `checkpoint`
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named_inputs)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
+
+
+def asked_to_compile(args: Args) -> bool | None:  # None: where it pays
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no") or args.compile_blocks
+
+
+def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes: bool, steps: int) -> int:
+    """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries."""
+    done, stored = (run.resume.state["step"], run.resume.state.get("compiled")) if run.resume else (0, None)
+    pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps - done >= 500
+    pays = pays and not (run.args.do_fp8_training and several_sizes)  # which has crashed, see docs/memory.md
+    wanted = [choice for choice in (asked_to_compile(run.args), stored, pays) if choice is not None]
+    if not wanted[0]:
+        return 0
+    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "").lower() for name in ("BACKEND", "MODE"))
+    backend, problem = "inductor" if backend in ("", "no") else backend, None
+    if (run.quantization or {}).get("load_in_8bit"):
+        problem = "bitsandbytes' int8 stays eager; FP8 and NF4 compile"
+    elif backend == "inductor" and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cl")))):
+        problem = "torch.compile needs a C compiler, such as gcc, and Python's headers"
+    elif backend == "inductor" and run.device.type == "cuda" and not importlib.util.find_spec("triton"):
+        problem = "torch.compile needs the package triton"
+    if problem and run.args.compile_blocks:
+        raise UserError(f"--compile_blocks: {problem}; leave it out")
+    if problem:
+        log.warning(f"compile: {problem}; this run is eager")
+        return 0
+    log.info("compile: the blocks, before the first step: on an H200 93 s, paid back in 204 steps ([dev]) or 446 (9B)")
+    torch._dynamo.reset()  # graphs of an earlier run in this process
+    torch.compiler.set_stance("default")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what comes after it runs eager in silence
+    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+        block.compile(backend=backend, dynamic=several_sizes or None, mode=mode or None)
+    return len(blocks_of(transformer))
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
@@ -2663,7 +2774,10 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
     )[0]
 
     # against what it should be
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
+    if "weights" in tensors:  # of the loss masks
+        errors_BLC = errors_BLC * tensors["weights"][..., None]
+    errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
@@ -2915,8 +3029,8 @@ def save_checkpoint(run: Run, training: Training) -> Path:
     schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
         "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
-        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
-        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule,
+        "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
+        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule, "compiled": training.compiled > 0,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=".tmp-checkpoint-", dir=run.output_dir) as holder:
@@ -2984,6 +3098,7 @@ def restore(run: Run, training: Training) -> None:
     training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
     training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    training.best = tuple(stored["best"]) if stored.get("best") else None
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
@@ -3076,6 +3191,9 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
     for (x, y), image in cells.items():
         sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
+        run.told.add("contact sheet")
 
 
 def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
@@ -3094,25 +3212,42 @@ def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> No
 
 
 @torch.no_grad()
-def validation_loss(run: Run, training: Training) -> float:
-    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
-    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
-    return sum(losses) / len(losses)
+def validation_loss(run: Run, training: Training) -> dict[str, float]:
+    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+
+    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    """
+    samples = training.held_out or training.samples[:4]
+    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    losses, sigmas = [], []
+    for number in range(visits):
+        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
+            found.append(value.item())
+    by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
+    return {"validation_loss": sum(losses) / visits, **{f"validation_{name}": value for name, value in by_sigma}}
 
 
 def validate(run: Run, training: Training) -> dict[str, float]:
-    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+
+    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
     training.transformer.eval()
     try:
-        draw_samples(run, training, prompts, folder)
-        training.rest_vae(run.args)
-        if run.is_main:
-            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            track(run, functools.partial(send_images, prompts, folder, training.step))
-        values["validation_loss"] = validation_loss(run, training)
+        if prompts and run.args.num_validation_images:
+            draw_samples(run, training, prompts, folder)
+            training.rest_vae(run.args)
+            if run.is_main:
+                draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+                track(run, functools.partial(send_images, prompts, folder, training.step))
+        values = validation_loss(run, training)
+        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+            training.best = values["validation_loss"], training.step
+            if run.is_main and training.step:
+                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
@@ -3127,7 +3262,9 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 
 
 # differs: the image-to-image script has references and no class images
-def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(
+    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+) -> tuple[list[Stream], list[Image]]:
     """What is learned, beside it the class, whose missing images are generated first; and all the images to encode."""
     streams = [Stream("instance", samples)]
     if run.args.with_prior_preservation:
@@ -3144,7 +3281,8 @@ def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[l
         tell_unused(folder, files, images)
         listed = [Sample(Image(printable(path.name), path), (run.args.class_prompt,)) for path in images]
         streams.append(Stream("class", make_samples(run, listed, choose_buckets(run)), run.args.prior_loss_weight))
-    return streams, [sample.image for stream in streams for sample in stream.samples]
+    learned = [sample for stream in streams for sample in stream.samples]
+    return streams, [sample.image for sample in learned + held_out]
 
 
 def generate_class_images(run: Run, space: LatentSpace, folder: Path, batches: list[list[int]]) -> None:
@@ -3182,7 +3320,7 @@ def write_config(run: Run, basenames: bool = False) -> str:
         if name in left_out or value is None:
             continue
         if isinstance(value, bool):
-            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is True)
+            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is not False)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
@@ -3474,7 +3612,9 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
         raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
+def prepare_training(
+    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
@@ -3486,7 +3626,7 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
         load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
     geometries = {sample.geometry for stream in streams for sample in stream.samples}
-    compile_blocks(transformer, several_sizes=len(geometries) > 1)
+    compiled = compile_blocks(run, transformer, len(geometries) > 1, steps)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
     schedule = get_scheduler(  # in optimizer steps; stepped by us, never prepared by accelerate
@@ -3494,10 +3634,8 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
     ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
-    training = Training(
-        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
-        optimizer, schedule, now, StopSignals(),
-    )  # fmt: skip
+    rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals(), compiled
+    training = Training(space, streams, held_out, vae, transformer, parameters, ups, *rest)
     if run.resume:
         restore(run, training)
     return training
@@ -3548,8 +3686,9 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
 
 def peak_memory(run: Run) -> dict[str, float]:
     """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
-    if run.device.type == "cuda":
-        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
+    if run.device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):  # not every backend counts
+            return {"peak_device_gb": torch.accelerator.max_memory_allocated(run.device) / 1e9}
     with contextlib.suppress(ImportError):
         import resource  # POSIX only
 
@@ -3558,18 +3697,43 @@ def peak_memory(run: Run) -> dict[str, float]:
     return {}
 
 
+def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> None:
+    """Compiles each kind of block by a backward pass without a trace; if that fails, UserError or an eager run."""
+    started, problem = time.perf_counter(), ""
+    try:
+        for batch in batches:
+            batch_losses(run, training, batch)[0].mean().backward()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # Dynamo, Inductor, Triton and the C compiler have no common base
+        problem = " ".join(f"{type(error).__name__}: {error}".split()).partition(" Set TORCHDYNAMO")[0][:200]
+    training.optimizer.zero_grad(set_to_none=True)
+    if not gather(torch.tensor([bool(problem)], device=run.device)).any():  # all processes do the same
+        log.info(f"compile: {training.compiled} blocks run compiled, after {time.perf_counter() - started:.0f} s")
+        return
+    if asked_to_compile(run.args):
+        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
+    training.compiled = 0
+    torch.compiler.set_stance("force_eager")
+    log.warning(f"compile: the trial failed ({problem}); this run is eager, also when it is resumed")
+
+
 def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
     epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
-    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
-    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
-    if training.step == 0 and drawing:
+    drawing = run.args.validation_prompt and run.args.num_validation_images
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if training.step == 0 and period < math.inf:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))
     batches = make_loaders(run, training)
     training.transformer.train()
+    if training.compiled and training.step < steps:
+        first = next(batches)
+        try_compiled(run, training, first)
+        batches = itertools.chain([first], batches)
     with Progress("train", steps, done=training.step) as progress:
         while training.step < steps and stop.agreed is None:
             values = train_step(run, training, batches)
@@ -3577,11 +3741,11 @@ def train(run: Run, training: Training) -> None:
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
                 training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
+            progress.advance(f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
             stop.agree(run, training.signal)
             if stop.agreed is None and training.step % period == 0:
                 values |= validate(run, training)
-            write_metrics(run, values | peak_memory(run))
+            write_metrics(run, values | {"compiled_blocks": training.compiled} | peak_memory(run))
             if training.skipped >= 10:
                 advice = "look at the samples named above; if they are good, start anew with a lower --learning_rate"
                 raise NotFinite(f"step {training.step}: ten steps in a row were not finite: {advice}")
@@ -3643,9 +3807,10 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
         "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
         "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
+        **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
-    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    results = {"LoRA": LORA_FILE, "best": "best", "images": "samples", "card": "README.md", "settings": "config.args"}
     facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
@@ -3658,16 +3823,16 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples = check_data(run)
+            samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples))
+        encode_prompts(run, all_prompts(run, samples + held_out))
         space = open_latent_space(run)
-        streams, images = make_streams(run, space, samples)
+        streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
-        training = prepare_training(run, space, streams, vae)
+        training = prepare_training(run, space, streams, vae, held_out)
         with training.stop:  # before and after, a signal acts at once: what is done is on disk
             try:
                 train(run, training)

@@ -426,9 +426,7 @@ EMBEDDING_ERRORS = {
 
 
 @pytest.mark.parametrize("model, kind", EMBEDDING_ERRORS)
-def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(
-    script, request, tmp_path, capsys, kind, model
-):
+def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(script, request, tmp_path, kind, model):
     """Every layer that is read is quantised, the head is gone, nothing is trained; the error is printed (pytest -s)."""
     folder, bf16 = request.getfixturevalue(model), ("--mixed_precision", "bf16")
     plain = start_run(script, folder, tmp_path, *bf16)
@@ -443,8 +441,7 @@ def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(
     for prompt in ("", "a photo of sks toy", "two green squares at dawn"):
         expected, actual = (script.encode_prompt(run, tokenizer, one, prompt) for one in (exact, encoder))
         error = relative_error(actual.float(), expected.float())
-        with capsys.disabled():
-            print(f"{model} {kind} {prompt!r}: relative error of the embedding {error:.4f}")
+        print(f"{model} {kind} {prompt!r}: relative error of the embedding {error:.4f}")
         assert actual.dtype == torch.bfloat16 and low < error < high
 
 

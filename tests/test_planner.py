@@ -284,9 +284,11 @@ def test_the_predictions_of_streaming_are_near_what_was_measured_on_a_gpu():
 
 
 def test_the_predictions_in_the_docs_are_those_of_the_stored_file():
-    readme = (plan_memory.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    shown = readme.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]
+    page = (plan_memory.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]
     assert shown.strip() == plan_memory.readme_tables().strip()
+    shown = (plan_memory.ROOT / "README.md").read_text(encoding="utf-8").partition("tools/plan_memory.py -->\n")[2]
+    assert shown.partition("<!-- end of gpu_lines -->")[0].strip() == "\n".join(plan_memory.gpu_lines())
 
 
 def test_a_plan_does_not_depend_on_the_gpu_of_this_machine(t2i, small, tmp_path, monkeypatch):

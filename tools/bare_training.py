@@ -56,7 +56,7 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
     words = ["--pretrained_model_name_or_path", write_checkpoint(architecture, folder / "model")]
     words += ["--output_dir", folder / "out", "--instance_data_dir", folder / "data", "--instance_prompt", "a photo"]
     words += ["--mixed_precision", "bf16", "--cache_latents", "--report_to", "none", "--dataloader_num_workers", 0]
-    words += ["--seed", 0, "--max_train_steps", 1000, *flags]
+    words += ["--seed", 0, "--max_train_steps", 1000, "--no-compile_blocks", *flags]
     return script.start_accelerator(script.parse_args([str(word) for word in words]))
 
 
