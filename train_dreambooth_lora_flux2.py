@@ -1631,7 +1631,7 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
     # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
-    file, policy, index, good, bad = cache_dir / "checked_images.json", f"policy {DECODE_POLICY}", {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"decoder {DECODE_POLICY}", {}, {}, {}
     images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
@@ -1859,8 +1859,10 @@ class TrainingSet(Dataset):
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        image, cached = sample.image, run.args.cache_latents
+        encoded = self.space.cache.get(*self.space.key(image, flip)) if cached else image.pixels(crop, flip)
         item = {
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
+            "moments" if cached else "pixels": encoded,
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
@@ -1875,12 +1877,6 @@ class TrainingSet(Dataset):
         if run.args.mask_suffix:
             item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
-
-    def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
-        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
-        if self.run.args.cache_latents:
-            return self.space.cache.get(*self.space.key(image, flip))
-        return image.pixels(crop, flip)
 
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)

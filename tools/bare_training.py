@@ -70,14 +70,6 @@ def make_streams(script: ModuleType, run: Any, references: int = 0) -> list:
     return [script.Stream("instance", [sample])]
 
 
-def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
-    """Mean and log-variance (2, C, H, W) as the latent cache would hand them out; without one, pixels (3, H, W)."""
-    if not data.run.args.cache_latents:
-        return torch.randn(3, *image.target)
-    rows, columns = (side // data.run.cell for side in image.target)
-    return torch.randn(2, data.space.channels // 4, 2 * rows, 2 * columns)
-
-
 def fill(module: torch.nn.Module, run: Any) -> None:
     """Gives the parameters of a module on the meta device memory on the run's device, and random values."""
     for part in module.modules():
@@ -147,9 +139,15 @@ def set_up(
 def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
     """The script's own loader, over latents and a prompt that were never encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    prompt = torch.randn(shape, dtype=run.dtype)
+    prompt, channels = torch.randn(shape, dtype=run.dtype), training.space.channels // 4
+
+    def cached(_: Any, what: Any) -> torch.Tensor:  # a prompt, or an image: mean and log-variance (2, C, H, W)
+        sides = () if isinstance(what, str) else [2 * side // run.cell for side in what.target]
+        return torch.randn(2, channels, *sides) if sides else prompt
+
     with (
-        mock.patch.object(script.TrainingSet, "view", random_moments),
-        mock.patch.object(script.TensorCache, "get", lambda *_: prompt),
+        mock.patch.object(script.LatentSpace, "key", lambda _, image, flip: (image,)),
+        mock.patch.object(script.TensorCache, "get", cached),
+        mock.patch.object(script.Image, "pixels", lambda image, *_: torch.randn(3, *image.target)),
     ):
         yield from script.make_loaders(run, training)
