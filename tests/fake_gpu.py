@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,13 +67,15 @@ class Watch(TorchDispatchMode):
             self.heavy[name, place()] += 1
         if "cuda" in devices and name in DATA_DEPENDENT:
             self.waits[name, place()] += 1
+        if name == "bitsandbytes::int8_vectorwise_quant" and len(args) + len(kwargs) > 1:
+            self.waits["int8 looks for outliers", place()] += 2  # whether there are any, and which
         if name in ("_to_copy", "copy_") and len(devices) > 1:
             source, target = (args[1], args[0]) if name == "copy_" else (args[0], outputs[0])
             waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
             if target.device.type == "cpu":
                 self.waits["copy to the host", place()] += 1
-            elif source.numel() > 1_000_000 and name == "copy_":
-                self.events.append("block copied")
+            elif hasattr(source, "block"):
+                self.events.append(("copied", source.block))
             size = source.numel() * source.element_size()
             pageable = size > STAGED and not getattr(source, "pinned", False)
             if target.device.type == "cuda" and (waits or pageable) and source.dim():
@@ -166,7 +169,7 @@ class Stream:
         return False
 
     def wait_stream(self, other: "Stream") -> None:
-        """Noted as an event: `side` is the stream that the script made."""
+        """Noted as an event; what is not the main stream is the one that the script made."""
         if Watch.current:
             Watch.current.events.append("compute waits" if self is MAIN_STREAM else "side waits")
 
@@ -213,7 +216,8 @@ def pretended_gpu() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda _: True)))
         stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda *_: None))
-        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        sizes = {"shape_env": ShapeEnv(), "static_shapes": True}  # int8's outliers have a size that no shape tells
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, **sizes))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield mode
 
