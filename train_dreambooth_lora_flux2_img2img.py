@@ -27,6 +27,7 @@ Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import csv
 import difflib
@@ -109,19 +110,19 @@ def to_sizes(text: str) -> str:
     """What `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
-        raise argparse.ArgumentTypeError(f"'{text}': write 'height,width', several with ';' between, multiples of 16")
+        raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
     return text
 
 
 class Switch(argparse.Action):
-    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is on by default."""
+    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is, or may be, on by default."""
 
     def __call__(self, _parser: Any, found: Args, value: str | None, option: str | None = None) -> None:
         setattr(found, self.dest, (value != "false") != str(option).startswith("--no-"))
 
 
 def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
-    """One row: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or that of `parse_number`.
+    """One row of the table: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or a range.
 
     `resume` marks what a resumed run must share with the run that it goes on with.
     """
@@ -148,10 +149,13 @@ SHARED_FLAGS = [
     flag("dataset_split", str, "train", "split of that data set"),
     flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
     flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-    flag("instance_data_dir", to_path, None, "folder of images, with NAME.txt captions or a metadata.jsonl/csv"),
+    flag("instance_data_dir", to_path, None, "folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
-    flag("repeats", COUNT, 1, "visits of each image in one epoch"),
+    flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+         resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
     "Image size",
@@ -168,6 +172,7 @@ SHARED_FLAGS = [
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
+    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: text encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
     flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
@@ -179,8 +184,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift s of sigma, s*t / (1 + (s-1)*t): linear (in image tokens), none, "
-         "empirical (as at inference) or a number"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (as drawn) or a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
@@ -219,6 +223,7 @@ SHARED_FLAGS = [
     flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
     flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
     flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
+    flag("compile_blocks", bool, None, "torch.compile the blocks; None: on a GPU, when 500 steps or more are to go"),
     flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
     "Checkpoints",
     flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
@@ -232,6 +237,7 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
+    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
@@ -261,7 +267,7 @@ LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safe
 # What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
@@ -290,6 +296,7 @@ PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_p
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 LIKELY_CAUSES = {  # of argparse's own errors
     r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
     r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
 }
 
@@ -316,7 +323,8 @@ def build_parser() -> argparse.ArgumentParser:
             group = groups[row]
             continue
         name, options = row
-        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * (options["default"] is True)
+        may_be_on = options.get("action") is Switch and options["default"] is not False
+        more = ["--lora_blocks"] * (name == "lora_layers") + [f"--no-{name}"] * may_be_on
         group.add_argument(f"--{name}", *more, **options)
     return parser
 
@@ -327,9 +335,10 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
         try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
+            word.encode()  # what is no UTF-8 could not be written down
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
-            parser.error(f"{word}: cannot read it ({error}); give the path of a saved command line")
+            parser.error(f"{word!a}: cannot read it ({error})")
     trigger = parser.parse_args(words).instance_prompt or "[trigger]"
     return parser.parse_args([word.replace("[trigger]", trigger) for word in words])
 
@@ -352,14 +361,24 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--pretrained_model_name_or_path {model}: neither a folder here nor a hub id like 'owner/name'"
     if args.mixed_precision == "fp16":
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
-    if settings and args.do_fp8_training:
-        yield "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once"
-    if settings and args.stream_blocks:
-        yield "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither"
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
-        yield "--instance_data_dir or --dataset_name: give exactly one of them"
-    if args.instance_data_dir and not os.path.isdir(args.instance_data_dir):
-        yield f"--instance_data_dir {args.instance_data_dir}: no such folder"
+    text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
+    together = {
+        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+            settings and args.do_fp8_training,
+        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+            settings and args.stream_blocks,
+        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+            text_format and elsewhere,
+        "--instance_data_dir or --dataset_name: give exactly one of them":
+            bool(args.instance_data_dir) == bool(args.dataset_name),
+        "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
+            args.mask_suffix and args.dataset_name,
+    }  # fmt: skip
+    yield from (problem for problem, holds in together.items() if holds)
+    for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
+        yield f"--instance_data_dir {folder}: no such folder"
+    if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
+        yield f"--repeats: {len(args.repeats)} number(s) for {count} --instance_data_dir; give one for each"
     if args.resolution % 16:
         near = max(16, round(args.resolution / 16) * 16)
         yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
@@ -371,26 +390,22 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
 
 
-def read_quantization(args: Args) -> dict[str, Any]:
-    """The settings in the file of --bnb_quantization_config_path. Raises UserError."""
-    path = args.bnb_quantization_config_path
+def read_quantization(flag: str, path: str) -> dict[str, Any]:
+    """The settings of bitsandbytes in the file of this flag. Raises UserError."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
             raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
     except (OSError, ValueError, AttributeError) as error:
-        example = "configs/quantization/nf4.json"
-        raise UserError(f"--bnb_quantization_config_path {path}: cannot be used ({error}); see {example}") from None
+        raise UserError(f"--{flag} {path}: cannot be used ({error}); see configs/quantization/nf4.json") from None
     return settings
 
 
 def launched_with(name: str) -> bool:
-    """Whether the launcher's environment switches `name` on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def process_count() -> int:
-    """Processes that the launcher started, on all machines."""
+def process_count() -> int:  # on all machines
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -474,10 +489,10 @@ def check_own(args: Args) -> Iterator[str]:
     for folder in args.cond_data_dir or []:
         if not os.path.isdir(folder):
             yield f"--cond_data_dir {folder}: no such folder"
-        elif args.instance_data_dir and os.path.realpath(folder) == os.path.realpath(args.instance_data_dir):
+        elif os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
             yield f"--cond_data_dir {folder}: is --instance_data_dir too; references need a folder of their own"
-    if args.cond_data_dir and (args.dataset_name or args.cond_image_column):
-        yield "--cond_data_dir: goes with --instance_data_dir alone; or leave it out and give --cond_image_column"
+    if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
+        yield "--cond_data_dir: goes with one --instance_data_dir alone; else give metadata, see --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
         yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
@@ -496,7 +511,7 @@ def split_paths(text: str) -> list[str]:
 # differs: there are folders of references too
 def data_folders(args: Args) -> list[str]:
     """The folders that the images are read from, into which nothing may be written."""
-    return [folder for folder in (args.instance_data_dir, *(args.cond_data_dir or [])) if folder]
+    return [*(args.instance_data_dir or []), *(args.cond_data_dir or [])]
 
 
 # region shared: arguments-result
@@ -515,10 +530,7 @@ def flag_notes(args: Args) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel (Linux) for a SIGUSR2 when the launcher ends, which keeps the signals that it gets for itself.
-
-    Any other parent, a shell or a supervisor, may end before the run does.
-    """
+    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
     words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
     if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
@@ -546,6 +558,10 @@ if __name__ == "__main__":
 # endregion shared: arguments-result
 
 # region shared: imports
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+
 # news from libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -591,7 +607,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-log = logging.getLogger("flux2_lora")
+log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 # endregion shared: imports
 
 
@@ -616,6 +632,7 @@ class Run:
     cell: int  # pixels per token side
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
+    text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
@@ -652,6 +669,7 @@ class Training:
 
     space: LatentSpace
     streams: list[Stream]  # the first one is what is learned
+    held_out: list[Sample]  # what is never trained on
     vae: Any  # None when the images are cached and nothing is drawn
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
@@ -661,11 +679,13 @@ class Training:
     schedule: Any
     fingerprint: dict[str, Any]
     stop: StopSignals
+    compiled: int  # blocks that run compiled
     step: int = 0  # optimizer steps done
     whole: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
     signal: int = 0  # the highest that any process had received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
     unsaved: bool = False  # the last checkpoint that was due did not fit the disk
     seconds: float = 0.0  # that the steps since this start took
 
@@ -738,9 +758,7 @@ def output_lock(args: Args) -> Iterator[None]:
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
             who = path.read_text(encoding="utf-8").strip()
-            raise UserError(
-                f"--output_dir {path.parent}: another run is going on in it ({who}); wait or stop it"
-            ) from None
+            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
         except OSError as error:  # no locks on this drive, or a full disk
             log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
         try:
@@ -761,8 +779,7 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     phase = next((name for caller, name in itertools.pairwise(called) if caller == "main"), "start").replace("_", " ")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     peak = max(peak_memory(run).values(), default=math.nan)
-    on_gpu = run.device.type == "cuda"
-    free = (torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available) / 1e9
+    free = free_memory(run) / 1e9
     flags = memory_flags(run, phase)
     text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
     text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
@@ -772,10 +789,19 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     raise OutOfMemory(text.rstrip()) from error
 
 
+def free_memory(run: Run) -> int:
+    """Free bytes of the device; of the host on the CPU, and where the device does not tell."""
+    if run.device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+            return torch.accelerator.get_memory_info(run.device)[0]
+    return psutil.virtual_memory().available
+
+
 def memory_flags(run: Run, phase: str) -> list[str]:
     """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
     if "prompts" in phase:
-        names, smaller = ["offload", "fsdp_text_encoder", "remote_text_encoder"], ["max_sequence_length"]
+        names, smaller = ["offload", "text_encoder_bnb_config_path"], ["max_sequence_length"]
+        names += ["fsdp_text_encoder", "remote_text_encoder"]
     elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
@@ -784,7 +810,8 @@ def memory_flags(run: Run, phase: str) -> list[str]:
         names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
         smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
-    useless += ["fsdp_text_encoder"] if run.processes == 1 else []
+    useless += ["fsdp_text_encoder"] if run.processes == 1 or run.text_quantization else []
+    useless += ["text_encoder_bnb_config_path"] if run.args.fsdp_text_encoder else []
     helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
     return helping + [f"a smaller --{name}" for name in smaller]
 
@@ -792,8 +819,9 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 def resume_line(run: Run, *more: str) -> str:
     """What goes on from the last checkpoint: a command, or the call of a notebook."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
-    if __name__ != "__main__":
-        return f"main(parse_args({words}))"
+    if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
+        several = f"notebook_launcher(train, ({words},), {run.processes})"
+        return f"main(parse_args({words}))" if run.processes == 1 else several
     launcher = "python" if run.processes == 1 else "accelerate launch --config_file YOURS.yaml"
     return f"{launcher} {shlex.join([sys.argv[0], *words])}"
 
@@ -839,10 +867,12 @@ def set_up_logging() -> None:
     """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    log.handlers = [LogHandler()]  # of one script, where both are imported
+    if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
+        log.addHandler(LogHandler())
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
+            library.logging.disable_progress_bar()
 
 
 def start_accelerator(args: Args) -> Run:
@@ -868,6 +898,8 @@ def start_accelerator(args: Args) -> Run:
     )
     if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
         raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    if accelerator.device.type not in ("cpu", "cuda"):
+        log.warning(f"start: on {accelerator.device.type} nothing is tested, only on CUDA and the CPU")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")
     if args.do_fp8_training:
         check_fp8(accelerator.device, dtype)
@@ -881,7 +913,8 @@ def start_accelerator(args: Args) -> Run:
         dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
         cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
-        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype),
+        lora=find_lora(args, model), quantization=find_quantization(args, model, dtype, "transformer"),
+        text_quantization=find_quantization(args, model, dtype, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
         resume=resume, started=time.monotonic(), sharding=launched_with("ACCELERATE_USE_FSDP"),
     )  # fmt: skip
@@ -910,25 +943,35 @@ def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int
 
 
 class Progress(tqdm):
-    """One bar per phase on a terminal; into a file, a line at most every ten seconds and one at the end."""
+    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        self.in_lines = not sys.stderr.isatty()
+        """`total` things to do, of which `done` were done before."""
+        self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
-        silent = not log.isEnabledFor(logging.INFO)
-        super().__init__(total=total, initial=done, desc=phase, disable=silent, dynamic_ncols=True, **options)
+        width = {"dynamic_ncols": True} if IN_NOTEBOOK else {"ncols": shutil.get_terminal_size().columns}  # never 0
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", **width}
+        super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
         self.set_postfix_str(note, refresh=False)
         self.update()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        facts = super().format_dict
+        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
+        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
+        return facts | {"left": f"{left} left"}
 
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
-            left = self.format_dict["elapsed"] / (self.n - self.initial) * (self.total - self.n)
-            log.info(f"{self.desc}: {self.n}/{self.total} {self.postfix}" + f", {left:.0f} s left" * (left > 0))
+            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
+            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
 
 
 class LogHandler(logging.Handler):
@@ -1069,18 +1112,24 @@ BNB_VALUES |= {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_skip_modules": (N
 BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|quant_state\.bitsandbytes__\w+))$")
 
 
-def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict[str, Any] | None:
-    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None."""
-    stored, path = model.config("transformer").get("quantization_config"), args.bnb_quantization_config_path
+def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: str) -> dict[str, Any] | None:
+    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
+
+    Of the text encoder only those of its flag: one that is stored quantised is used as it is. Raises UserError for
+    settings or a machine that will not do, another format, and what would be quantised twice.
+    """
+    own_flag = "bnb_quantization_config_path" if part == "transformer" else "text_encoder_bnb_config_path"
+    path = getattr(args, own_flag)
+    stored = model.config(part).get("quantization_config") if part == "transformer" or path else None
     if not (stored or path):
         return None
-    where = f"{model.name} is stored quantised" if stored else f"--bnb_quantization_config_path {path}"
+    where = f"{model.name} is stored quantised" if stored else f"--{own_flag} {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
         raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
-    for name in ("bnb_quantization_config_path", "do_fp8_training", "stream_blocks") if stored else ():
-        if getattr(args, name):
+    for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
+        if stored and getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where} already")
-    settings, known = stored or read_quantization(args), diffusers.BitsAndBytesConfig().to_dict()
+    settings, known = stored or read_quantization(own_flag, path), diffusers.BitsAndBytesConfig().to_dict()
     if not stored:
         for name, value in settings.items():
             usable = BNB_VALUES.get(name, (value,) if name in known else ())  # diffusers would ignore another name
@@ -1088,9 +1137,12 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype) -> dict
                 choices = " or ".join(map(json.dumps, usable)) or f"one of {', '.join(known)}"
                 raise UserError(f"{where}: {name} is {json.dumps(value)}; use {choices}")
         settings = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), **settings}
-        settings["llm_int8_skip_modules"] = outside_blocks(model)
-    try:  # bitsandbytes itself, and a GPU
-        DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        settings |= {"llm_int8_skip_modules": outside_blocks(model)} if part == "transformer" else {}
+    try:  # bitsandbytes itself, and for the loader of diffusers a GPU
+        if part == "transformer":
+            DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
+        else:
+            transformers.BitsAndBytesConfig(**settings)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{where}: {error}") from None
     return settings
@@ -1140,10 +1192,14 @@ def check_parts(run: Run) -> None:
             check_part(run, part)
 
 
-def fetch_part(run: Run, part: str) -> Path:
+def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
+    """The folder of a part, to load it from; after a download it is checked before the next one."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
+    if announced:
+        size = sum(path.stat().st_size for path in run.model.weight_files(part) if path.is_file())
+        log.info(f"load: {part}, {size / 1e9:.2f} GB on disk")
     return folder
 
 
@@ -1171,39 +1227,29 @@ DECODE_POLICY = 2  # raise it when decode_image changes: checked images are chec
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """Decodes one image as a person sees it: upright, in sRGB. Raises ValueError: why it cannot be trained on."""
-    if not data:
-        raise ValueError("empty file (0 bytes)")
+    """One image as a person sees it: upright, in sRGB, on white. Raises ValueError: why it cannot be trained on."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
     except PIL.UnidentifiedImageError:
-        raise ValueError("not an image in a known format") from None
+        raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
     except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
         raise ValueError(f"truncated or damaged ({error})") from None
     if frames > 1:
         raise ValueError(f"animated or multi-page ({frames} frames)")
-    return to_rgb(image)
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey scaled to 8, the colour profile applied, transparency on white. Raises ValueError where it cannot."""
-    profile, clear, alpha = image.info.get("icc_profile"), image.info.get("transparency"), None
     if image.mode in ("F", "I"):
         raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    elif image.mode == "P":
-        image = image.convert("RGB" if clear is None else "RGBA")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layered, grey = image.convert("RGBA"), image.mode in ("L", "LA", "La")
-        alpha, image = layered.getchannel("A"), layered.convert("RGB").convert("L" if grey else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = image.convert({"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1225,10 +1271,7 @@ def cover_size(size: Size, target: Size) -> Size:
 def image_to_pixels(
     image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
 ) -> torch.Tensor:
-    """Resizes to `resized`, by default just large enough, and crops to `target`; returns (3, H, W) in [-1, 1].
-
-    `crop` places the window: two numbers in [0, 1) from top and left, None is the centre. As the pipelines do.
-    """
+    """(3, H, W) in [-1, 1] at `target`; `crop` places it in [0, 1) from top and left, None is the centre."""
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
         place = crop[::-1] if crop else (0.5, 0.5)
@@ -1255,10 +1298,11 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills it in
-    size: Size = (0, 0)  # so too
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
+    size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
     fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1270,8 +1314,16 @@ class Image:
             raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1], decoded anew: images are never kept. See `image_to_pixels`."""
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        if not self.mask:
+            return torch.ones(math.prod(self.target) // cell**2)
+        grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
+        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
 
 # endregion shared: data
@@ -1312,6 +1364,7 @@ class Sample:
     captions: Captions  # one of them is drawn at each visit
     origin: str = ""  # where the captions come from, for the report
     references: tuple[Image, ...] = ()
+    repeats: int = 1  # how often it is in a round of all samples
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -1324,23 +1377,23 @@ class Sample:
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
         references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
-        return self.image.sha256, *self.captions, self.image.target, *references
+        masks = [self.image.mask.sha256] if self.image.mask else []
+        return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
 
 # region shared: listing
-Table = dict[int, dict[str, Any]]  # the rows of a metadata file by line
+Row = tuple[list[Image], Captions, str, int]  # an image and what belongs to it, captions, their origin, and repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
-    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks",
+    r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
-def plain(name: str | Path) -> str:
-    """A path or the name of a column as it is compared: without blanks at the ends, in one case and Unicode form."""
+def plain(name: str | Path) -> str:  # as it is compared: without blanks at the ends, in one case and Unicode form
     return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
 
 
@@ -1349,19 +1402,15 @@ def some(names: list[str]) -> str:
 
 
 def as_lines(problems: list[str]) -> str:
-    """The first twenty problems as lines of a message, and how many more there are."""
     rest = [f"and {len(problems) - 20} more"] * (len(problems) > 20)
     return "".join(f"\n    {line}" for line in (*problems[:20], *rest))
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Files and links below `folder`, sorted, without hidden ones; what a link leads to is not looked at here."""
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and links below `folder`, sorted, without hidden ones, and those of them whose ending is an image's."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def list_images(files: list[Path]) -> list[Path]:  # a link to nothing is one, to be told by name
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
@@ -1372,25 +1421,7 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
             kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
             kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
     for kind, names in kinds.items():
-        log.warning(f"data: {folder.name}: {len(names)} {kind} not used: {some(names)}")
-    if kinds:
-        log.info("data: captions are NAME.txt beside NAME.jpg, or in a folder's metadata.jsonl, else metadata.csv")
-
-
-def file_image(folder: Path, path: Path) -> Image:  # named by its path in the folder
-    return Image(printable(str(path.relative_to(folder))).replace("\n", "\\n"), path)
-
-
-def caption_files(files: list[Path], images: list[Path]) -> dict[Path, Path]:
-    """The caption file beside each image that has one: NAME.txt or NAME.caption, also behind NAME's own ending."""
-    # the very name goes before one that differs in case, blanks or Unicode form, and that is then no other image's
-    texts = [path for ending in CAPTION_SUFFIXES for path in files if path.suffix.lower() == ending and path.is_file()]
-    same = {path.with_suffix(""): path for path in reversed(texts)}
-    found = {path: same.get(path.with_suffix("")) or same.get(path) for path in images}
-    similar = {plain(path.with_suffix("")): path for path in sorted({*texts}.difference(found.values()))}
-    for path in [path for path, text in found.items() if text is None]:
-        found[path] = similar.get(plain(path.with_suffix(""))) or similar.get(plain(path))
-    return {path: text for path, text in found.items() if text}
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {some(names)}")
 
 
 def read_text(path: Path) -> str:
@@ -1413,177 +1444,144 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
     return tuple(texts)
 
 
-def read_metadata(path: Path) -> Table:
-    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
-    rows, line, content = {}, 1, read_text(path)
-    try:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(io.StringIO(content))
-            header = reader.fieldnames or [""]
-            if other := re.search(r"[;\t]", header[0]):
-                raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it with commas between them")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
-            for row in reader:
-                rows[reader.line_num] = row
-        else:
-            for line, text in enumerate(content.split("\n"), start=1):
-                rows |= {line: json.loads(text)} if text.strip() else {}
-    except (json.JSONDecodeError, csv.Error) as error:
-        reason = getattr(error, "msg", error)
-        raise UserError(f"{path}: line {line} is not readable as one JSON object or CSV row ({reason})") from None
-    for line, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path}: line {line} must be an object like {{"file_name": ..., "text": ...}}')
-        if None in row:
-            raise UserError(f"{path}: line {line} has more cells than columns; quote texts with commas")
-    return rows
-
-
 def find_column(columns: list[str], *names: str) -> str | None:
     """The column that is called like the first of the names that is there."""
-    return next((column for name in names for column in (name, *columns)
-                 if column in columns and plain(column) == plain(name)), None)  # fmt: skip
-
-
-def choose_column(flag_name: str, asked: str | None, origin: Any, columns: list[str], *usual: str) -> str | None:
-    """The column that a flag asks for, or else one of the usual ones, or None. Raises UserError if it is not there."""
-    column = find_column(columns, *([asked] if asked else usual))
-    if asked and column is None:
-        raise UserError(f"--{flag_name} {asked}: not in {origin}; columns: {', '.join(columns)}")
-    return column
+    return next((c for name in names for c in (name, *columns) if c in columns and plain(c) == plain(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
     """The column of captions. Logs the number of rows, which columns are used, and which are not."""
-    caption = choose_column("caption_column", args.caption_column, origin, columns, *USUAL_CAPTIONS)
+    caption = find_column(columns, *([args.caption_column] if args.caption_column else USUAL_CAPTIONS))
+    if args.caption_column and caption is None:
+        raise UserError(f"--caption_column {args.caption_column}: not in {origin}; columns: {', '.join(columns)}")
     unused = ", ".join(column for column in columns if column not in (*images, caption))
-    target, *references = images
-    log.log(logging.WARNING if unused and caption is None else logging.INFO,
-            f"data: {origin}: {count} rows, images from {target}"
-            + f", references from {', '.join(references)}" * bool(references)
-            + f", captions from {caption or 'no column'}" + f"; columns not used: {unused}" * bool(unused))  # fmt: skip
+    used = ", references from ".join([images[0], ", ".join(images[1:])][: len(images)])
+    report = f"data: {origin}: {count} rows, images from {used}, captions from {caption or 'no column'}"
+    level = logging.WARNING if unused and caption is None else logging.INFO
+    log.log(level, report + f"; columns not used: {unused}" * bool(unused))
     return caption
 
 
-def named_file(root: Path, folder: Path, name: Any, names: dict[str, Path]) -> Path:
-    """The file `name` of a metadata row in `folder`, among `names` where it is written otherwise. Raises UserError."""
-    if not name or not isinstance(name, str):
-        raise UserError("every row needs a 'file_name'")
-    path = Path(os.path.normpath(folder / name.strip()))  # not resolved: files of a Hub snapshot are links to elsewhere
-    path = path if os.path.isfile(path) else names.get(plain(path), path)
-    if not path.is_relative_to(root) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-        raise UserError(f"'{name}' leads out of the folder or does not exist; names start at {folder}")
-    return path
-
-
-Row = tuple[list[Path], Captions, str]  # images of a row of metadata, their captions, the file's name
-
-
-def list_metadata(args: Args, root: Path, path: Path, names: dict[str, Path]) -> tuple[list[str], list[str], list[Row]]:
-    """All columns of a metadata file, those with images, and its rows: the first image must be there, others may."""
-    rows = read_metadata(path)
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    if not rows:
-        return [], [], []
-    images = metadata_columns(args, path, columns, rows)
-    caption = caption_column(args, path, len(rows), columns, images)
-    found, problems = [], []
-    for line, row in rows.items():
-        first, *others = (row.get(column) for column in images)
-        cells = [first, *(name for cell in others for name in (cell if isinstance(cell, list) else [cell]) if name)]
+def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    rows, content, header = {}, read_text(path), []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(content))
+        header = reader.fieldnames or []
+        rows = dict((reader.line_num, row) for row in reader)
+    for line, text in enumerate([] if header else content.split("\n"), start=1):
         try:
-            files = [named_file(root, path.parent, name, names) for name in cells]
-            found.append((files, caption_texts(row.get(caption)), path.name))
-        except UserError as error:
-            problems.append(f"line {line}: {error}")
+            rows |= {line: json.loads(text)} if text.strip() else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {line} is not readable as one JSON object ({error.msg})") from None
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have one name: {', '.join(header)}")
+    for line, row in rows.items():
+        if not isinstance(row, dict) or None in row:
+            reason = f"has more cells than columns ({', '.join(header)}); quote texts with commas"
+            raise UserError(f"{path}: line {line} {reason if header else 'must be an object with a file_name'}")
+    return rows
+
+
+def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[str], list[str], list]:
+    """All columns of a metadata file, those with images, and (files, captions, origin) of its rows."""
+    table, found, problems = read_metadata(path), [], []
+    if not table:
+        return [], [], []
+    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    images = image_columns(args, path, columns, table)
+    caption = caption_column(args, path, len(table), columns, images)
+    for line, row in table.items():
+        first, *others = (row.get(column) for column in images)  # the first must be there, others may
+        lists = (cell if isinstance(cell, list) else [cell] for cell in others)
+        cells = [first, *filter(None, itertools.chain(*lists))]
+        paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
+        files = [names.get(file) or names.get(plain(file)) for file in paths]
+        advice = f"leads out of the folder or does not exist; names start at {path.parent}"
+        wrong = [cell for cell, file in zip(cells, files, strict=True) if file is None]
+        problems += [f"line {line}: {cell!r} {advice}" for cell in wrong]
+        found.append((files, caption_texts(row.get(caption), f"{path}: line {line}: "), path.name))
     if problems:
-        raise UserError(f"{path}: {len(problems)} row(s) cannot be used:{as_lines(problems)}")
+        raise UserError(f"{path}: {len(problems)} file name(s) cannot be used:{as_lines(problems)}")
     return columns, images, found
 
 
-def list_folder(args: Args) -> list[tuple[list[Image], Captions, str]]:
-    """(images, captions, where these come from) of each row of metadata, or image; what is not used is told by name."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    files = [path for path in list_files(folder) if not any(path.is_relative_to(other) for other in others)]
-    names = {plain(path): path for path in files}
+def list_rows(args: Args) -> list[Row]:
+    """The rows of --dataset_name, or of each --instance_data_dir with its share of --repeats."""
+    if args.dataset_name:
+        return list_dataset(args)
+    repeats = args.repeats or [1] * len(args.instance_data_dir)
+    folders = zip(args.instance_data_dir, repeats, strict=True)
+    return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
+
+
+def is_mask(args: Args, path: Path) -> bool:
+    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
+
+
+def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
+    """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
+    folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
+    root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
+    others = [other for other in every if other != folder and other.is_relative_to(folder)]
+    files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
+    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
+    images = [path for path in images if not is_mask(args, path)]
+    names = {key: path for path in reversed(files) for key in (path, plain(path))}
     metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
-    tables = {path: list_metadata(args, folder, path, names) for path in metadata.values()}
+    tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
     for name in ("image_column", "caption_column", "cond_image_column"):
-        if vars(args).get(name) not in (None, "image") and not any(columns for columns, *_ in tables.values()):
+        if not tables and vars(args).get(name) not in (None, "image"):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
-    single = all([plain(image) for image in images] in ([], ["file_name"]) for _, images, _ in tables.values())
+    single = all([plain(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
-        captions = dict.fromkeys(list_images(files), ((), ""))
+        captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    targets = [images[0] for images, *_ in found]
-    beside, listed, empty = caption_files(files, targets), [], []
-    used = [path for path, (columns, *_) in tables.items() if columns]
-    for images, texts, origin in found:
-        if not texts and (file := beside.get(images[0])):
+    texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
+    stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
+    beside = dict(zip([*map(plain, stems), *stems], [*texts, *texts], strict=True))
+    used, listed = [*tables], []
+    for paths, texts, origin in found:
+        keys = [paths[0].with_suffix(""), paths[0], plain(paths[0].with_suffix("")), plain(paths[0])]
+        if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
-            used.append(file)
-            empty += [] if texts else [str(file.relative_to(folder))]
-        used += images
-        listed.append(([file_image(folder, image) for image in images], texts, origin))
+            used += [file] * len(texts)
+        mask = masks.get(paths[0].with_suffix(""))
+        used += [*paths, mask]
+        images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
+        images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
+        listed.append((images, texts, origin))
     tell_unused(folder, files, used)
-    if empty:
-        log.warning(f"data: {len(empty)} caption file(s) are empty: {some(empty)}")
-    inner = [path.relative_to(folder.parent).as_posix() for path in targets]
+    inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
             log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
-        if int(number) != args.repeats:
-            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; give "
-                        f"--repeats {number} --instance_prompt '{prompt}'")  # fmt: skip
-    missed = [f"{path}: {', '.join(columns)}" for path, (columns, images, _) in tables.items()
-              if columns and (single or len(columns) > len(images))]  # fmt: skip
-    if missed and not any(texts for _, texts, _ in listed):
-        raise UserError("there is metadata, but no caption; give --caption_column, or remove the file:"
-                        + as_lines(missed))  # fmt: skip
+        if int(number) != repeats:
+            advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"
+            log.warning(f"data: folder '{number}_{prompt}': repeats and prompt in its name are not read; {advice}")
+    without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
+    if without and not any(texts for _, texts, _ in listed):
+        lines = as_lines([f"{path}: {', '.join(every)}" for path, every in without])
+        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
     return listed
 
 
-def open_dataset(args: Args) -> Any:
-    """The table of --dataset_name, its images not decoded. Raises UserError with the cause if it cannot be loaded."""
-    import datasets  # only now: it costs a second and most runs use a folder
-
-    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
-    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
-    try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if split not in splits:
-                raise ValueError(f"it has {', '.join(splits)}")
-            return splits[split]
-        return datasets.load_dataset(builder, args.dataset_config_name, data_files=files, split=split,
-                                     cache_dir=args.cache_dir, token=args.hub_token)  # fmt: skip
-    except Exception as error:  # the readers of files and of the Hub have no common base of errors
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__
-        differ = isinstance(error, datasets.table.CastError)
-        text = f"all files must have the same columns, but {error.details()}" if differ else str(error)
-        reason = " ".join(text.split())
-        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
-
-
-def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bool = False) -> list[Image]:
-    """One image per row of the column, whose cells may hold `lists` of them. Raises UserError if it has none."""
+def column_images(args: Args, table: Any, column: str, lists: bool = False) -> list[Image]:
+    """One image per row of the column, whose cells may hold `lists` of them; none is read. Raises UserError."""
     import datasets
 
-    kind = datasets.Image(decode=False)
+    kind, name, caches = datasets.Image(decode=False), args.dataset_name, ()
     try:
         cells = table.select_columns(column).cast_column(column, datasets.List(kind) if lists else kind)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--{flag_name} {column}: holds no images ({error})") from None
-    path, caches = Path(os.path.abspath(args.dataset_name)), ()
+        raise UserError(f"--dataset_name {name}: column {column} holds no images ({error})") from None
+    path = Path(os.path.abspath(name))
     if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
         caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
     roots = [Path(os.path.abspath(root)) for root in caches if root]
@@ -1592,176 +1590,163 @@ def column_images(args: Args, table: Any, flag_name: str, column: str, lists: bo
 
 
 def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
-    """The image in a cell, or the one that it names: in `folder` or below one of `roots`, if any. Raises OSError."""
+    """The image in a cell, or the one that it names: in `folder`, and below one of `roots` if any. Raises OSError."""
     cell = table[row][column] if item is None else table[row][column][item]
     if not cell or cell["bytes"] is not None or not cell["path"]:
         return (cell and cell["bytes"]) or b""
-    if "://" in cell["path"]:
-        raise OSError(f"{cell['path']} is an address, which is not fetched; download the images first")
-    path = Path(os.path.normpath(cell["path"]))
-    path = next((found for found in (folder / path, path) if found.is_file()), path)
-    if roots and not any(path.is_relative_to(root) for root in roots):
+    path = Path(os.path.normpath(folder / cell["path"]))
+    if roots and not any(map(path.is_relative_to, roots)):
         raise OSError(f"its path leads out of the data set, to {path}")
     return path.read_bytes()
 
 
-def dataset_captions(args: Args, table: Any, images: list[str]) -> tuple[str, list[Captions]]:
-    """(where they are from, captions of each row) of a data set whose image columns are `images`."""
-    name = args.dataset_name
-    column = caption_column(args, name, len(table), table.column_names, images)
-    if column is None:
-        if Path(name).is_dir() and any(path.suffix.lower() in CAPTION_SUFFIXES for path in list_files(Path(name))):
-            log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
-        return "", [()] * len(table)
-    feature, rows = table.features[column], enumerate(table[column][:])
-    classes = getattr(getattr(feature, "feature", feature), "names", ())
-    return f"column {column}", [
-        caption_texts(cell, f"{name}: row {row}, column {column}: ", classes) for row, cell in rows
-    ]
+def list_dataset(args: Args) -> list[Row]:
+    """The rows of --dataset_name, no image of which is read. Raises UserError with the cause if it cannot be loaded."""
+    import datasets  # only now: it costs a second and most runs use a folder
+
+    name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
+    builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
+    options = {"data_files": files, "split": split, "cache_dir": args.cache_dir, "token": args.hub_token}
+    try:
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"it has {', '.join(saved)}")
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(builder, args.dataset_config_name, **options)
+    except Exception as error:  # the readers of files and of the Hub have no common base of errors
+        says_nothing = type(error) is datasets.exceptions.DatasetGenerationError
+        reason = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
+    images = image_columns(args, name, table.column_names, table)
+    caption = caption_column(args, name, len(table), table.column_names, images)
+    files = list_files(path)[0] if caption is None and path.is_dir() else []
+    if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
+        log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+    cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
+    classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
+    texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
+    return [(*row, f"column {caption}", 1) for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
 # endregion shared: listing
 
 
-# differs: samples of the text-to-image script have no references
-def list_samples(args: Args) -> list[Sample]:
-    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
-    if args.dataset_name:
-        samples = list_dataset(args)
-    else:
-        samples = [Sample(image, texts, origin, (*others,)) for (image, *others), texts, origin in list_folder(args)]
-        samples = add_references(args, samples) if args.cond_data_dir else samples
-    if len(counts := Counter(len(sample.references) for sample in samples)) > 1:
-        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
-        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
-    if without := counts[0]:
-        level = log.info if without < len(samples) else log.warning
-        level(f"data: {without} of {len(samples)} rows have no reference and train as text-to-image")
-    return samples
-
-
+USUAL_TARGETS = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
 USUAL_REFERENCES = (
     r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
 )
 
 
-def find_file_column(columns: list[str], name: str) -> str | None:
-    """The column `name` of a metadata file, by what the Hub's image folders make of it: `image` is file_name there."""
-    usual = ["file_name"] if name == "image" else []
-    return find_column(columns, name, f"{name}_file_name", f"{name}_file_names", *usual)
-
-
-def names_images(rows: Table, column: str) -> bool:
-    """Whether a column of a metadata file holds names of image files, and not addresses or words."""
-    cells = [row.get(column) for row in rows.values()]
+def holds_images(table: Any, column: str) -> bool:
+    """Whether a column of a data set has the type of images, or one of a metadata file (a dict of rows) names some."""
+    if not isinstance(table, dict):
+        feature = table.features[column]
+        return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
+    cells = [row.get(column) for row in table.values()]
     names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
     return any("://" not in name and Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES for name in names)
 
 
 # differs: metadata files of the text-to-image script name no references
-def metadata_columns(args: Args, path: Path, columns: list[str], rows: Table) -> list[str]:
-    """The column of the targets of a metadata file, then those of the references. Raises UserError.
-
-    The target is --image_column, else file_name or target_file_name and the like; between two of these is not guessed.
-    References are --cond_image_column, else every other `*_file_name` column and usual names.
-    """
-    references = {name: find_file_column(columns, name) for name in args.cond_image_column or []}
-    wanted = [f"--cond_image_column {name} is not there" for name, column in references.items() if column is None]
-    if args.image_column == "image":
-        usual = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
-        found = {name: find_column(columns, name) for name in usual}
-        targets = [column for name, column in found.items() if column and column not in references.values()
-                   and (name != "image" or names_images(rows, column))]  # fmt: skip
-        wanted += [] if targets else ["every row needs a 'file_name', or an --image_column"]
-    else:
-        targets = list(filter(None, [find_file_column(columns, args.image_column)]))
-        wanted += [] if targets else [f"--image_column {args.image_column} is not there"]
-    if wanted:
-        raise UserError(f"{path}: {'; '.join(wanted)}; columns: {', '.join(columns)}")
-    if len(targets) > 1 or targets[0] in references.values():
-        raise UserError(f"{path}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
-    usual = [name for name in columns if name != targets[0] and (re.fullmatch(r"(.+_)?file_names?", plain(name)) or
-             re.fullmatch(USUAL_REFERENCES, plain(name)) and names_images(rows, name))]  # fmt: skip
-    return [targets[0], *(references.values() or usual)]
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column of the targets and those of the references. Between two possible targets is not guessed."""
+    in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
+    for name in (*asked, args.image_column):
+        endings = ["_file_name", "_file_names"] if in_metadata else []
+        more = ["file_name"] if in_metadata and name == "image" else []
+        found[name] = find_column(columns, name, *(name + ending for ending in endings), *more)
+    targets, references = [found[args.image_column]], [found[name] for name in asked]
+    if in_metadata and args.image_column == "image":
+        usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
+        holds = {column for column in usual if column and (plain(column) != "image" or holds_images(table, column))}
+        targets = [column for column in usual if column in holds and column not in references]
+    missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
+    missing += [] if any(targets) else [f"--image_column {args.image_column}"]
+    if missing:
+        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
+        raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
+    if len(targets) > 1 or targets[0] in references:
+        raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
+    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", plain(name))]
+    usual = [name for name in columns if re.fullmatch(USUAL_REFERENCES, plain(name)) and holds_images(table, name)]
+    return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
 
 
-def by_stem(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
-    """Images below `folder` by their path in it without the ending. Raises UserError where two share one."""
-    stems: dict[str, Path] = {}
-    for path in paths:
-        stem = plain(path.relative_to(folder).with_suffix(""))
-        if stems.setdefault(stem, path) != path:
-            raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
-    return stems
+# differs: data sets of the text-to-image script have no references
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    """The target of each row and its references: none where a cell is empty, several where it holds a list."""
+    rows = [[image] for image in column_images(args, table, columns[0])]
+    for column in columns[1:]:
+        lists, counts = hasattr(table.features[column], "feature"), []
+        for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
+            if lists:
+                counts += chunk.value_lengths().to_pylist()
+            else:  # some writers leave a struct of nulls, bytes and path, instead of none
+                fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
+                counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
+        for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
+            name = f"{image.name}, {column}"
+            if lists:
+                cells = [functools.partial(image.cell, item) for item in range(count or 0)]
+                row += [Image(f"{name} {item}", cell=cell) for item, cell in enumerate(cells)]
+            elif count:
+                row.append(replace(image, name=name))
+    return rows
+
+
+# differs: samples of the text-to-image script have no references
+def list_samples(args: Args) -> list[Sample]:
+    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
+    samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
+    samples = add_references(args, samples) if args.cond_data_dir else samples
+    counts = Counter(len(sample.references) for sample in samples)
+    if len(counts) > 1:
+        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
+        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
+    if counts[0]:
+        level = log.info if len(counts) > 1 else log.warning
+        level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
+    return samples
 
 
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     """Samples with the references of the same stem in each --cond_data_dir. Raises UserError where one has none."""
-    folder, *others = (Path(os.path.abspath(path)) for path in data_folders(args))
-    if any(sample.references for sample in samples):
-        raise UserError(f"--cond_data_dir: the metadata in {folder} name references too; leave one of them out")
     listed, found = {sample.image.path: sample for sample in samples}, []
-    targets = by_stem(folder, listed)
-    for other in others:
-        images = list_images(files := list_files(other))
-        tell_unused(other, files, images)
-        found.append(by_stem(other, images))
-    without = [str(path) for stem, path in targets.items() if not any(stem in stems for stems in found)]
-    without += [str(path) for stems in found for stem, path in stems.items() if stem not in targets]
-    if without:
-        raise UserError(f"--cond_data_dir: {len(without)} file(s) without a partner of the same stem; add it or remove "
-                        f"them (rows without references: see metadata.jsonl):{as_lines(without)}")  # fmt: skip
-    partners = {path: [stems[stem] for stems in found if stem in stems] for stem, path in targets.items()}
-    return [replace(listed[path], references=tuple(Image(printable(str(partner)), partner) for partner in paths))
-            for path, paths in partners.items()]  # fmt: skip
-
-
-def list_dataset(args: Args) -> list[Sample]:
-    """The samples of --dataset_name with references from --cond_image_column, else from columns usual for them."""
-    import datasets
-
-    table = open_dataset(args)
-    name, there = args.dataset_name, table.column_names
-    target = choose_column("image_column", args.image_column, name, there)
-    columns = [choose_column("cond_image_column", column, name, there) for column in args.cond_image_column or []]
-    columns = columns or [
-        name for name, feature in table.features.items() if name != target
-        and re.fullmatch(USUAL_REFERENCES, plain(name))
-        and isinstance(getattr(feature, "feature", feature), datasets.Image)
-    ]  # fmt: skip
-    if target in columns:
-        raise UserError(f"--image_column {target}: is a --cond_image_column too; columns: {', '.join(there)}")
-    origin, captions = dataset_captions(args, table, [target, *columns])
-    references = [column_references(args, table, column) for column in columns]
-    rows = zip(column_images(args, table, "image_column", target), captions, *references, strict=True)
-    return [Sample(image, texts, origin, tuple(itertools.chain(*found))) for image, texts, *found in rows]
-
-
-def column_references(args: Args, table: Any, column: str) -> list[list[Image]]:
-    """The references of each row in one column: none where the cell is empty, several where it holds a list."""
-    lists, counts = hasattr(table.features[column], "feature"), []
-    for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
-        if lists:
-            counts += chunk.value_lengths().to_pylist()
-        else:  # some writers leave a struct of nulls, bytes and path, instead of none
-            fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
-            counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
-    images = column_images(args, table, "cond_image_column", column, lists)
-    references = []
-    for image, count in zip(images, counts, strict=True):
-        image = replace(image, name=f"{image.name}, {column}")
-        items = [(f"{image.name} {item}", functools.partial(image.cell, item)) for item in range(count or 0)]
-        references.append([Image(name, cell=cell) for name, cell in items] if lists else [image] * count)
-    return references
+    if any(sample.references for sample in samples):
+        raise UserError("--cond_data_dir: the metadata name references too; leave one of them out")
+    for folder in (Path(os.path.abspath(path)) for path in data_folders(args)):
+        files, images = list_files(folder)
+        if found:
+            tell_unused(folder, files, images)
+        stems: dict[str, Path] = {}
+        for path in images if found else listed:
+            stem = plain(path.relative_to(folder).with_suffix(""))
+            if stems.setdefault(stem, path) != path:
+                raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
+        found.append(stems)
+    targets, *found = found
+    alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
+    alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
+    if alone:
+        advice = "add it or remove them (rows without references: see metadata.jsonl)"
+        reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
+        raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
+    paired = []
+    for stem, path in targets.items():
+        partners = [stems[stem] for stems in found if stem in stems]
+        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
+        paired.append(replace(listed[path], references=images))
+    return paired
 
 
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
     """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
     height, width = size
-    if min(size) < MIN_REFERENCE_SIDE:
-        return f"a reference needs {MIN_REFERENCE_SIDE} pixels a side, it has {width} x {height}"
-    if max(size) > MAX_REFERENCE_ASPECT * min(size):
-        return f"a reference may be {MAX_REFERENCE_ASPECT}:1 at most, it has {width} x {height} pixels"
+    if min(size) < MIN_REFERENCE_SIDE or max(size) > MAX_REFERENCE_ASPECT * min(size):
+        limits = f"{MIN_REFERENCE_SIDE} pixels a side and {MAX_REFERENCE_ASPECT}:1 at most"
+        return f"a reference needs {limits}, it has {width} x {height}"
     if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
         return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
     return None
@@ -1770,7 +1755,7 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
-    prompt = args.instance_prompt
+    prompt = args.instance_prompt or ""
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
@@ -1780,10 +1765,10 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
-    given = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
-    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt or "") for text in s.captions)) for s in given]
-    counts = Counter(sample.origin for sample in filled)
+    filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
+    filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
+    counts = Counter(sample.origin for sample in filled)
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
         others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
@@ -1792,45 +1777,48 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     return filled
 
 
-def inspect_images(images: Iterable[Image], cache_dir: Path) -> dict[Image, Image | str]:
-    """Checks every image once, in threads: gives it with its hash and size, or the reason why it cannot be used."""
-    # `checked_images.json` says what was found at an earlier start, so that only what is new is decoded
-    index, images, policy = cache_dir / "checked_images.json", list(dict.fromkeys(images)), f"policy {DECODE_POLICY}"
-    files, contents = {}, {}  # "time size path": sha256; and sha256: [height, width, None or the reason of the refusal]
+def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
+    """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
+    # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"decoder {DECODE_POLICY}", {}, {}, {}
+    images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
-        files, contents = json.loads(index.read_text(encoding="utf-8"))[policy]
-    known, checked = (len(files), len(contents)), {}
-    inspect = functools.partial(inspect_image, files, contents)
+        index = json.loads(file.read_text(encoding="utf-8"))[policy]
+    known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, found in zip(images, pool.map(inspect, images), strict=True):
-            checked[image] = found
+        for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
+            mask = good.get(image.mask)  # before its image
+            if image.mask and mask and mask.size != (height, width):
+                reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
+            if reason or (image.mask and not mask):
+                bad[image.name] = reason or f"{image.mask.name} is bad"
+            else:
+                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
             progress.advance()
-    if known != (len(files), len(contents)):
-        write_atomically(index, json.dumps({policy: [files, contents]}).encode())
-    log.info(f"data: {len(images)} images checked, {len(contents) - known[1]} of them decoded now")
-    return checked
+    if len(index) > known:
+        write_atomically(file, json.dumps({policy: index}).encode())
+    return good, bad
 
 
-def inspect_image(files: dict[str, str], contents: dict[str, list], image: Image) -> Image | str:
-    """A file of the same size and time is not read again, content of the same SHA-256 is not decoded again."""
+def inspect_image(index: dict[str, list], image: Image) -> list:
+    """[sha256, height, width, reason of the refusal or None]; unchanged files are not read, known bytes not decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else ""
-        if (sha256 := files.get(stamp)) not in contents:
-            data = image.read()
-            sha256 = hashlib.sha256(data).hexdigest()
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
+        if stamp in index:
+            return index[stamp]
+        data = image.read()
     except OSError as error:
-        return f"cannot be read ({error.strerror if image.path and error.strerror else error})"
-    if stamp:
-        files[stamp] = sha256
-    if sha256 not in contents:
-        try:
+        return ["", 0, 0, f"cannot be read ({error})"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        if sha256 not in index:
             decoded = decode_image(data)
-            contents[sha256] = [decoded.height, decoded.width, None]
-        except ValueError as error:
-            contents[sha256] = [0, 0, str(error)]
-    *size, reason = contents[sha256]
-    return reason or replace(image, sha256=sha256, size=tuple(size))
+            index[sha256] = [sha256, decoded.height, decoded.width, None]
+    except ValueError as error:
+        index[sha256] = [sha256, 0, 0, str(error)]
+    index[stamp or sha256] = index[sha256]
+    return index[sha256]
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
@@ -1844,7 +1832,6 @@ def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
-    # not the process's number: containers on two machines number theirs alike, and share the drive
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1853,18 +1840,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or error
-        raise CannotWrite(f"{path}: cannot be written ({reason}); free space, or choose another folder") from error
+        reason = f"cannot be written ({error.strerror or error}); free space, or choose another folder"
+        raise CannotWrite(f"{path}: {reason}") from error
 
 
 def remove_left_overs(run: Run) -> None:
     """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
-    class_dir = vars(run.args).get("class_data_dir")
-    for folder, age in ((run.output_dir, 0), (run.cache_dir, 3600), *([(Path(class_dir), 3600)] if class_dir else [])):
-        for path in folder.rglob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+    for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
+        age = 3600 if path.is_relative_to(run.cache_dir) else 0
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -1875,25 +1861,22 @@ def make_generator(seed: int, *purpose: Any) -> torch.Generator:
 
 @functools.lru_cache(maxsize=256)
 def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> list[int]:
-    """Order of a bucket's samples in its `turn`-th round."""
     return torch.randperm(length, generator=make_generator(seed, stream, "order", bucket, turn)).tolist()
 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, how often it came before in this cycle) of each micro-step of a cycle."""
-    # a bucket with n of the shares comes n times, evenly spread: its j-th turn lies at (j + offset) / n of the cycle
+    """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
 
 
 class SampleStream:
-    """Batch sampler without an end: micro-batch s is a function of (seed, s) alone, so resume needs only s.
+    """Endless batch sampler: (sample index, position) pairs of this process; a function of (seed, step) alone.
 
-    Yields this process's slice of global micro-batch s as (sample index, position); the position counts drawn samples.
     Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
-    into the next one: nothing is dropped.
+    into the next one: nothing is dropped. The position counts drawn samples.
     """
 
     def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
@@ -1919,29 +1902,27 @@ class SampleStream:
         return pairs
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Micro-batches from `first` on, for ever."""
         return map(self.micro_batch, itertools.count(self.first))
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, keeps the rest as lists; a module-level function so that spawned workers can import it."""
-    return {
-        key: torch.stack([item[key] for item in items]) if torch.is_tensor(value) else [item[key] for item in items]
-        for key, value in items[0].items()
-    }
+    """Stacks tensors, keeps the rest as lists."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
+
+
+def epoch_rounds(args: Args) -> int:
+    """How often the samples are gone through in an epoch: what --repeats have in common."""
+    return math.gcd(*(args.repeats or [1]))
 
 
 def choose_buckets(run: Run) -> list[Size]:
     """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
     if run.args.aspect_ratio_buckets:
-        buckets = parse_sizes(run.args.aspect_ratio_buckets)
-    elif run.args.use_aspect_ratio_buckets:
-        buckets = generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
-    else:
-        buckets = [(run.args.resolution, run.args.resolution)]
-    if wrong := [size for size in buckets if size[0] % run.cell or size[1] % run.cell]:
-        raise UserError(f"{wrong[0]}: the sides must be multiples of {run.cell}, the cell of {run.model.name}")
-    return buckets
+        return parse_sizes(run.args.aspect_ratio_buckets)
+    if run.args.use_aspect_ratio_buckets:
+        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+    return [(run.args.resolution, run.args.resolution)]
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
@@ -1957,16 +1938,35 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
+    masked = [image for image in images if image.mask]
+    if run.args.mask_suffix:
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
+    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
+    if black and run.args.unmasked_weight == 0:
+        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
+
+
+def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+    held_out = [samples[index] for index in sorted(order[:count])]
+    if held_out:
+        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+    rest = [samples[index] for index in sorted(order[count:])]
+    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
 # endregion shared: samples
 
 
 # differs: samples of the text-to-image script have no references
-def check_data(run: Run) -> list[Sample]:
-    """The samples, every image decoded once and every caption final."""
+def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
+    """What is trained on and what is held out; every image decoded once, every caption final."""
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     check_references(run, samples)
@@ -1974,7 +1974,7 @@ def check_data(run: Run) -> list[Sample]:
         sizes = [f"{image.width} x {image.height}" for image in validation_references(run.args, row)]
         given = f"references of {', '.join(sizes)}" if sizes else "no reference; see --validation_image"
         log.info(f"validation: '{prompt}' has {given}")
-    return samples
+    return split_samples(run, samples)
 
 
 def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
@@ -1989,31 +1989,28 @@ def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
 # differs: samples of the text-to-image script have no references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
     """The samples whose images are good: the target in its bucket, references as at inference."""
-    checked = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
-    samples, bad = [], {}
+    good, bad = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
+    samples = []
     for sample in listed:
-        found = [(image.name, checked[image]) for image in sample.images]
-        problems = {name: reason for name, reason in found if isinstance(reason, str)}
-        if not problems:
-            image, *others = (image for _, image in found)
-            image = replace(image, target=nearest_bucket(image.size, buckets))
-            pair = image if run.args.align_cond_image else None
-            reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
-            problems = {name: reason for name, reason in reasons.items() if reason}
-        if not problems:
+        if not good.keys() >= {*sample.images}:
+            continue
+        image, *others = map(good.get, sample.images)
+        image = replace(image, target=nearest_bucket(image.size, buckets))
+        pair = image if run.args.align_cond_image else None
+        reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
+        bad |= {name: reason for name, reason in reasons.items() if reason}
+        if not any(reasons.values()):
             references = tuple(as_reference(other, run.cell, pair) for other in others)
             samples.append(replace(sample, image=image, references=references))
-        bad |= problems
     refuse_bad_images(run.args, bad, len(listed), len(samples))
     return samples
 
 
 # differs: samples of the text-to-image script have no references
 class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of one visit; everything random is keyed by the position."""
+    """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
 
     def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
-        """`space` says how large latents are and where cached ones lie; `stream` keeps the draws of two sets apart."""
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
         self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
 
@@ -2024,13 +2021,19 @@ class TrainingSet(Dataset):
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
-        crop = None if run.args.center_crop else torch.rand(2, generator=generator("crop", position)).tolist()
+        centre = run.args.center_crop or run.args.cache_latents
+        crop = None if centre else torch.rand(2, generator=generator("crop", position)).tolist()
         flip = run.args.random_flip and chance["flip"] < 0.5
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
-        references = () if chance["cond dropout"] < run.args.cond_dropout else sample.references
+        images = sample.images[:1] if chance["cond dropout"] < run.args.cond_dropout else sample.images
         height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        if cached := run.args.cache_latents:
+            target, *references = (self.space.cache.get(*self.space.key(image, flip)) for image in images)
+        else:
+            target, *references = (image.pixels(crop, flip) for image in images)
         item = {
+            "moments" if cached else "pixels": target,
             "name": sample.image.name,
             "position": position,
             "target": sample.image.target,
@@ -2038,45 +2041,36 @@ class TrainingSet(Dataset):
             "prompt_embeds": self.prompts.get(caption),
             "noise": torch.randn(height * width, channels, generator=generator("noise", position)),
             "u": draw_u(run.args, generator("sigma", position)),
-            "moments" if run.args.cache_latents else "pixels": self.view(sample.image, crop, flip),
-            "references": [self.view(image, crop, flip) for image in references],
+            "references": references,
         }
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
+        if run.args.mask_suffix:
+            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
         return item
-
-    def view(self, image: Image, crop: list[float] | None, flip: bool) -> torch.Tensor:
-        """Latent moments (2, C, H, W) from the cache with --cache_latents, else pixels (3, H, W)."""
-        if self.run.args.cache_latents:
-            return self.space.cache.get(*self.space.key(image, flip))
-        return image.pixels(crop, flip)
 
 
 def check_references(run: Run, samples: list[Sample]) -> None:
     """Logs groups and lengths; warns of what would be learned by accident."""
     batch, align = run.args.train_batch_size, run.args.align_cond_image
     paired = [sample for sample in samples if sample.references]
-    large = [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]
-    if large and align:
-        raise UserError(f"--align_cond_image: {len(large)} targets are trained at more than {REFERENCE_AREA} pixels, "
-                        f"such as {large[0]}; the pipelines shrink such references: choose smaller sizes")  # fmt: skip
+    if align and (large := [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]):
+        reason = f"{len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as {large[0]}"
+        raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
-    if not paired and (align or run.args.cond_dropout):
-        log.warning("data: --align_cond_image and --cond_dropout have no effect, no row has a reference")
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
     target, *references = max(([math.prod(size) // run.cell**2 for size in sizes] for sizes in groups), key=sum)
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
-        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch of them repeats rows, with other "
-                    "noise; --train_batch_size 1 with --gradient_accumulation_steps mixes rows")  # fmt: skip
+        log.warning(f"data: {small} groups have fewer than {batch} rows: a batch repeats some, with other noise")
     images = [sample.image for sample in paired]
     cut = [i for i in images if math.prod(i.target) < 0.9 * math.prod(cover_size(i.size, i.target))]
     if cut and not align:
-        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: the LoRA will "
-                    "learn to crop; see --use_aspect_ratio_buckets and --align_cond_image")  # fmt: skip
+        remedy = "the LoRA will learn to crop; see --use_aspect_ratio_buckets and --align_cond_image"
+        log.warning(f"data: {len(cut)} targets lose over a tenth to the crop, their references do not: {remedy}")
 
 
 def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
@@ -2084,11 +2078,13 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
     images = []
     for path in map(Path, split_paths(args.validation_image[row]) if row < len(args.validation_image or []) else []):
         try:
-            images.append(decode_image(path.read_bytes()))
+            image = decode_image(path.read_bytes())
+            problem = reference_problem((image.height, image.width))
         except (OSError, ValueError) as error:
-            raise UserError(f"--validation_image {path}: {error}") from None
-        if problem := reference_problem((images[-1].height, images[-1].width)):
+            problem = error
+        if problem:
             raise UserError(f"--validation_image {path}: {problem}")
+        images.append(image)
     return images
 
 
@@ -2129,7 +2125,8 @@ def open_prompts(run: Run) -> TensorCache:
     """The cache of prompt embeddings (L, D) by prompt."""
     encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
     template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
-    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template)
+    formats = [json.dumps(run.text_quantization, sort_keys=True)] if run.text_quantization else []
+    return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template, *formats)
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -2187,11 +2184,14 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 def load_text_encoder(run: Run) -> nn.Module:
     """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
-    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder
+    quantized = run.text_quantization is not None  # whole on the device: bitsandbytes' layers are not spread
+    spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder and not quantized
     options = {"device_map": "auto"} if spread else {}
+    if quantized:
+        settings = transformers.BitsAndBytesConfig(**run.text_quantization)
+        options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs are the other processes'
-        free = torch.cuda.mem_get_info(run.device)[0] - 2**30
-        options["max_memory"] = {run.device.index: free, "cpu": 2**62}
+        options["max_memory"] = {run.device.index: free_memory(run) - 2**30, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
     refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
@@ -2302,28 +2302,20 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     return prompts
 
 
-@dataclass(frozen=True)
 class LatentSpace:
-    """How images become tokens: the VAE's sizes and batch-norm statistics, and the cache of encoded images."""
+    """How images become tokens: the VAE's sizes, its batch-norm statistics, and the cache of encoded images."""
 
-    mean_C: torch.Tensor
-    std_C: torch.Tensor
-    channels: int  # of a token
-    cell: int  # pixels per token side
-    cache: TensorCache
+    def __init__(self, run: Run) -> None:
+        """Reads the statistics from the VAE's weight files without loading the VAE."""
+        fetch_part(run, "vae", announced=False)
+        weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
+        variance_C, epsilon = weights["bn.running_var"].float(), run.model.config("vae").get("batch_norm_eps", 1e-4)
+        self.mean_C, self.std_C = weights["bn.running_mean"].float(), torch.sqrt(variance_C + epsilon)
+        self.channels, self.cell = len(self.mean_C), run.cell  # of a token, and its pixels per side
+        self.cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
 
     def key(self, image: Image, flip: bool) -> tuple:
         return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
-
-
-def open_latent_space(run: Run) -> LatentSpace:
-    """Reads the statistics from the VAE's weight file without loading the VAE."""
-    fetch_part(run, "vae")
-    weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
-    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
-    std = torch.sqrt(variance + run.model.config("vae").get("batch_norm_eps", 1e-4))
-    cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
-    return LatentSpace(mean, std, len(mean), run.cell, cache)
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2385,19 +2377,19 @@ def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> Autoenco
     """
     vae, flips = None, (False, True) if run.args.random_flip else (False,)
     wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
-    missing = [work for key, work in wanted.items() if not space.cache.has(*key)]
+    missing = [(key, *work) for key, work in wanted.items() if not space.cache.has(*key)]
     if wanted:
         log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     with shared_out(run, missing) as mine:
         if mine:
             numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
-            need = sum(4 * numbers_per_pixel * math.prod(image.target) for image, _ in mine)
+            need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
             check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
             vae = load_vae(run)
             with Progress("encode images", len(mine)) as progress:
-                for image, flip in mine:
+                for key, image, flip in mine:
                     moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                    space.cache.put(moments, f"image {image.name}", *space.key(image, flip))
+                    space.cache.put(moments, f"image {image.name}", *key)
                     progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
@@ -2561,7 +2553,9 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
-        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of capability 8.9 or higher (from Ada), {found}")
+        raise UserError(
+            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
+        )
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:
@@ -2630,7 +2624,7 @@ class BlockStream:
 
     def start(self) -> None:
         """Makes the buffers, and each block's call fetch its weights first, outside of what torch.compile sees."""
-        largest = max((home.nbytes for home in self.homes), default=0)
+        largest = max(home.nbytes for home in self.homes)
         self.buffers = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self.held: list[int | None] = [None, None]  # the block in each buffer
         self.side = None if self.device.type == "cpu" else torch.Stream(self.device)
@@ -2709,12 +2703,13 @@ def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Tr
     """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
     if run.sharding:
         shard(run, transformer, blocks_of(transformer))
-        return transformer
-    streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
-        if id(tensor) not in streamed and tensor.device != run.device:
-            tensor.data = tensor.data.to(run.device)
-    transformer.stream.start()
+    elif not transformer.stream.blocks:
+        transformer.to(run.device)
+    else:
+        streamed = {id(tensor) for tensors in transformer.stream.tensors for tensor, _ in tensors}
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            tensor.data = tensor.data if id(tensor) in streamed else tensor.data.to(run.device)
+        transformer.stream.start()
     return transformer
 
 
@@ -2728,15 +2723,47 @@ def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks:
     """Keeps only the inputs of the first blocks; inside `forward`, so that torch.compile and FSDP go around it."""
     blocks = blocks_of(transformer)
     for block in blocks[: math.ceil(share_of_blocks * len(blocks))]:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(recompute, block.forward)
 
 
-def compile_blocks(transformer: Flux2Transformer2DModel, several_sizes: bool) -> None:
-    """torch.compile of each block in place, if the accelerate config asks for it; of several sizes for any at once."""
-    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "") for name in ("BACKEND", "MODE"))
-    # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
-    for block in blocks_of(transformer) if backend.lower() not in ("", "no") else ():
-        block.compile(backend=backend.lower(), dynamic=several_sizes or None, mode=mode or None)
+def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # Dynamo breaks at a bare `checkpoint`
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named_inputs)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
+
+
+def asked_to_compile(args: Args) -> bool | None:  # None: where it pays
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no") or args.compile_blocks
+
+
+def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes: bool, steps: int) -> int:
+    """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries."""
+    done, stored = (run.resume.state["step"], run.resume.state.get("compiled")) if run.resume else (0, None)
+    pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps - done >= 500
+    pays = pays and not (run.args.do_fp8_training and several_sizes)  # which has crashed, see docs/memory.md
+    wanted = [choice for choice in (asked_to_compile(run.args), stored, pays) if choice is not None]
+    if not wanted[0]:
+        return 0
+    backend, mode = (os.environ.get(f"ACCELERATE_DYNAMO_{name}", "").lower() for name in ("BACKEND", "MODE"))
+    backend, problem = "inductor" if backend in ("", "no") else backend, None
+    if (run.quantization or {}).get("load_in_8bit"):
+        problem = "bitsandbytes' int8 stays eager; FP8 and NF4 compile"
+    elif backend == "inductor" and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cl")))):
+        problem = "torch.compile needs a C compiler, such as gcc, and Python's headers"
+    elif backend == "inductor" and run.device.type == "cuda" and not importlib.util.find_spec("triton"):
+        problem = "torch.compile needs the package triton"
+    if problem and run.args.compile_blocks:
+        raise UserError(f"--compile_blocks: {problem}; leave it out")
+    if problem:
+        log.warning(f"compile: {problem}; this run is eager")
+        return 0
+    log.info("compile: the blocks, before the first step: on an H200 93 s, paid back in 204 steps ([dev]) or 446 (9B)")
+    torch._dynamo.reset()  # graphs of an earlier run in this process
+    torch.compiler.set_stance("default")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what comes after it runs eager in silence
+    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+        block.compile(backend=backend, dynamic=several_sizes or None, mode=mode or None)
+    return len(blocks_of(transformer))
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
@@ -2979,7 +3006,10 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
         )[0][:, : height * width]
 
     # against what it should be
-    errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square().mean(dim=(1, 2))
+    errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
+    if "weights" in tensors:  # of the loss masks
+        errors_BLC = errors_BLC * tensors["weights"][..., None]
+    errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
     return weights_B.clamp(max=100.0) * errors_B, sigmas_B
 
@@ -2991,7 +3021,7 @@ def samples_per_step(run: Run) -> int:
 
 
 def total_steps(run: Run, samples: int) -> int:
-    visits = run.args.num_train_epochs * samples * run.args.repeats
+    visits = run.args.num_train_epochs * samples * epoch_rounds(run.args)
     return run.args.max_train_steps or math.ceil(visits / samples_per_step(run))
 
 
@@ -3056,7 +3086,9 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
     training.whole = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        apply_update(training)
+        before = [up.clone() for up in training.ups]
+        training.optimizer.step()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
         training.skipped = 0
     else:
         training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -3072,8 +3104,7 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
 def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch.Tensor) -> torch.Tensor:
     """Averages the LoRA's gradients, and returns the rows of all processes in their order, with one all-reduce.
 
-    Each process has a slot of its own in the flat buffer for its rows. The LoRA is whole and the same everywhere, so
-    nothing else has to be synchronised, under FSDP neither.
+    The LoRA is whole and the same everywhere, so nothing else has to be synchronised, under FSDP neither.
     """
     if run.processes == 1:
         return rows
@@ -3087,12 +3118,6 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
     return slots.view(-1, rows.shape[1])
-
-
-def apply_update(training: Training) -> None:
-    before = [up.clone() for up in training.ups]
-    training.optimizer.step()
-    training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3213,9 +3238,8 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += (
-            f"\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    {shlex.join(new)}"
-        )
+        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    "
+        lines += shlex.join(new)
     if changed:
         raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
 
@@ -3237,8 +3261,8 @@ def save_checkpoint(run: Run, training: Training) -> Path:
     schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
     content = {
         "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
-        "smoothed_loss": training.smoothed_loss, "fingerprint": training.fingerprint,
-        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule,
+        "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
+        "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule, "compiled": training.compiled > 0,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=".tmp-checkpoint-", dir=run.output_dir) as holder:
@@ -3278,10 +3302,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def rewind(run: Run) -> None:
-    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice.
-
-    Lines of metrics.jsonl that a power failure has damaged go too.
-    """
+    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice."""
     step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
     for folder in reversed(list_checkpoints(run.output_dir)):
         if run.resume and step_of(folder) > step:
@@ -3309,6 +3330,7 @@ def restore(run: Run, training: Training) -> None:
     training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
     training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
+    training.best = tuple(stored["best"]) if stored.get("best") else None
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
@@ -3413,6 +3435,9 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
     for (x, y), image in cells.items():
         sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
+        run.told.add("contact sheet")
 
 
 def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
@@ -3431,25 +3456,42 @@ def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> No
 
 
 @torch.no_grad()
-def validation_loss(run: Run, training: Training) -> float:
-    """Loss on up to four training images at fixed noise and fixed sigmas: comparable from step to step."""
-    fixed, few = TrainingSet(run, training.space, training.samples, "validation"), min(4, len(training.samples))
-    losses = [batch_losses(run, training, collate([fixed[(number % few, number)]]))[0].item() for number in range(8)]
-    return sum(losses) / len(losses)
+def validation_loss(run: Run, training: Training) -> dict[str, float]:
+    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+
+    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    """
+    samples = training.held_out or training.samples[:4]
+    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    losses, sigmas = [], []
+    for number in range(visits):
+        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
+            found.append(value.item())
+    by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
+    return {"validation_loss": sum(losses) / visits, **{f"validation_{name}": value for name, value in by_sigma}}
 
 
 def validate(run: Run, training: Training) -> dict[str, float]:
-    """Images, contact sheet and fixed-noise loss at the present step, in eval mode; training is not touched by it."""
+    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+
+    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
     training.transformer.eval()
     try:
-        draw_samples(run, training, prompts, folder)
-        training.rest_vae(run.args)
-        if run.is_main:
-            draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
-            track(run, functools.partial(send_images, prompts, folder, training.step))
-        values["validation_loss"] = validation_loss(run, training)
+        if prompts and run.args.num_validation_images:
+            draw_samples(run, training, prompts, folder)
+            training.rest_vae(run.args)
+            if run.is_main:
+                draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
+                track(run, functools.partial(send_images, prompts, folder, training.step))
+        values = validation_loss(run, training)
+        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+            training.best = values["validation_loss"], training.step
+            if run.is_main and training.step:
+                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
@@ -3464,9 +3506,11 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 
 
 # differs: the text-to-image script has class images and no references
-def make_streams(run: Run, space: LatentSpace, samples: list[Sample]) -> tuple[list[Stream], list[Image]]:
+def make_streams(
+    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
-    return [Stream("instance", samples)], [image for sample in samples for image in sample.images]
+    return [Stream("instance", samples)], [image for sample in samples + held_out for image in sample.images]
 
 
 # -------------------------------------------------------------------------------------------------------------- Results
@@ -3484,17 +3528,14 @@ def card_inputs(run: Run) -> tuple[str, str]:
 
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
-    """The resolved command line, a flag per line in shell quoting, no secrets: `@config.args` reproduces the run.
-
-    With `basenames` paths lose their folders: this is the copy that leaves the machine.
-    """
+    """The resolved flags, one a line, no secrets; with `basenames`, to leave the machine, paths lose their folders."""
     precision, lines = "bf16" if run.dtype == torch.bfloat16 else "no", [CONFIG_HEAD]
     left_out = (*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
     for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
         if name in left_out or value is None:
             continue
         if isinstance(value, bool):
-            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is True)
+            lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is not False)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
@@ -3579,6 +3620,7 @@ def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> 
 {head.to_yaml()}
 ---
 # {escape_markdown(Path(run.hub_repo or run.output_dir.absolute()).name)}
+
 <Gallery />
 
 A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the settings are in `config.args`.
@@ -3612,15 +3654,14 @@ def card_snippets(run: Run) -> str:
     The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
     """
     base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
-    pipeline, encoder = run.family.pipeline, run.family.text_encoder
-    text_options = {"max_sequence_length": run.args.max_sequence_length}
-    text_options |= {"text_encoder_out_layers": run.text_layers} if run.args.text_encoder_out_layers else {}
-    steps = {"num_inference_steps": run.args.num_inference_steps, "guidance_scale": run.args.validation_guidance_scale}
+    pipeline, encoder, (imports, inputs) = run.family.pipeline, run.family.text_encoder, card_inputs(run)
+    given = {name: vars(run.args)[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
+    given = "".join(f", {name}={value}" for name, value in given.items() if value != DEFAULTS[name])
+    steps = f"num_inference_steps={run.args.num_inference_steps}, guidance_scale={run.args.validation_guidance_scale}"
     prompt = next(iter(final_prompts(run.args)), run.args.instance_prompt or "a photo")
     # klein has real guidance, against the empty prompt
     prompts = {"prompt_embeds": prompt} | ({} if pipeline == "Flux2Pipeline" else {"negative_prompt_embeds": ""})
-    text = ", ".join(f"{name!r}: encode({words!r}, **options)[0].to(dtype)" for name, words in prompts.items())
-    imports, inputs = card_inputs(run)
+    text = ", ".join(f"{k!r}: encode({v!r}, device=device{given})[0].to(dtype)" for k, v in prompts.items())
     return f"""On a GPU that holds the whole model:
 
 ```python
@@ -3629,7 +3670,7 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={run.dtype})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu").load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline({prompt!r}, {inputs}, **{text_options | steps}).images[0].save("image.png")
+pipeline(prompt={prompt!r}, {inputs}, {steps}{given}).images[0].save("image.png")
 ```
 
 Part by part, with the transformer as it was trained:
@@ -3647,7 +3688,6 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
 encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
 encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
-options = {{"device": device, **{text_options}}}
 with torch.no_grad():
     text = {{{text}}}
 del encoder, encode
@@ -3658,7 +3698,7 @@ torch.cuda.empty_cache()
 parts = {{"text_encoder": None, "tokenizer": None}}
 {card_quantization(run)}pipeline = {pipeline}.from_pretrained(base, torch_dtype=dtype, **parts).to(device)
 pipeline.load_lora_weights({repo!r}, weight_name={LORA_FILE!r})
-pipeline(**text, {inputs}, **{steps}).images[0].save("image.png")
+pipeline(**text, {inputs}, {steps}).images[0].save("image.png")
 ```
 """
 
@@ -3697,10 +3737,7 @@ def open_hub(args: Args) -> huggingface_hub.HfApi:  # by itself it would be wait
 
 
 def push(run: Run) -> None:
-    """Uploads settings, weights, card and images; never checkpoints, logs, caches.
-
-    A failure is a warning with the line that does it by hand: the result is on disk.
-    """
+    """Uploads settings, weights, card and images, no checkpoints or caches; a failure is a warning."""
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
@@ -3745,8 +3782,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 def begin_output(run: Run) -> Run:
     """Makes the repository, writes the settings, which make the rest ours, and starts the trackers with them.
 
-    What a killed run left goes, with --overwrite_output_dir all that an earlier one left, but never the cache. Neither
-    secrets nor folders go to the trackers. Returns the run with its repository.
+    What a killed run left goes, with --overwrite_output_dir all of an earlier one. Returns the run with its repository.
     """
     if run.is_main and run.args.push_to_hub:  # now, so that a missing permission shows before training
         name = run.args.hub_model_id or run.output_dir.absolute().name
@@ -3765,7 +3801,7 @@ def begin_output(run: Run) -> Run:
         remove_left_overs(run)
         rewind(run)
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
-    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}
+    flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}  # no folders
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
     name = run.output_dir.absolute().name
     options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name},
@@ -3781,20 +3817,19 @@ def begin_output(run: Run) -> Run:
 
 
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
-    """Raises UserError unless all processes see the same data, settings and checkpoint.
-
-    Machines without a shared file system would train on different images, or some of them from step 0, in silence.
-    """
+    """Raises UserError unless all processes see the same: machines without a shared drive would go apart in silence."""
     own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
     flags = {name: value for name, value in vars(run.args).items() if name not in own}
     seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
     if others := [str(index) for index, number in enumerate(numbers) if number != numbers[0]]:
-        raise UserError(f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0: "
-                        "start all with the same command, data and --output_dir on a shared drive")  # fmt: skip
+        where = f"process(es) {', '.join(others)} see other images, settings or checkpoints than process 0"
+        raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: Any) -> Training:
+def prepare_training(
+    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
@@ -3806,7 +3841,7 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
         load_lora(parameters, Path(run.args.init_lora_from))
     recompute_in_backward(transformer, checkpointed_share(run))
     geometries = {sample.geometry for stream in streams for sample in stream.samples}
-    compile_blocks(transformer, several_sizes=len(geometries) > 1)
+    compiled = compile_blocks(run, transformer, len(geometries) > 1, steps)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
     schedule = get_scheduler(  # in optimizer steps; stepped by us, never prepared by accelerate
@@ -3814,10 +3849,8 @@ def prepare_training(run: Run, space: LatentSpace, streams: list[Stream], vae: A
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
     ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
-    training = Training(
-        space, streams, vae, transformer, parameters, ups, torch.zeros((), device=run.device),
-        optimizer, schedule, now, StopSignals(),
-    )  # fmt: skip
+    rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals(), compiled
+    training = Training(space, streams, held_out, vae, transformer, parameters, ups, *rest)
     if run.resume:
         restore(run, training)
     return training
@@ -3846,11 +3879,13 @@ def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
 
 def announce_training(run: Run, training: Training, steps: int) -> None:
     """Prints the numbers of the run as equations, before the first step."""
-    images, repeats, per_step = len(training.samples), run.args.repeats, samples_per_step(run)
+    rounds, per_step = epoch_rounds(run.args), samples_per_step(run)
+    epoch, groups = rounds * len(training.samples), Counter(Counter(training.samples).values())
+    images = " + ".join(f"{count} images x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
     batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
-    log.info(f"train: {images} images x {repeats} repeats = {images * repeats} samples per epoch")
+    log.info(f"train: {images} = {epoch} samples per epoch")
     log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")
-    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / (images * repeats):.1f} epochs")
+    log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / epoch:.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if homes := training.transformer.stream.homes:
@@ -3866,8 +3901,9 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
 
 def peak_memory(run: Run) -> dict[str, float]:
     """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
-    if run.device.type == "cuda":
-        return {"peak_device_gb": torch.cuda.max_memory_allocated(run.device) / 1e9}
+    if run.device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):  # not every backend counts
+            return {"peak_device_gb": torch.accelerator.max_memory_allocated(run.device) / 1e9}
     with contextlib.suppress(ImportError):
         import resource  # POSIX only
 
@@ -3876,18 +3912,43 @@ def peak_memory(run: Run) -> dict[str, float]:
     return {}
 
 
+def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> None:
+    """Compiles each kind of block by a backward pass without a trace; if that fails, UserError or an eager run."""
+    started, problem = time.perf_counter(), ""
+    try:
+        for batch in batches:
+            batch_losses(run, training, batch)[0].mean().backward()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # Dynamo, Inductor, Triton and the C compiler have no common base
+        problem = " ".join(f"{type(error).__name__}: {error}".split()).partition(" Set TORCHDYNAMO")[0][:200]
+    training.optimizer.zero_grad(set_to_none=True)
+    if not gather(torch.tensor([bool(problem)], device=run.device)).any():  # all processes do the same
+        log.info(f"compile: {training.compiled} blocks run compiled, after {time.perf_counter() - started:.0f} s")
+        return
+    if asked_to_compile(run.args):
+        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
+    training.compiled = 0
+    torch.compiler.set_stance("force_eager")
+    log.warning(f"compile: the trial failed ({problem}); this run is eager, also when it is resumed")
+
+
 def train(run: Run, training: Training) -> None:
     """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
-    epochs = run.args.validation_epochs * len(training.samples) * run.args.repeats / samples_per_step(run)
-    drawing = bool(run.args.validation_prompt and run.args.num_validation_images)
-    period = (run.args.validation_steps or math.ceil(epochs)) if drawing else math.inf
-    if training.step == 0 and drawing:
+    epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
+    drawing = run.args.validation_prompt and run.args.num_validation_images
+    period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if training.step == 0 and period < math.inf:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))
     batches = make_loaders(run, training)
     training.transformer.train()
+    if training.compiled and training.step < steps:
+        first = next(batches)
+        try_compiled(run, training, first)
+        batches = itertools.chain([first], batches)
     with Progress("train", steps, done=training.step) as progress:
         while training.step < steps and stop.agreed is None:
             values = train_step(run, training, batches)
@@ -3895,14 +3956,14 @@ def train(run: Run, training: Training) -> None:
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
                 training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss {training.smoothed_loss or math.nan:.4f}")
+            progress.advance(f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
             stop.agree(run, training.signal)
             if stop.agreed is None and training.step % period == 0:
                 values |= validate(run, training)
-            write_metrics(run, values | peak_memory(run))
+            write_metrics(run, values | {"compiled_blocks": training.compiled} | peak_memory(run))
             if training.skipped >= 10:
-                raise NotFinite(f"step {training.step}: ten steps in a row were not finite. Look at the samples named "
-                                "above; if they are good, start anew with a lower --learning_rate")  # fmt: skip
+                advice = "look at the samples named above; if they are good, start anew with a lower --learning_rate"
+                raise NotFinite(f"step {training.step}: ten steps in a row were not finite: {advice}")
             if training.step == 50 and values["lora_norm"] == 0.0:
                 log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
             due = training.step % run.args.checkpointing_steps == 0 or (training.unsaved and training.step % 10 == 0)
@@ -3937,8 +3998,8 @@ def save_results(run: Run, training: Training) -> None:
         with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
             save_lora(run, training.parameters, run.output_dir)
         kept = [str(path) for path in (lora, *list_checkpoints(run.output_dir)[-1:]) if path.exists()]
-        raise SaveFailed(f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}. "
-                         f"Free space in {run.output_dir}, then resume") from error  # fmt: skip
+        told = f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}"
+        raise SaveFailed(f"{told}. Free space in {run.output_dir}, then resume") from error
     run.accelerator.wait_for_everyone()
     track(run, lambda tracker: tracker.finish())
     if stopped is not None:
@@ -3961,9 +4022,10 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
         "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
         "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
+        **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
     }
-    results = {"LoRA": LORA_FILE, "images": "samples", "card": "README.md", "settings": "config.args"}
+    results = {"LoRA": LORA_FILE, "best": "best", "images": "samples", "card": "README.md", "settings": "config.args"}
     facts |= {label: run.output_dir / name for label, name in results.items() if (run.output_dir / name).exists()}
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
@@ -3976,16 +4038,16 @@ def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
     with start_run(args) as run:
         with run.accelerator.main_process_first():  # the others find the index of checked images
-            samples = check_data(run)
+            samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples))
-        space = open_latent_space(run)
-        streams, images = make_streams(run, space, samples)
+        encode_prompts(run, all_prompts(run, samples + held_out))
+        space = LatentSpace(run)
+        streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
-        training = prepare_training(run, space, streams, vae)
+        training = prepare_training(run, space, streams, vae, held_out)
         with training.stop:  # before and after, a signal acts at once: what is done is on disk
             try:
                 train(run, training)

@@ -31,6 +31,28 @@ NO_KERNEL = (
 needs_fp8 = pytest.mark.skipif(not has_fp8_kernel(), reason=NO_KERNEL)
 
 
+def around_updates(monkeypatch, script: Any, before: Any = None, after: Any = None) -> None:
+    """Has `before(training)` and `after(training)` called around every step of the optimizer."""
+
+    def prepare(*given: Any, original: Any = script.prepare_training) -> Any:
+        training = original(*given)
+        step = training.optimizer.step
+
+        @functools.wraps(step)
+        def stepped(*arguments: Any, **named: Any) -> Any:
+            if before:
+                before(training)
+            result = step(*arguments, **named)
+            if after:
+                after(training)
+            return result
+
+        training.optimizer.step = stepped
+        return training
+
+    monkeypatch.setattr(script, "prepare_training", prepare)
+
+
 def spy(monkeypatch, owner: Any, name: str) -> list[SimpleNamespace]:
     """Records every call of `owner.name` as (args, kwargs, result) and lets it through."""
     original, calls = getattr(owner, name), []

@@ -407,6 +407,105 @@ def test_quantised_weights_whose_config_does_not_say_so_are_refused(script, stor
         script.check_parts(start_run(script, model, tmp_path))
 
 
+# ----------------------------------------------------------------------------------------------------- the text encoder
+
+
+def encoder_flag(kind: str) -> tuple[str, str]:
+    """The flag of the text encoder with the shipped file of this format."""
+    return "--text_encoder_bnb_config_path", str(CONFIGS / f"{kind}.json")
+
+
+# Relative error of an embedding against bf16. Seen with the trained encoder of the embedded model, whose layers are 32
+# wide: NF4 0.23 to 0.28, 8 bits 0.010 to 0.014; with [klein]'s, whose weights are random here: 0.65 to 0.81, 0.03.
+EMBEDDING_ERRORS = {
+    ("tiny", "nf4"): (0.15, 0.35),
+    ("tiny", "int8"): (0.005, 0.02),
+    ("tiny_klein", "nf4"): (0.5, 0.9),
+    ("tiny_klein", "int8"): (0.01, 0.05),
+}
+
+
+@pytest.mark.parametrize("model, kind", EMBEDDING_ERRORS)
+def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(script, request, tmp_path, kind, model):
+    """Every layer that is read is quantised, the head is gone, nothing is trained; the error is printed (pytest -s)."""
+    folder, bf16 = request.getfixturevalue(model), ("--mixed_precision", "bf16")
+    plain = start_run(script, folder, tmp_path, *bf16)
+    run = start_run(script, folder, tmp_path, *bf16, *encoder_flag(kind))
+    tokenizer, encoder = script.load_tokenizer(run), script.load_text_encoder(run)
+    layers = getattr(encoder.model, "language_model", encoder.model).layers
+    linears = {type(module) for module in layers.modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == {bnb.Linear4bit if kind == "nf4" else bnb.Linear8bitLt}
+    assert isinstance(encoder.lm_head, torch.nn.Identity)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    exact, (low, high) = script.load_text_encoder(plain), EMBEDDING_ERRORS[model, kind]
+    for prompt in ("", "a photo of sks toy", "two green squares at dawn"):
+        expected, actual = (script.encode_prompt(run, tokenizer, one, prompt) for one in (exact, encoder))
+        error = relative_error(actual.float(), expected.float())
+        print(f"{model} {kind} {prompt!r}: relative error of the embedding {error:.4f}")
+        assert actual.dtype == torch.bfloat16 and low < error < high
+
+
+def test_embeddings_of_a_quantised_encoder_are_never_taken_for_others(script, tiny, tmp_path):
+    """The name of a cached embedding holds the settings, not the path of their file nor their order."""
+    settings, other = settings_of("nf4"), tmp_path / "reversed.json"
+    other.write_text(json.dumps(dict(reversed(settings.items()))))
+    flags = {kind: encoder_flag(kind) for kind in KINDS} | {"none": (), "base": flags_of("nf4")}
+    flags["reversed"] = ("--text_encoder_bnb_config_path", other)
+    names = {name: script.open_prompts(start_run(script, tiny, tmp_path, *words)).key for name, words in flags.items()}
+    assert names["reversed"] == names["nf4"] and names["none"] == names["base"]
+    assert len({names["none"], names["nf4"], names["int8"]}) == 3
+
+
+@pytest.mark.e2e
+def test_a_run_with_a_quantised_encoder_trains_a_plain_base_and_is_not_resumed_without_it(
+    script, train, tiny, tmp_path, monkeypatch
+):
+    encoders, bases = spy(monkeypatch, script, "load_text_encoder"), spy(monkeypatch, script, "load_transformer")
+    flags = ("--cache_latents", "--max_train_steps", "2", "--checkpointing_steps", "1")
+    folder = train(*flags, *encoder_flag("nf4"), output="a")
+    assert any(isinstance(module, bnb.Linear4bit) for module in encoders[0].result.modules())
+    assert {type(module) for module in frozen_layers(bases[0].result).values()} == {torch.nn.Linear}
+    assert column(folder, "loss") != column(train(*flags, output="b"), "loss")
+    again = ("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    with pytest.raises(script.UserError, match="text encoder and tokenizer: not what it was"):
+        train(*flags[:1], *again, output="a")
+    train(*flags[:1], *again, *encoder_flag("nf4"), output="a")
+
+
+def test_an_encoder_that_is_stored_quantised_is_not_quantised_again(script, stored_models, tmp_path):
+    with pytest.raises(
+        script.UserError, match="--text_encoder_bnb_config_path: leave it out.*stored quantised already"
+    ):
+        start_run(script, stored_models["nf4"], tmp_path, *encoder_flag("nf4"))
+
+
+@pytest.mark.parametrize("flag", ["--bnb_quantization_config_path", "--text_encoder_bnb_config_path"])
+@pytest.mark.parametrize("content, told", [("{}", "load_in_4bit"), ("{", "Expecting"), (None, "No such file")])
+def test_a_file_without_settings_is_told_at_once(script, tiny, tmp_path, capsys, flag, content, told):
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        start_run(script, tiny, tmp_path, flag, path)
+    message = capsys.readouterr().err
+    assert f"{flag} {path}: cannot be used" in message and told in message
+
+
+def test_a_setting_of_the_encoder_that_bitsandbytes_does_not_know_is_refused(script, tiny, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"load_in_4bit": True, "bits": 4}))
+    with pytest.raises(script.UserError, match="--text_encoder_bnb_config_path .*'bits' is no setting"):
+        start_run(script, tiny, tmp_path, "--text_encoder_bnb_config_path", path)
+
+
+@pytest.mark.parametrize("other", ["--remote_text_encoder", "--fsdp_text_encoder"])
+def test_no_encoder_is_quantised_that_is_sharded_or_somewhere_else(script, tiny, tmp_path, capsys, monkeypatch, other):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        start_run(script, tiny, tmp_path, *encoder_flag("nf4"), other)
+    assert "--text_encoder_bnb_config_path: not with" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------- the card
 
 

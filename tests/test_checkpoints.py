@@ -216,7 +216,9 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_way_that_works(scrip
     (folder / "state.json").write_text(json.dumps(state))
     manifest["state.json"] = script.file_stamp(folder / "state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(script.UserError, match="checkpoint-6: is of format 1, not 2: .*--init_lora_from"):
+    with pytest.raises(
+        script.UserError, match="checkpoint-6: is of another script's format; start anew with --init_lora_from its LoRA"
+    ):
         quick(*SIX, *RESUME)
 
 
@@ -306,6 +308,19 @@ def test_a_resolved_value_that_differs_is_another_run(script, tiny, photos, tmp_
         for flags in ((), OTHERS[name])
     )
     assert first[name] != second[name]
+
+
+def test_paths_that_are_written_otherwise_are_the_same_run(quick, finished, tiny, photos):
+    """What counts is what they lead to."""
+    quick(
+        *SIX,
+        *RESUME,
+        "--instance_data_dir",
+        f"{photos}/../{photos.name}",
+        "--pretrained_model_name_or_path",
+        f"{tiny}/.",
+    )
+    assert column(finished, "step") == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_changed_prompt_is_told_in_words_with_the_way_that_works(script, quick, finished):

@@ -1,15 +1,20 @@
-"""torch.compile, as the accelerate config asks for it: really compiled, for all bucket shapes at once, and exact."""
+"""torch.compile, as the flag or the accelerate config asks for it: for all shapes at once, exact, never in part."""
+
+import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import column, lora
 from torch._dynamo.utils import counters
-
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+from unit_parts import log_lines
 
 SHAPES = "64,64;64,96;96,64;96,96"
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what is compiled is the same in both
 @pytest.mark.parametrize("checkpointing", [(), ("--gradient_checkpointing",)], ids=["kept", "checkpointed"])
 def test_compiled_blocks_train_alike_and_another_shape_does_not_compile_for_ever(
@@ -32,3 +37,106 @@ def test_compiled_blocks_train_alike_and_another_shape_does_not_compile_for_ever
     assert lora(compiled).keys() == lora(eager).keys()
     for name, tensor in lora(eager).items():
         torch.testing.assert_close(lora(compiled)[name], tensor, rtol=0, atol=1e-4)
+
+
+def compile_with(monkeypatch, backend) -> list[str]:
+    """Another backend than Inductor, which takes a minute; returns what it was asked for."""
+    asked, original = [], torch.nn.Module.compile
+
+    def compile_by(module, backend, _instead=backend, **options):
+        asked.append(backend)
+        original(module, backend=_instead, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by)
+    return asked
+
+
+def broken_backend(*_):
+    raise RuntimeError("no such target")
+
+
+def stored_choice(folder, step: int) -> bool:
+    return json.loads((folder / f"checkpoint-{step}" / "state.json").read_text())["compiled"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what is compiled is the same in both
+def test_the_flag_compiles_and_a_resumed_run_does_as_its_checkpoint_did(script, quick, monkeypatch, capsys):
+    """Compiled as asked; when the trial fails after that, eager, which is said and kept."""
+    eager = quick("--max_train_steps", "2", output="eager")
+    with monkeypatch.context() as patch:
+        asked = compile_with(patch, "aot_eager")
+        folder = quick("--compile_blocks", "--max_train_steps", "2", output="out")
+    assert set(asked) == {"inductor"} and stored_choice(folder, 2) and not stored_choice(eager, 2)
+    assert column(folder, "compiled_blocks") == [len(asked)] * 2 and column(eager, "compiled_blocks") == [0, 0]
+    losses = [torch.tensor(column(run, "loss")) for run in (folder, eager)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps")
+    with monkeypatch.context() as patch:
+        compile_with(patch, broken_backend)
+        quick(*resume, "3", output="out")
+    assert re.search(r"the trial failed .*no such target\); this run is eager", capsys.readouterr().err)
+    assert not stored_choice(folder, 3)
+    with monkeypatch.context() as patch:
+        asked = compile_with(patch, broken_backend)
+        quick(*resume, "4", output="out")
+    assert not asked and column(folder, "compiled_blocks")[2:] == [0, 0]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+def test_a_failure_of_what_was_asked_for_is_an_error(script, quick, monkeypatch):
+    compile_with(monkeypatch, broken_backend)
+    with pytest.raises(script.UserError, match="--compile_blocks: the trial failed .*no such target"):
+        quick("--compile_blocks", "--max_train_steps", "2", output="out")
+
+
+def compiled_blocks(
+    script, steps=500, device="cuda", dtype=torch.bfloat16, flag=None, stored=None, bits8=False, fp8=False, sizes=1
+) -> int:
+    """How many of three blocks `compile_blocks` compiles for such a run."""
+    resume = None if stored is None else SimpleNamespace(state={"compiled": stored, "step": 0})
+    run = SimpleNamespace(
+        args=SimpleNamespace(compile_blocks=flag, do_fp8_training=fp8), quantization={"load_in_8bit": bits8},
+        resume=resume, device=torch.device(device), dtype=dtype,
+    )  # fmt: skip
+    blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
+    transformer = SimpleNamespace(transformer_blocks=blocks[:1], single_transformer_blocks=blocks[1:])
+    found = script.compile_blocks(run, transformer, sizes > 1, steps)
+    assert sum(block._compiled_call_impl is not None for block in blocks) == found
+    return found
+
+
+CHOICES = [
+    ({}, 3), ({"steps": 499}, 0), ({"device": "cpu"}, 0), ({"device": "mps"}, 0), ({"dtype": torch.float32}, 0),
+    ({"flag": False}, 0), ({"flag": True, "device": "cpu", "steps": 1}, 3), ({"stored": False}, 0),
+    ({"stored": True, "steps": 1}, 3), ({"stored": False, "flag": True}, 3), ({"bits8": True}, 0),
+    ({"fp8": True}, 3), ({"sizes": 2}, 3), ({"fp8": True, "sizes": 2}, 0), ({"fp8": True, "sizes": 2, "flag": True}, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "number"), CHOICES)
+def test_unset_the_blocks_are_compiled_where_it_pays(script, case, number):
+    assert compiled_blocks(script, **case) == number
+
+
+def test_what_cannot_compile_is_told_and_is_an_error_where_it_was_asked_for(script, monkeypatch):
+    with pytest.raises(script.UserError, match="--compile_blocks: bitsandbytes' int8 stays eager"):
+        compiled_blocks(script, flag=True, bits8=True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(script.shutil, "which", lambda _: None)
+    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; leave it out"):
+        compiled_blocks(script, flag=True)
+    with log_lines() as lines:
+        assert compiled_blocks(script) == 0
+    assert any("needs a C compiler" in line and "this run is eager" in line for line in lines)
+
+
+def test_beyond_the_recompile_limit_nothing_runs_eager_in_silence(script, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled_blocks(script, device="cpu")
+    block = torch.nn.Linear(2, 2)
+    block.compile(backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="recompile_limit"):
+        for rows in 2, 3, 4:
+            block(torch.ones(rows, 2))

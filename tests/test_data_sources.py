@@ -70,7 +70,7 @@ def test_captions_beside_the_images_are_read(script, tmp_path):
     (tmp_path / "c.txt").write_text(" \n")
     with log_lines(logging.WARNING) as lines:
         assert listed(script, tmp_path) == {"a.jpg": "ein Hündchen", "b.png": "a cat", "c.jpg": None, "d.jpg": None}
-    assert "1 .caption file(s) not used: 'a.caption'" in lines[0]
+    assert "1 .caption file(s) not used, see docs/data.md: 'a.caption'" in lines[0]
 
 
 def test_a_caption_that_is_not_utf8_is_an_error_with_its_path(script, tmp_path):
@@ -154,7 +154,7 @@ def test_a_metadata_csv_without_file_names_is_an_error_with_its_path(script, tmp
     """The column is called otherwise."""
     fill(tmp_path, "a.jpg")
     (tmp_path / "metadata.csv").write_text("photo,text\na.jpg,x\n")
-    with pytest.raises(script.UserError, match=r"metadata\.csv: every row needs a 'file_name'"):
+    with pytest.raises(script.UserError, match=r"metadata\.csv, in metadata every row needs a 'file_name'"):
         listed(script, tmp_path)
 
 
@@ -287,7 +287,7 @@ def test_an_image_folder_with_metadata_loads_as_a_data_set(script, tmp_path, pho
 
 def test_a_column_that_holds_no_images_is_an_error_that_names_it(script, tmp_path, table):
     """A number cannot be cast to an image."""
-    with pytest.raises(script.UserError, match="--image_column label"):
+    with pytest.raises(script.UserError, match="column label holds no images"):
         list_table(script, tmp_path, table, "--image_column", "label")
 
 
@@ -375,7 +375,7 @@ def test_a_refusal_is_remembered_too(script, tmp_path, counted):
     assert counted == {"read": 2, "decoded": 2}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy -1": [{}, {}]}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy -1": {}}'])
 def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
     (tmp_path / "checked_images.json").write_bytes(content)
@@ -439,8 +439,8 @@ def test_a_image_that_vanishes_is_a_bad_image_and_no_crash(script, tmp_path):
     args = arguments(script, "--instance_data_dir", data)
     images = [sample.image for sample in script.list_samples(args)]
     (data / "b.jpg").unlink()
-    found = script.inspect_images(images, tmp_path / "cache")
-    assert found[images[0]].size and found[images[1]].startswith("cannot be read (No such file")
+    good, bad = script.inspect_images(images, tmp_path / "cache")
+    assert good[images[0]].size and bad["b.jpg"].startswith("cannot be read ([Errno 2] No such file")
 
 
 @pytest.mark.parametrize("name", ["reg", "Regularization", "regularisation_images", "class_images"])

@@ -148,7 +148,7 @@ def test_flags_that_stand_alone_are_parsed(page, line):
 
 
 def test_the_notebook_example_is_parsed_and_calls_what_is_there():
-    (code,) = (content for _, language, content in blocks() if language == "python" and "parse_args" in content)
+    code = next(content for _, language, content in blocks() if language == "python" and "parse_args" in content)
     (words,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.List))
     names = [alias.name for node in ast.parse(code).body if isinstance(node, ast.ImportFrom) for alias in node.names]
     defined = {node.name for node in ast.parse(read_script(TEXT_TO_IMAGE)).body if hasattr(node, "name")}
@@ -158,20 +158,19 @@ def test_the_notebook_example_is_parsed_and_calls_what_is_there():
     assert set(names) <= defined and found.max_train_steps == 20
 
 
-def test_the_table_by_gpu_is_what_the_planner_stored():
-    """Flags and GB of the rows that benchmarks/plan_memory.json has."""
-    stored = json.loads((ROOT / "benchmarks" / "plan_memory.json").read_text(encoding="utf-8"))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = {int(gb): (flags, float(peak)) for gb, flags, peak in
-            re.findall(r"^\| (\d+) GB \| `([^`]+)`[^|]*\| ([\d.]+) \|$", text, re.M)}  # fmt: skip
-    assert set(rows) == {12, 16, 24, 48, 80, 141}
-    for fit in stored["fits"]:
-        flags, peak = rows[fit["gpu_gb"]]
-        asked = shlex.split(fit["command"].replace("\\\n", " "))
-        assert set(flags.split()) <= set(asked) and f"{fit['training_gb']:.1f}" == f"{peak:.1f}"
-    for row in stored["streamed"]:
-        if (row["model"], row["base"], row["gpu_gb"]) == ("dev", "fp8", 16):
-            assert f"--stream_blocks {row['share']}" in rows[16][0] and f"{row['gpu']:.1f}" == f"{rows[16][1]:.1f}"
+def test_each_line_by_gpu_is_parsed_and_fits():
+    """The README's table is `gpu_lines` of the planner; benchmarks/plan_memory.json has what it shows."""
+    rows = json.loads((ROOT / "benchmarks" / "plan_memory.json").read_text(encoding="utf-8"))["fits"]
+    arguments = load_arguments(TEXT_TO_IMAGE)
+    assert {(row["model"], row["gpu_gb"]) for row in rows} == {
+        (model, gpu_gb) for model in ("dev", "klein-9B", "klein-4B") for gpu_gb in (8, 12, 16, 24, 48, 80, 141)
+    }
+    for row in rows:
+        words = shlex.split(row["command"].replace("\\\n", ""))
+        found = arguments.parse_words(arguments.build_parser(), words[3:])
+        assert row["training_gb"] <= row["gpu_gb"]
+        assert (found.resolution, found.stream_blocks) == (row["resolution"], row["stream"])
+        assert found.do_fp8_training == (row["base"] == "fp8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -301,7 +301,7 @@ def test_the_weight_multiplies_the_loss_of_its_own_sample(script):
 def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     """`batch_losses` shifts sigma by the tokens of the target, encodes, normalises, and asks for the right prompt."""
     run = start_run(script, tiny, tmp_path)
-    space, vae = script.open_latent_space(run), script.load_vae(run)
+    space, vae = script.LatentSpace(run), script.load_vae(run)
     pixels, noise, embeds = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 8, 32), torch.randn(2, 64, 96)
     clean = script.tokens_from_moments(space, script.encode_pixels(vae, pixels))
     training = SimpleNamespace(

@@ -45,7 +45,7 @@ def really(function: Any) -> Any:
 def rehearse(script, tmp_path, monkeypatch):
     """`rehearse(flags, model=..., references=..., streams=...)`: two steps; the Watch of the second one."""
     monkeypatch.setattr(bare_training, "write_checkpoint", really(bare_training.write_checkpoint))
-    monkeypatch.setattr(script, "open_latent_space", really(script.open_latent_space))
+    monkeypatch.setattr(script, "LatentSpace", really(script.LatentSpace))
     return functools.partial(rehearse_steps, script, tmp_path)
 
 

@@ -46,8 +46,8 @@ def fail(monkeypatch, script, name: str, error: Exception, call: int = 1) -> Non
         ("encode prompts", "load_text_encoder", "device"),
         ("encode prompts", "encode_prompt", "host"),
         ("encode images", "encode_pixels", "python"),
-        ("set up training", "load_transformer", "device"),
-        ("set up training", "place_transformer", "driver"),
+        ("prepare training", "load_transformer", "device"),
+        ("prepare training", "place_transformer", "driver"),
         ("train", "batch_losses", "host"),
         ("save results", "save_checkpoint", "device"),
     ],
@@ -89,15 +89,18 @@ def test_another_failure_stays_what_it_was(script, train, monkeypatch, error):
 # ---- the flags ----
 
 
+FOUR_BIT = ("--text_encoder_bnb_config_path", ROOT / "configs" / "quantization" / "nf4.json")
+
+
 @pytest.mark.parametrize(
     "phase, flags, expected",
     [
         ("train", (), ["--gradient_checkpointing", "--stream_blocks"]),
         ("train", ("--gradient_checkpointing",), ["--stream_blocks", "--bnb_quantization_config_path"]),
         ("train", ("--stream_blocks",), ["--bnb_quantization_config_path", "--cache_latents"]),
-        ("set up training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
-        ("encode prompts", (), ["--offload", "--remote_text_encoder"]),
-        ("encode prompts", ("--offload",), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
+        ("prepare training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
+        ("encode prompts", (), ["--offload", "--text_encoder_bnb_config_path", "--remote_text_encoder"]),
+        ("encode prompts", (*FOUR_BIT, "--offload"), ["--remote_text_encoder", "a smaller --max_sequence_length"]),
         ("encode images", (), ["a smaller --resolution"]),
     ],
 )
@@ -119,7 +122,7 @@ def test_what_several_processes_can_do_is_said_to_them(script, tiny, tmp_path):
     run = start_run(script, tiny, tmp_path)
     two = replace(run, sharding=True, processes=2)
     assert "--fsdp_text_encoder" in script.memory_flags(two, "encode prompts")
-    assert script.memory_flags(two, "set up training")[0] == "--do_fp8_training"
+    assert script.memory_flags(two, "prepare training")[0] == "--do_fp8_training"
 
 
 # ---- what was learned ----

@@ -168,11 +168,10 @@ def test_with_several_processes_each_spreads_its_encoder_over_its_own_gpu(script
     encoder.config = SimpleNamespace()
     model = script.transformers.Mistral3ForConditionalGeneration
     monkeypatch.setattr(model, "from_pretrained", lambda _, **options: given.append(options) or (encoder, WHOLE))
-    monkeypatch.setattr(script.torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(script.torch.accelerator, "get_memory_info", lambda device: (20 * 2**30, 24 * 2**30))
     run = replace(start_run(script, tiny, tmp_path, "--offload"), device=torch.device("cuda", 3))
     script.load_text_encoder(run)
-    monkeypatch.setattr(script.Run, "processes", 8)
-    script.load_text_encoder(run)
+    script.load_text_encoder(replace(run, processes=8))
     assert "max_memory" not in given[0]
     assert given[1]["max_memory"][3] == 19 * 2**30 and set(given[1]["max_memory"]) == {3, "cpu"}
 

@@ -284,9 +284,11 @@ def test_the_predictions_of_streaming_are_near_what_was_measured_on_a_gpu():
 
 
 def test_the_predictions_in_the_docs_are_those_of_the_stored_file():
-    readme = (plan_memory.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    shown = readme.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]
+    page = (plan_memory.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- tools/plan_memory.py -->\n")[2].partition("<!-- end of tools/plan_memory.py -->")[0]
     assert shown.strip() == plan_memory.readme_tables().strip()
+    shown = (plan_memory.ROOT / "README.md").read_text(encoding="utf-8").partition("tools/plan_memory.py -->\n")[2]
+    assert shown.partition("<!-- end of gpu_lines -->")[0].strip() == "\n".join(plan_memory.gpu_lines())
 
 
 def test_a_plan_does_not_depend_on_the_gpu_of_this_machine(t2i, small, tmp_path, monkeypatch):
@@ -296,3 +298,16 @@ def test_a_plan_does_not_depend_on_the_gpu_of_this_machine(t2i, small, tmp_path,
     Job(small, 128).plan(tmp_path / "plan")
     Job(small, 128).run(tmp_path / "run")
     assert asked == [True, False]
+
+
+@pytest.mark.parametrize("kind, part", [("nf4", (4 + 8 / 64 + 32 / 64 / 256) / 16), ("int8", 0.5)])
+def test_a_text_encoder_in_another_format_is_counted_in_it(tmp_path, kind, part):
+    """Its layers shrink, its word embeddings do not."""
+    flags = ("--text_encoder_bnb_config_path", str(plan_memory.ROOT / "configs" / "quantization" / f"{kind}.json"))
+    plain, other = (plan_memory.count_encoder(Job("klein-4B", 512, 0, words)) for words in ((), flags))
+    config = plan_memory.encoder_config(Job("klein-4B", 512).plan(tmp_path))
+    with torch.device("meta"):
+        encoder = plan_memory.transformers.Qwen3Model(config)
+    linears = [module for module in encoder.layers.modules() if isinstance(module, torch.nn.Linear)]
+    saved = (1 - part) * 2 * sum(module.weight.numel() for module in linears)
+    assert plain["peak"] - other["peak"] == pytest.approx(saved, rel=0.02) and other["weights"] == plain["weights"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import draw_photo
 from PIL import Image
-from runs import LORA, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
+from runs import LORA, around_updates, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
 
 # Class images are the text-to-image script's alone.
 pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indirect=True)]
@@ -162,12 +162,11 @@ def test_loss_and_gradient_are_linear_in_the_prior_weight(script, quick, class_d
     """Weight w adds w times the class part to what a run without prior preservation has."""
     gradients = {}
 
-    def keep(training, original=script.apply_update):
+    def keep(training):
         flat = torch.cat([p.grad.flatten() for name, p in training.parameters.items() if "lora_B" in name])
         gradients.setdefault(current, flat.clone())
-        return original(training)
 
-    monkeypatch.setattr(script, "apply_update", keep)
+    around_updates(monkeypatch, script, before=keep)
     runs = {}
     for weight in (1.0, 3.0):
         current = weight

@@ -543,7 +543,7 @@ if __name__ == "__main__":
     "where, what, message",
     [
         ("encode_prompt", "raise RuntimeError('rank one fell over')", "rank one fell over"),
-        ("apply_update", "os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("average_over_processes", "os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
     ],
 )
 def test_a_process_that_fails_ends_the_whole_run_and_leaves_no_other_behind(data, where, what, message, tmp_path):

@@ -338,4 +338,4 @@ def test_words_that_are_no_utf8_are_refused_by_name(script, tiny, photos, tmp_pa
     with pytest.raises(SystemExit) as stop:
         script.parse_args(command_line(tiny, photos, tmp_path / "out", "--instance_prompt", word))
     printed = capsys.readouterr().err
-    assert stop.value.code == 2 and "--instance_prompt 'caf\\udce9': is not UTF-8" in printed
+    assert stop.value.code == 2 and "'caf\\udce9': cannot read it" in printed

@@ -191,7 +191,7 @@ def test_the_echo_of_a_signal_is_not_a_second_one(script, train, monkeypatch, tm
 def test_a_second_signal_some_time_later_acts_at_once(script, train, monkeypatch, tmp_path):
     """Who presses Ctrl-C again does not want to wait for the save."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as behind a shell's &
-    steps = spy(monkeypatch, script, "apply_update")
+    steps = spy(monkeypatch, script, "batch_losses")
 
     def signalled(run, training, batches, original=script.train_step):
         for _ in range(2):

@@ -123,8 +123,7 @@ def test_a_damaged_cache_file_is_made_again_and_the_run_ends_the_same(script, tr
     assert [len(calls) for calls in encoded] == [1, 1]
     for path, tensors in zip(victims, good, strict=True):
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
-    ((files, _contents),) = json.loads((tmp_path / "cache" / "checked_images.json").read_text()).values()
-    assert len(files) >= 5
+    assert len(json.loads((tmp_path / "cache" / "checked_images.json").read_text())) == 1
     assert_same_run(whole, again)
 
 

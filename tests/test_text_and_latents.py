@@ -146,7 +146,8 @@ def test_captions_that_are_cut_are_named(script, tiny, photos, tmp_path):
 def test_latents_become_the_pipelines_tokens(script, runs):
     """Patches of 2 x 2, row by row; and back again, in `decode_tokens` below."""
     latents = torch.randn(2, 8, 6, 10)
-    space = replace(script.open_latent_space(runs["dev"]), mean_C=torch.zeros(32), std_C=torch.ones(32))
+    space = script.LatentSpace(runs["dev"])
+    space.mean_C, space.std_C = torch.zeros(32), torch.ones(32)
     expected = Flux2Pipeline._pack_latents(Flux2Pipeline._patchify_latents(latents))
     assert script.tokens_from_moments(space, torch.stack([latents, latents], 1)).equal(expected)
 
@@ -176,7 +177,7 @@ def test_normalised_tokens_are_exactly_the_pipelines(script, runs, pipelines, fa
     pixels = pixels.contiguous(memory_format=torch.channels_last)  # as the pipeline's image processor hands them over
     with torch.no_grad():
         expected = pipeline._pack_latents(pipeline._encode_vae_image(pixels, None))
-    space = script.open_latent_space(runs[family])
+    space = script.LatentSpace(runs[family])
     actual = script.tokens_from_moments(space, script.encode_pixels(pipeline.vae, pixels))
     assert actual.shape == (2, size[0] * size[1] // 256, 32) == (2, size[0] * size[1] // 256, space.channels)
     assert (actual - expected).abs().max() == 0
@@ -186,9 +187,8 @@ def test_sampled_latents_are_mean_plus_deviation_times_noise(script, runs, vae):
     """--vae_encode_mode sample, as diffusers draws it."""
     posterior = vae.encode(torch.rand(1, 3, 64, 64)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
-    space = script.open_latent_space(runs["dev"])
-    moments = torch.stack([posterior.mean, posterior.logvar], 1)
-    plain = replace(space, mean_C=torch.zeros(32), std_C=torch.ones(32))
+    plain, moments = script.LatentSpace(runs["dev"]), torch.stack([posterior.mean, posterior.logvar], 1)
+    plain.mean_C, plain.std_C = torch.zeros(32), torch.ones(32)
     sampled = posterior.sample(torch.Generator().manual_seed(5))
     expected = Flux2Pipeline._pack_latents(Flux2Pipeline._patchify_latents(sampled))
     assert torch.allclose(script.tokens_from_moments(plain, moments, noise), expected, atol=1e-6)
@@ -206,7 +206,7 @@ def test_decoded_tokens_are_the_pipelines_image(script, runs, pipelines, size):
     call |= {"latents": noise, "num_inference_steps": 1, "height": size[0], "width": size[1]}
     expected = pipeline(**call).images
     tokens = pipeline(**call, output_type="latent").images
-    actual = script.decode_tokens(script.open_latent_space(runs["dev"]), pipeline.vae, tokens, rows, columns)
+    actual = script.decode_tokens(script.LatentSpace(runs["dev"]), pipeline.vae, tokens, rows, columns)
     assert [image.size for image in actual] == [(size[1], size[0])] * 2
     for one, other in zip(actual, expected, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
@@ -218,7 +218,7 @@ def test_a_validation_image_is_what_the_users_pipeline_draws(script, runs, pipel
     """Same prompt, seed, size, steps and guidance: embedded for [dev], against the empty prompt for [klein]."""
     run = replace(runs[family], args=script.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
     script.encode_prompts(run, ["a cat", ""])
-    space = script.open_latent_space(run)
+    space = script.LatentSpace(run)
     pipeline = script.make_pipeline(run, pipelines[family].transformer, pipelines[family].vae)
     actual = script.generate(run, space, pipeline, "a cat", [("validation", 0, 0)], (48, 80))
     pipelines[family].set_progress_bar_config(disable=True)
@@ -245,7 +245,7 @@ def test_the_latent_space_is_opened_without_loading_the_vae(script, runs, vae, m
         raise AssertionError("the VAE was loaded")
 
     monkeypatch.setattr(script.AutoencoderKLFlux2, "from_pretrained", refuse)
-    space = script.open_latent_space(runs["dev"])
+    space = script.LatentSpace(runs["dev"])
     assert space.mean_C.equal(vae.bn.running_mean)
     assert space.std_C.equal(torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps))
     assert space.channels == 32
@@ -278,9 +278,9 @@ def test_another_variant_beside_the_weights_is_not_read(script, tiny, tmp_path):
     weights = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     shifted = {**weights, "bn.running_mean": weights["bn.running_mean"] + 1}
     save_file(shifted, model / "vae" / "diffusion_pytorch_model.fp16.safetensors")
-    plain = script.open_latent_space(start_run(script, model, tmp_path / "a"))
+    plain = script.LatentSpace(start_run(script, model, tmp_path / "a"))
     assert plain.mean_C.equal(weights["bn.running_mean"].float())
-    variant = script.open_latent_space(start_run(script, model, tmp_path / "b", "--variant", "fp16"))
+    variant = script.LatentSpace(start_run(script, model, tmp_path / "b", "--variant", "fp16"))
     assert variant.mean_C.equal(shifted["bn.running_mean"].float())
 
 
@@ -381,7 +381,7 @@ def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script,
     """Content, target, flip, VAE, decode policy."""
     model = shutil.copytree(tiny, tmp_path / "model")
     run = start_run(script, model, tmp_path / "run")
-    space = script.open_latent_space(run)
+    space = script.LatentSpace(run)
     paths = [latent_file(space, image), latent_file(space, image, flip=True)]
     paths += [latent_file(space, replace(image, sha256="0")), latent_file(space, replace(image, target=(64, 80)))]
     paths += [latent_file(space, replace(image, target=(80, 64)))]
@@ -389,18 +389,18 @@ def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script,
     paths.append(latent_file(space, image))
     monkeypatch.undo()
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
-    paths.append(latent_file(script.open_latent_space(run), image))
+    paths.append(latent_file(script.LatentSpace(run), image))
     assert len(set(paths)) == len(paths)
 
 
 def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, tmp_path, image):
     """Its file name and size in pixels, the training flags, the encoder and the transformer."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = latent_file(script.open_latent_space(start_run(script, model, tmp_path / "a")), image).name
+    first = latent_file(script.LatentSpace(start_run(script, model, tmp_path / "a")), image).name
     touch(model / "text_encoder" / "model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--mixed_precision", "bf16", "--vae_encode_mode", "sample")
-    space = script.open_latent_space(start_run(script, model, tmp_path / "b", *flags))
+    space = script.LatentSpace(start_run(script, model, tmp_path / "b", *flags))
     other = replace(image, name="other.jpg", path=None, size=(1, 1))
     assert latent_file(space, other).name == first
 
@@ -409,7 +409,7 @@ def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, image, vae, 
     """The file holds what a visit with the centre crop would encode, bit for bit, and its mirror image beside it."""
     flags = ("--cache_latents", "--skip_final_inference", "--random_flip", "--instance_data_dir", image.path.parent)
     run = start_run(script, tiny, tmp_path, *flags)
-    space = script.open_latent_space(run)
+    space = script.LatentSpace(run)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
     script.encode_images(run, space, [image])
     for flip in (False, True):
@@ -423,7 +423,7 @@ def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, image, vae, 
 def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_path, image, vae, monkeypatch):
     """Two samples with the same image are one latent."""
     run = start_run(script, tiny, tmp_path, "--cache_latents", "--skip_final_inference")
-    space, encoded, encode = script.open_latent_space(run), [], script.encode_pixels
+    space, encoded, encode = script.LatentSpace(run), [], script.encode_pixels
 
     def counting(vae, pixels):
         encoded.append(1)
@@ -444,13 +444,13 @@ def test_a_full_disk_is_an_error_before_anything_is_encoded(script, tiny, tmp_pa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(script.UserError, match="latent cache needs .* are free; see --latents_cache_dir"):
-        script.encode_images(run, script.open_latent_space(run), [image])
+        script.encode_images(run, script.LatentSpace(run), [image])
 
 
 def test_the_size_of_the_latent_cache_is_estimated_rightly(script, tiny, tmp_path, image, vae, monkeypatch):
     """Within the few bytes of a header per file: too small an estimate would fill the disk."""
     run = start_run(script, tiny, tmp_path, "--cache_latents", "--random_flip", "--skip_final_inference")
-    space, needs = script.open_latent_space(run), []
+    space, needs = script.LatentSpace(run), []
     monkeypatch.setattr(script, "check_space", lambda folder, need, *_: needs.append(need))
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
     script.encode_images(run, space, [replace(image, target=(160, 96))])

@@ -21,6 +21,7 @@ from conftest import ROOT, SCRIPTS, draw_photo, draw_references, load_script, of
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from runs import (
     LORA,
+    around_updates,
     assert_close_runs,
     assert_same_run,
     column,
@@ -133,15 +134,12 @@ def test_the_host_waits_for_the_device_once_per_optimizer_step(script, quick, mo
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_only_the_fp32_adapter_is_trained_and_the_base_stays_bit_identical(script, quick, tiny, monkeypatch, precision):
     """Every base tensor equals the checkpoint's file after training; adapter, gradients and moments are fp32."""
-    calls, steps = spy(monkeypatch, script, "train"), spy(monkeypatch, script, "apply_update")
-    gradients = []
-    monkeypatch.setattr(
-        script,
-        "apply_update",
-        lambda training, original=script.apply_update: (
-            gradients.append({parameter.grad.dtype for parameter in training.parameters.values()}) or original(training)
-        ),
-    )
+    calls, gradients = spy(monkeypatch, script, "train"), []
+
+    def note(training):
+        gradients.append({parameter.grad.dtype for parameter in training.parameters.values()})
+
+    around_updates(monkeypatch, script, before=note)
     folder = quick("--mixed_precision", precision, "--learning_rate", "1e-2")
     run, training = calls[0].args
     assert run.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -158,7 +156,7 @@ def test_only_the_fp32_adapter_is_trained_and_the_base_stays_bit_identical(scrip
     assert {p.dtype for p in training.parameters.values()} == {torch.float32}
     moments = [slot[key] for slot in training.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert moments and {tensor.dtype for tensor in moments} == {torch.float32}
-    assert gradients == [{torch.float32}] * 3 and len(steps) == 3
+    assert gradients == [{torch.float32}] * 3
     assert all(p.abs().max() > 0 for p in training.parameters.values())
     assert {tensor.dtype for tensor in lora(folder).values()} == {run.dtype}
 
@@ -211,7 +209,7 @@ def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode)
 
 def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkeypatch):
     """The cache holds the mirrored twin of every image, and visits read either."""
-    calls = spy(monkeypatch, script.LatentSpace, "path")
+    calls = spy(monkeypatch, script.LatentSpace, "key")
     flags = ("--cache_latents", "--max_train_steps", "6", *STANDSTILL)
     plain = quick(*flags, output="a")
     assert {call.args[2] for call in calls} == {False}
@@ -498,12 +496,10 @@ def test_prodigy_trains_at_rate_one_and_its_estimate_grows(script, quick, monkey
     """The default learning rate with Prodigy is 1.0, and the estimate of the step size rises from zero."""
     estimates = []
 
-    def watch(training, original=script.apply_update):
-        values = original(training)
+    def watch(training):
         estimates.append(training.optimizer.param_groups[0]["d_hat"])
-        return values
 
-    monkeypatch.setattr(script, "apply_update", watch)
+    around_updates(monkeypatch, script, after=watch)
     folder = quick("--optimizer", "prodigy", "--cache_latents", "--max_train_steps", "6")
     assert column(folder, "lr") == [1.0] * 6
     assert estimates == sorted(estimates) and len(set(estimates)) == 6
@@ -607,11 +603,10 @@ def test_the_gradient_is_clipped_to_its_limit_and_logged_before(script, quick, m
     """The optimizer sees at most --max_grad_norm; a gradient below it is left alone."""
     seen = []
 
-    def measure(training, original=script.apply_update):
+    def measure(training):
         seen.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in training.parameters.values())))
-        return original(training)
 
-    monkeypatch.setattr(script, "apply_update", measure)
+    around_updates(monkeypatch, script, before=measure)
     folder = quick("--cache_latents", "--max_grad_norm", limit)
     expected = [min(norm, float(limit)) for norm in column(folder, "grad_norm")]
     assert seen == pytest.approx(expected, rel=1e-4)

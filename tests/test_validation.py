@@ -1,6 +1,7 @@
 """Images, sheets, losses, trackers and the model card of runs on the tiny model, in this process."""
 
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from runs import LORA, assert_same_run, column, files_of, lora, metrics, spy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from unit_parts import log_lines
 
 pytestmark = pytest.mark.e2e
 
@@ -166,7 +168,63 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
     folder = quick("--validation_prompt", "a toy", *DRAW, *flags, "--skip_final_inference")
     assert starts[0] == starts[1]
     logged = [line["validation_loss"] for line in metrics(folder) if "validation_loss" in line]
-    assert len(logged) == 2 and starts[0] > logged[0] > logged[1]
+    assert len(logged) == 2 and starts[0]["validation_loss"] > logged[0] > logged[1]
+
+
+# -------------------------------------------------------------------------------------------------------- held-out loss
+
+
+def test_held_out_images_are_measured_at_all_sigmas_and_never_trained_on(script, quick, monkeypatch):
+    """Without any prompt; the run is that of a folder without them."""
+    flags = ("--validation_split", "2", "--validation_steps", "2", "--max_train_steps", "6", "--seed", "3")
+    names = {True: set(), False: set()}
+
+    def batch_losses(run, training, batch, original=script.batch_losses):
+        names[torch.is_grad_enabled()] |= {*batch["name"]}
+        return original(run, training, batch)
+
+    monkeypatch.setattr(script, "batch_losses", batch_losses)
+    with log_lines() as lines:
+        folder = quick(*flags)
+    (told,) = (line for line in lines if "held out" in line)
+    assert len(names[False]) == 2 and len(names[True]) == 3 and not names[True] & names[False]
+    assert all(name in told for name in names[False])
+    found = [line for line in metrics(folder) if "validation_loss" in line]
+    assert [line["step"] for line in found] == [2, 4, 6]
+    assert {f"validation_loss_sigma_{tenth / 10}" for tenth in (5, 7, 9)} <= found[0].keys()
+    assert any("validation loss" in line and "after step" in line for line in lines[-1].splitlines())
+
+
+def test_a_run_that_holds_images_out_is_the_run_without_them(script, quick, train, photos, tmp_path):
+    flags = ("--max_train_steps", "4", "--seed", "3")
+    with log_lines() as lines:
+        folder = quick("--validation_split", "2", "--validation_steps", "2", *flags)
+    (told,) = (line for line in lines if "held out" in line)
+    shutil.copytree(photos, fewer := tmp_path / "fewer")
+    for path in [path for path in fewer.rglob("*") if path.name in told]:
+        path.unlink()
+    assert column(folder, "loss") == column(quick("--instance_data_dir", fewer, *flags, output="fewer"), "loss")
+
+
+def test_the_lowest_held_out_loss_keeps_its_lora_and_a_resumed_run_knows_it(script, quick, monkeypatch):
+    """best/ is of a new low only; what the base model reaches at step 0 is the first to beat."""
+    values = iter([1.0, 0.8, 0.5, 0.9, 0.6, 0.4])
+    monkeypatch.setattr(script, "validation_loss", lambda *_: {"validation_loss": next(values)})
+    flags = ("--validation_split", "1", "--validation_steps", "1", "--checkpointing_steps", "1")
+    folder = quick(*flags, "--max_train_steps", "3")
+    lora = folder / "best" / "pytorch_lora_weights.safetensors"
+    assert lora.read_bytes() == (folder / "checkpoint-2" / lora.name).read_bytes()
+    with log_lines() as lines:
+        quick(*flags, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert lora.read_bytes() == (folder / "checkpoint-2" / lora.name).read_bytes()
+    assert "lowest 0.5000, after step 2" in lines[-1]
+    quick(*flags, "--max_train_steps", "5", "--resume_from_checkpoint", "latest")
+    assert lora.read_bytes() == (folder / "checkpoint-5" / lora.name).read_bytes()
+
+
+def test_no_image_is_left_to_train_on(script, quick):
+    with pytest.raises(script.UserError, match=r"--validation_split 5: only 5 images"):
+        quick("--validation_split", "5", "--max_train_steps", "1")
 
 
 # ------------------------------------------------------------------------------------------------------- final images
@@ -398,7 +456,8 @@ def test_the_cards_snippets_run_as_they_stand_and_draw_the_same(quick, tiny, tmp
     """Images of the right size with the LoRA on, whatever the prompt; every rung: `test_bnb.py`."""
     folder = quick("--final_validation_prompt", 'it\'s a "toy"', "--validation_size", "64,96", *DRAW)
     snippets, images = python_of(card_of(folder)), []
-    assert len([line for line in snippets[0].splitlines() if line and "load_image" not in line[:50]]) == 5
+    lines = [line for line in snippets[0].splitlines() if line and "import load_image" not in line]
+    assert len(lines) == 5
     (tmp_path / "desk").mkdir()
     (tmp_path / "desk" / tiny.name).symlink_to(tiny)
     (tmp_path / "desk" / folder.name).symlink_to(folder)

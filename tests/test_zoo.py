@@ -231,7 +231,7 @@ def test_every_bad_image_is_listed_once_with_its_reason_and_nothing_else_is(verd
 
 def test_files_that_are_not_used_are_told_and_the_systems_own_are_not(verdict):
     told = [line for line in verdict[1] if "not used" in line]
-    assert [line.split(" not used: ")[1] for line in told] == ["'drawing.eps'", "'notes.txt'", "'photo.heic'"]
+    assert [line.split("docs/data.md: ")[1] for line in told] == ["'drawing.eps'", "'notes.txt'", "'photo.heic'"]
 
 
 def test_without_skip_one_error_lists_them_all(script, tiny, zoo, tmp_path):

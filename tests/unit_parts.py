@@ -35,7 +35,7 @@ def check_samples(script: Any, args: Any, cache_dir: Path) -> list:
 
 def training_set(script: Any, run: Any, samples: list, stream: str = "instance") -> Any:
     """A TrainingSet of the samples whose prompts are "encoded" already, as small zeros."""
-    data = script.TrainingSet(run, script.open_latent_space(run), samples, stream)
+    data = script.TrainingSet(run, script.LatentSpace(run), samples, stream)
     for prompt in {"", *(caption for sample in samples for caption in sample.captions)}:
         data.prompts.put(torch.zeros(2, 3), prompt, prompt)
     return data

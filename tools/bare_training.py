@@ -56,7 +56,7 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
     words = ["--pretrained_model_name_or_path", write_checkpoint(architecture, folder / "model")]
     words += ["--output_dir", folder / "out", "--instance_data_dir", folder / "data", "--instance_prompt", "a photo"]
     words += ["--mixed_precision", "bf16", "--cache_latents", "--report_to", "none", "--dataloader_num_workers", 0]
-    words += ["--seed", 0, "--max_train_steps", 1000, *flags]
+    words += ["--seed", 0, "--max_train_steps", 1000, "--no-compile_blocks", *flags]
     return script.start_accelerator(script.parse_args([str(word) for word in words]))
 
 
@@ -68,14 +68,6 @@ def make_streams(script: ModuleType, run: Any, references: int = 0) -> list:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
     return [script.Stream("instance", [sample])]
-
-
-def random_moments(data: Any, image: Any, *_: Any) -> torch.Tensor:
-    """Mean and log-variance (2, C, H, W) as the latent cache would hand them out; without one, pixels (3, H, W)."""
-    if not data.run.args.cache_latents:
-        return torch.randn(3, *image.target)
-    rows, columns = (side // data.run.cell for side in image.target)
-    return torch.randn(2, data.space.channels // 4, 2 * rows, 2 * columns)
 
 
 def fill(module: torch.nn.Module, run: Any) -> None:
@@ -132,7 +124,7 @@ def set_up(
 ) -> Any:
     """The script's Training: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
-        training = script.prepare_training(run, script.open_latent_space(run), streams, vae)
+        training = script.prepare_training(run, script.LatentSpace(run), streams, vae)
     training.transformer.train()
     for group in training.optimizer.param_groups:
         if "foreach" in group:
@@ -147,9 +139,15 @@ def set_up(
 def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
     """The script's own loader, over latents and a prompt that were never encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    prompt = torch.randn(shape, dtype=run.dtype)
+    prompt, channels = torch.randn(shape, dtype=run.dtype), training.space.channels // 4
+
+    def cached(_: Any, what: Any) -> torch.Tensor:  # a prompt, or an image: mean and log-variance (2, C, H, W)
+        sides = () if isinstance(what, str) else [2 * side // run.cell for side in what.target]
+        return torch.randn(2, channels, *sides) if sides else prompt
+
     with (
-        mock.patch.object(script.TrainingSet, "view", random_moments),
-        mock.patch.object(script.TensorCache, "get", lambda *_: prompt),
+        mock.patch.object(script.LatentSpace, "key", lambda _, image, flip: (image,)),
+        mock.patch.object(script.TensorCache, "get", cached),
+        mock.patch.object(script.Image, "pixels", lambda image, *_: torch.randn(3, *image.target)),
     ):
         yield from script.make_loaders(run, training)

@@ -19,14 +19,15 @@ the CUDA context, workspaces of libraries and fragments, which are not counted.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -47,6 +48,7 @@ GB = 1e9
 HOST_BASE_GB = 1.1  # libraries and loader: benchmarks/memory.json, whose model is 5 MB
 RESULT, MEASURED = ROOT / "benchmarks" / "plan_memory.json", ROOT / "benchmarks" / "gpu.json"
 CHECKPOINTING, FP8, STREAM = "--gradient_checkpointing", "--do_fp8_training", "--stream_blocks"
+ENCODER_NF4 = ("--text_encoder_bnb_config_path", str(ROOT / "configs" / "quantization" / "nf4.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- Rungs
@@ -242,7 +244,7 @@ def target_tokens(side: int) -> int:
 
 @cache
 def count_encoder(job: Job) -> dict[str, float]:
-    """Weights and peak of the text encoder's phase, in bytes, as the script loads it: with the layers that are read."""
+    """Weights in bf16 and peak of the text encoder's phase, in bytes: the layers that are read, as they are kept."""
     script, counter = text_to_image, LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder)
@@ -253,6 +255,9 @@ def count_encoder(job: Job) -> dict[str, float]:
             if hasattr(encoder.model, "vision_tower"):
                 encoder.model.vision_tower = encoder.model.multi_modal_projector = None
             weights = counter.now
+            if run.text_quantization:
+                layers = getattr(encoder.model, "language_model", encoder.model).layers
+                stand_in("nf4" if run.text_quantization.get("load_in_4bit") else "int8", layers)
             counter.restart()
             ids = torch.ones(1, run.args.max_sequence_length, dtype=torch.int64)
             tokens = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -328,11 +333,12 @@ def disk(job: Job, lora_parameters: int) -> dict[str, float]:
 def plan(job: Job, base: str, share: float) -> dict[str, Any]:
     """One row: peaks of the phases in GB, host, disk, operations, and seconds where they were measured."""
     training, encoder = count_training(job, base, share), count_encoder(job)
+    encoder_nf4 = count_encoder(replace(job, flags=(*job.flags, *ENCODER_NF4)))
     step = {gpu: step_tflop(job, share) / rates[base] for gpu, rates in measured_rates().items() if base in rates}
     return {
         "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
         "training_gb": training.peak / GB, "resident_gb": training.resident / GB,
-        "encoder_gb": encoder["peak"] / GB, "vae_gb": count_vae(job) / GB,
+        "encoder_gb": encoder["peak"] / GB, "encoder_nf4_gb": encoder_nf4["peak"] / GB, "vae_gb": count_vae(job) / GB,
         "host_gb": HOST_BASE_GB + max(encoder["weights"], transformer_bytes(job)) / GB,
         "disk_gb": disk(job, training.lora_parameters), "tflop": step_tflop(job, share), "seconds": step,
         "lora_parameters": training.lora_parameters,
@@ -420,23 +426,21 @@ def command_line(job: Job, base: str, share: float, gpu_gb: float, stream: float
     return " \\\n  ".join([*words, *[" ".join(job.flags)] * bool(job.flags)])
 
 
-def tell_what_fits(job: Job, gpu_gb: float, bases: Iterable[str] = BASES) -> list[dict[str, Any]]:
+def tell_what_fits(job: Job, gpu_gb: float) -> None:
     """Prints for each base the largest share of blocks that need not be recomputed, and the command line."""
     found = []
-    for base in bases:
-        name = BASES[base][0]
+    for base, (name, _) in BASES.items():
         share = largest_share_kept(job, base, gpu_gb)
         where = f"{job.model} {job.resolution} px, {job.references} reference(s), {name}"
         if share is None:
             print(f"{where}: {what_streams(job, base, gpu_gb)}")
             continue
-        row = {**plan(job, base, share), "gpu_gb": gpu_gb, "command": command_line(job, base, share, gpu_gb)}
+        row, line = plan(job, base, share), command_line(job, base, share, gpu_gb)
         found.append(row)
         print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
-              f"{row['encoder_gb']:.1f} GB, VAE {row['vae_gb']:.1f} GB, host {row['host_gb']:.0f} GB; "
-              f"{time_words(row)}\n\n{row['command']}\n")  # fmt: skip
+              f"{row['encoder_gb']:.1f} GB ({row['encoder_nf4_gb']:.1f} GB in NF4), VAE {row['vae_gb']:.1f} GB, "
+              f"host {row['host_gb']:.0f} GB; {time_words(row)}\n\n{line}\n")  # fmt: skip
     print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
-    return found
 
 
 def what_streams(job: Job, base: str, gpu_gb: float) -> str:
@@ -505,14 +509,16 @@ def speed_lines() -> Iterator[str]:
 
 def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown lines: what comes before training, for each model."""
-    yield "| predicted GB before training | text encoder | VAE, 1 MP | host | a prompt / 1 MP image on disk |"
-    yield "|---|---|---|---|---|"
+    heads = "text encoder | the same in NF4 | VAE, 1 MP | host | a prompt / 1 MP image on disk"
+    yield f"| predicted GB before training | {heads} |"
+    yield "|---|---|---|---|---|---|"
     for model in dict.fromkeys(row["model"] for row in rows):
         row = max(
             (row for row in rows if row["model"] == model and not row["references"]), key=lambda row: row["vae_gb"]
         )
         disk_cell = f"{1000 * row['disk_gb']['prompt']:.1f} / {1000 * row['disk_gb']['sample']:.1f} MB"
-        yield f"| {model} | {row['encoder_gb']:.1f} | {row['vae_gb']:.1f} | {row['host_gb']:.0f} | {disk_cell} |"
+        encoders = f"{row['encoder_gb']:.1f} | {row['encoder_nf4_gb']:.1f}"
+        yield f"| {model} | {encoders} | {row['vae_gb']:.1f} | {row['host_gb']:.0f} | {disk_cell} |"
 
 
 def write(result: dict[str, Any]) -> None:
@@ -522,11 +528,8 @@ def write(result: dict[str, Any]) -> None:
     RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# pixels, GB and base of the launch lines in the README, all for dev
-COMMON_GPUS = ((1024, 80, "bf16"), (1024, 141, "bf16"), (1024, 48, "fp8"), (512, 24, "nf4"))
-
-
 MODELS, CARDS = ("dev", "klein-9B", "klein-4B"), (8, 12, 16, 24)
+GPUS = (8, 12, 16, 24, 48, 80, 141)  # GB, of the README's table
 
 
 def card(model: str, base: str, gpu_gb: int) -> dict[str, Any]:
@@ -536,6 +539,36 @@ def card(model: str, base: str, gpu_gb: int) -> dict[str, Any]:
     share = 0.0 if fits else least_share_streamed(job, base, gpu_gb)
     row = {"model": model, "base": base, "gpu_gb": gpu_gb, "share": share}
     return row | (streamed(job, base, share) if share is not None else {})
+
+
+def best_line(model: str, gpu_gb: int) -> dict[str, Any]:
+    """The launch line of a GPU: 1024 px before 512, bf16 before FP8, blocks that stay before blocks that stream."""
+    for job in (Job(model, 1024), Job(model, 512)):
+        row = {"model": model, "gpu_gb": gpu_gb, "resolution": job.resolution}
+        for base in ("bf16", "fp8"):
+            if (share := largest_share_kept(job, base, gpu_gb)) is not None:
+                peak, line = count_training(job, base, share).peak / GB, command_line(job, base, share, gpu_gb)
+                return row | {"base": base, "share": share, "stream": 0.0, "training_gb": peak, "command": line}
+        if stream := least_share_streamed(job, "fp8", gpu_gb):
+            found, line = streamed(job, "fp8", stream), command_line(job, "fp8", 1.0, gpu_gb, stream)
+            row |= {"base": "fp8", "share": 1.0, "stream": stream, "training_gb": found["gpu"], "command": line}
+            return row | {"pinned_gb": found["pinned"]}
+    raise ValueError(f"{model} does not fit {gpu_gb} GB")
+
+
+def gpu_lines() -> Iterator[str]:
+    """Markdown lines: the flags of each GPU, of a model in a column, and their predicted GB."""
+    rows = {(row["model"], row["gpu_gb"]): row for row in json.loads(RESULT.read_text(encoding="utf-8"))["fits"]}
+    yield f"| GPU | {' | '.join(MODELS)} |"
+    yield "|---" * (len(MODELS) + 1) + "|"
+    for gpu_gb in GPUS:
+        cells = []
+        for model in MODELS:
+            row = rows[model, gpu_gb]
+            flags = row["command"].replace("\\\n", "").partition("--resolution")[2].replace("--cache_latents", "")
+            pinned = f", {row['pinned_gb']:.0f} GB pinned" if "pinned_gb" in row else ""
+            cells.append(f"`--resolution {' '.join(flags.split())}` ({row['training_gb']:.1f} GB{pinned})")
+        yield f"| {gpu_gb} GB | {' | '.join(cells)} |"
 
 
 def stream_lines() -> Iterator[str]:
@@ -565,10 +598,10 @@ def everything() -> None:
                 if (model, rung.base, rung.share, resolution, references) not in known:
                     result["rows"].append(plan(Job(model, resolution, references), rung.base, rung.share))
                     write(result)
-    known = {(row["resolution"], row["gpu_gb"]) for row in result["fits"]}
-    for resolution, gpu_gb, base in COMMON_GPUS:
-        if (resolution, gpu_gb) not in known:
-            result["fits"] += tell_what_fits(Job("dev", resolution), gpu_gb, [base])
+    known = {(row["model"], row["gpu_gb"]) for row in result["fits"]}
+    for model, gpu_gb in itertools.product(MODELS, GPUS):
+        if (model, gpu_gb) not in known:
+            result["fits"].append(best_line(model, gpu_gb))
             write(result)
     result["streamed"] = [card(model, base, gpu_gb) for model in MODELS for base in ("fp8", "bf16") for gpu_gb in CARDS]
     jobs = [(Job("dev", 1024), base, nodes) for base in ("bf16", "fp8", "nf4") for nodes in (1, 2)]

@@ -32,7 +32,7 @@ def visits(script: ModuleType, words: list[str], count: int) -> tuple[Any, list[
     args.dataloader_num_workers = 0
     script.set_up_logging()
     run = script.start_accelerator(args)
-    samples = script.check_data(run)
+    samples, _ = script.check_data(run)
     script.TensorCache.get = lambda *_: torch.zeros(1)  # nothing is encoded
     streams, space = [script.Stream("instance", samples)], SimpleNamespace(channels=4)
     shown: list[dict[str, Any]] = []
