@@ -1,6 +1,6 @@
 """What a run costs as it grows: images, captions, resolution, references, rank; on the CPU, with the embedded model.
 
-    python benchmarks/growth.py            all of it, about ten minutes on a quiet machine
+    python benchmarks/growth.py            all of it, about eight minutes on a quiet machine
     python benchmarks/growth.py rank       one axis; the others keep their numbers
 
 Time is the processor's, in one thread: others at work on the machine change it little. Of a step it is the median. A

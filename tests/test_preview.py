@@ -1,11 +1,13 @@
 """tools/preview.py: the sheet shows what the training sees, in its order, and nothing is loaded for it."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 from runs import forbid, spy
 
 import preview  # isort: skip  (tools/, which conftest puts on the path)
@@ -58,12 +60,37 @@ def test_the_command_writes_the_sheet_with_everything_that_a_row_has(script, wor
     assert not (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "config.args").exists()
 
 
-def test_a_mask_is_shown_as_the_weight_of_each_token():
+def test_masks_go_with_crop_and_mirroring(script, words, photos, tmp_path, monkeypatch):
+    """The left half of each image is learned: in the sheet what is pale is its left half, wherever that went."""
+    folder = Path(shutil.copytree(photos, tmp_path / "masked"))
+    for path in folder.glob("*.jpg"):
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+        half = Image.new("RGB", upright.size, "blue")
+        half.paste("red", (0, 0, upright.width // 2, upright.height))
+        mask = Image.new("L", upright.size)
+        mask.paste(255, (0, 0, upright.width // 2, upright.height))
+        half.save(path, quality=95)
+        mask.save(path.with_name(f"{path.stem}-mask.png"))
+    words[words.index("--instance_data_dir") + 1] = str(folder)
+    run, shown, listed = preview.visits(script, [*words, "--mask_suffix=-mask"], 8)
+    for visit in shown:
+        trained, (title, image) = preview.to_image(visit["pixels"]), preview.cells(run, visit, listed)[2]
+        assert title == "weight of the loss"
+        for x in range(8, trained.width, 16):
+            row = [trained.getpixel((place, 8)) for place in (x - 8, x + 7)]
+            if all(red > 200 for red, _, _ in row):
+                assert image.getpixel((x, 8))[0] > 200 and image.getpixel((x, 8))[2] < 60
+            elif all(blue > 200 for *_, blue in row):
+                assert image.getpixel((x, 8)) == (255, 0, 255)
+
+
+def test_the_weight_of_a_token_is_shown_in_the_place_of_its_pixels():
     class Run:
         cell = 16
 
     listed = {"x": type("Listed", (), {"decoded": lambda self: Image.new("RGB", (40, 40))})()}
-    visit = {"name": "x", "pixels": torch.zeros(3, 32, 48), "mask": torch.tensor([1.0, 0, 0, 0, 0, 2.0])}
+    visit = {"name": "x", "pixels": torch.zeros(3, 32, 48), "weights": torch.tensor([1.0, 0, 0, 0, 0, 2.0])}
     title, shown = preview.cells(Run, visit, listed)[2]
     colours = [shown.getpixel((16 * column + 8, 16 * row + 8)) for row in range(2) for column in range(3)]
     assert title == "weight of the loss" and shown.size == (48, 32)

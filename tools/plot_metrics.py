@@ -100,7 +100,8 @@ def draw_panel(title: str, curves: list[Curve], last_step: float, lowest: float 
     pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13 * SCALE)
     left, top, right, bottom = LEFT * SCALE, TOP * SCALE, (WIDTH - RIGHT) * SCALE, (HEIGHT - BOTTOM) * SCALE
     low, high = value_range(curves)
-    low = low if lowest is None else lowest
+    if lowest is not None:
+        low, high = lowest, high + 0.06 * (high - lowest)
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = min(1.0, max(0.0, (y - low) / (high - low)))  # what lies outside runs along the edge

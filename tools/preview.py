@@ -61,8 +61,8 @@ def cells(run: Any, visit: dict[str, Any], listed: dict[str, Any]) -> list[tuple
     original, trained = listed[visit["name"]].decoded(), to_image(visit["pixels"])
     row = [(f"image {original.width} x {original.height}", original)]
     row.append((f"trained at {trained.width} x {trained.height}", trained))
-    if "mask" in visit:  # the weight of each token
-        weight = visit["mask"].float().reshape(trained.height // run.cell, trained.width // run.cell)
+    if "weights" in visit:  # of each token, from a mask
+        weight = visit["weights"].reshape(trained.height // run.cell, trained.width // run.cell)
         shades = Image.fromarray((weight / weight.max().clamp(min=1e-6) * 255).round().byte().numpy())
         shades = shades.resize(trained.size, Image.Resampling.NEAREST)
         row.append(("weight of the loss", Image.composite(trained, Image.new("RGB", trained.size, "magenta"), shades)))
