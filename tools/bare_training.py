@@ -4,6 +4,7 @@ The configs go into a folder that looks like a checkpoint. From `start_accelerat
 own code, except what reads weights, prompts and images from disk: these become tensors of the right shape.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,10 +137,11 @@ def set_up(
     return training
 
 
-def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
-    """The script's own loader, over latents and a prompt that were never encoded."""
+@contextlib.contextmanager
+def unencoded(script: ModuleType, run: Any, space: Any) -> Iterator[None]:
+    """The script's data have random numbers for latents, pixels and prompts that were never encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    prompt, channels = torch.randn(shape, dtype=run.dtype), training.space.channels // 4
+    prompt, channels = torch.randn(shape, dtype=run.dtype), space.channels // 4
 
     def cached(_: Any, what: Any) -> torch.Tensor:  # a prompt, or an image: mean and log-variance (2, C, H, W)
         sides = () if isinstance(what, str) else [2 * side // run.cell for side in what.target]
@@ -150,4 +152,10 @@ def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[
         mock.patch.object(script.TensorCache, "get", cached),
         mock.patch.object(script.Image, "pixels", lambda image, *_: torch.randn(3, *image.target)),
     ):
+        yield
+
+
+def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
+    """The script's own loader, over latents and a prompt that were never encoded."""
+    with unencoded(script, run, training.space):
         yield from script.make_loaders(run, training)
