@@ -4241,8 +4241,8 @@ def main(args: Args) -> None:
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples))
         space = open_latent_space(run)
+        encode_prompts(run, all_prompts(run, samples))
         streams, images = make_streams(run, space, samples)
         vae = encode_images(run, space, images)
         training = prepare_training(run, space, streams, vae)

@@ -216,7 +216,9 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_way_that_works(scrip
     (folder / "state.json").write_text(json.dumps(state))
     manifest["state.json"] = script.file_stamp(folder / "state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(script.UserError, match="checkpoint-6: is of another script's format; start anew with --init_lora_from its LoRA"):
+    with pytest.raises(
+        script.UserError, match="checkpoint-6: is of another script's format; start anew with --init_lora_from its LoRA"
+    ):
         quick(*SIX, *RESUME)
 
 
