@@ -71,7 +71,7 @@ def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "
     """Two steps of training; what the second one did."""
     references = int(script.TASK == "image-to-image")
     with started(script, folder, *flags, model=model) as run:
-        learned, loaded = bare_training.make_streams(script, run, references), None
+        (space, learned), loaded = bare_training.make_streams(script, run, references), None
         if streams == 2:
             learned.append(script.Stream("class", learned[0].samples, 0.5))
         if "false" in flags:
@@ -79,7 +79,7 @@ def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "
             with mock.patch.object(script.AutoencoderKLFlux2, "from_pretrained", lambda *_, **__: vae):
                 loaded = script.load_vae(run)
         quantise = quantise_nf4 if NF4[1] in flags else bare_training.quantise_by_script
-        training = bare_training.set_up(script, run, learned, quantise, loaded)
+        training = bare_training.set_up(script, run, (space, learned), quantise, loaded)
         for home in training.transformer.stream.homes:
             home.pinned = True
         batches = bare_training.make_batches(script, run, training)
