@@ -3822,8 +3822,8 @@ def main(args: Args) -> None:
         if args.dry_run:
             return
         run = begin_output(run)
-        encode_prompts(run, all_prompts(run, samples + held_out))
         space = LatentSpace(run)
+        encode_prompts(run, all_prompts(run, samples + held_out))
         streams, images = make_streams(run, space, samples, held_out)
         vae = encode_images(run, space, images)
         training = prepare_training(run, space, streams, vae, held_out)

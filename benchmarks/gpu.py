@@ -64,8 +64,8 @@ def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]
     torch.manual_seed(0)  # equal weights, so that losses of rows can be compared
     with tempfile.TemporaryDirectory() as folder:
         run = job.run(folder, *flags_of(row))
-        streams = bare_training.make_streams(job.script, run, job.references)
-        training = bare_training.set_up(job.script, run, streams)
+        given = bare_training.make_streams(job.script, run, job.references)
+        training = bare_training.set_up(job.script, run, given)
         built = time.perf_counter() - started
         batches, times, losses = bare_training.make_batches(job.script, run, training), [], []
         if run.device.type == "cuda":

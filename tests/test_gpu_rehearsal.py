@@ -83,10 +83,10 @@ def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "
     """Two steps of training; what the second one did."""
     references = int(script.TASK == "image-to-image")
     with started(script, folder, *flags, model=model) as run:
-        learned = bare_training.make_streams(script, run, references)
+        space, learned = bare_training.make_streams(script, run, references)
         if streams == 2:
             learned.append(script.Stream("class", learned[0].samples, 0.5))
-        training = set_up(script, run, learned, flags, load_vae(script, run) if "false" in flags else None)
+        training = set_up(script, run, (space, learned), flags, load_vae(script, run) if "false" in flags else None)
         batches = bare_training.make_batches(script, run, training)
         script.train_step(run, training, batches)
         with Watch() as watch:
@@ -105,10 +105,10 @@ def load_vae(script: ModuleType, run: Any) -> torch.nn.Module:
         return script.load_vae(run)
 
 
-def set_up(script: ModuleType, run: Any, streams: list, flags: tuple = (), vae: Any = None) -> Any:
+def set_up(script: ModuleType, run: Any, given: tuple, flags: tuple = (), vae: Any = None) -> Any:
     """The script's Training; memory that it pinned by the driver says so, and which block lives there."""
     quantise = {NF4[1]: quantise_nf4, INT8[1]: quantise_int8}.get(flags[1] if len(flags) > 1 else None)
-    training = bare_training.set_up(script, run, streams, quantise or bare_training.quantise_by_script, vae)
+    training = bare_training.set_up(script, run, given, quantise or bare_training.quantise_by_script, vae)
     for number, home in enumerate(training.transformer.stream.homes):
         home.pinned, home.block = True, number
     return training

@@ -51,10 +51,10 @@ def test_on_real_tensors_the_counter_agrees_with_the_allocator_to_one_percent(t2
     Not with FP8, which the CPU emulates with copies of its own inside the kernel.
     """
     run = start_run(t2i, read_architecture(small), tmp_path / "run", "--resolution", 192, *flags)
-    streams = make_streams(t2i, run)
+    given = make_streams(t2i, run)
 
     def train() -> None:
-        training = set_up(t2i, run, streams)
+        training = set_up(t2i, run, given)
         t2i.train_step(run, training, make_batches(t2i, run, training))
 
     counted, allocated = allocated_peak(train)

@@ -61,14 +61,14 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
     return script.start_accelerator(script.parse_args([str(word) for word in words]))
 
 
-def make_streams(script: ModuleType, run: Any, references: int = 0) -> list:
-    """One stream with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
+def make_streams(script: ModuleType, run: Any, references: int = 0) -> tuple:
+    """(latent space, streams): one stream with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
     size = (run.args.resolution, run.args.resolution)
     extra = {}
     if references:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
-    return [script.Stream("instance", [sample])]
+    return script.LatentSpace(run), [script.Stream("instance", [sample])]
 
 
 def fill(module: torch.nn.Module, run: Any) -> None:
@@ -121,11 +121,11 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
 
 
 def set_up(
-    script: ModuleType, run: Any, streams: list, quantise: Callable[..., None] = quantise_by_script, vae: Any = None
+    script: ModuleType, run: Any, given: tuple, quantise: Callable[..., None] = quantise_by_script, vae: Any = None
 ) -> Any:
-    """The script's Training: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
+    """The script's Training of what `make_streams` gave: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
-        training = script.prepare_training(run, script.LatentSpace(run), streams, vae)
+        training = script.prepare_training(run, *given, vae)
     training.transformer.train()
     for group in training.optimizer.param_groups:
         if "foreach" in group:

@@ -204,9 +204,9 @@ def count_training(job: Job, base: str, share: float) -> Training:
     counter = LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder, *flags)
-        streams = bare_training.make_streams(job.script, run, job.references)
+        given = bare_training.make_streams(job.script, run, job.references)
         with planned(counter):
-            training = bare_training.set_up(job.script, run, streams, base_quantiser(base))
+            training = bare_training.set_up(job.script, run, given, base_quantiser(base))
             batches = bare_training.make_batches(job.script, run, training)
             counter.restart()
             job.script.train_step(run, training, batches)
