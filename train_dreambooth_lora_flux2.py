@@ -1026,10 +1026,12 @@ class ModelFiles:
     def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
         """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
         path = self.folder / subfolder / file
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; is this a complete diffusers folder?")
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: no JSON object ({error}); a diffusers folder has it: download it again") from None
+            raise UserError(f"{path}: no JSON object ({error}); download it again") from None
 
     def weight_files(self, part: str) -> list[Path]:
         """The files that hold a part, here or not: one, or the shards that an index names."""
