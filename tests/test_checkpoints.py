@@ -310,16 +310,10 @@ def test_a_resolved_value_that_differs_is_another_run(script, tiny, photos, tmp_
     assert first[name] != second[name]
 
 
-def test_paths_that_are_written_otherwise_are_the_same_run(quick, finished, tiny, photos):
+def test_paths_that_are_written_otherwise_are_the_same_run(quick, finished, tiny, photos, reference_flags):
     """What counts is what they lead to."""
-    quick(
-        *SIX,
-        *RESUME,
-        "--instance_data_dir",
-        f"{photos}/../{photos.name}",
-        "--pretrained_model_name_or_path",
-        f"{tiny}/.",
-    )
+    data = ("--instance_data_dir", f"{photos}/../{photos.name}", *reference_flags)
+    quick(*SIX, *RESUME, *data, "--pretrained_model_name_or_path", f"{tiny}/.")
     assert column(finished, "step") == [1, 2, 3, 4, 5, 6]
 
 
