@@ -61,7 +61,7 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
 
 
 def make_streams(script: ModuleType, run: Any, references: int = 0) -> tuple:
-    """(latent space, streams): one stream with one sample of --resolution and so many references of 1024 x 1024, encoded already."""
+    """(latent space, streams): one sample of --resolution with so many references of 1024 x 1024, encoded already."""
     size = (run.args.resolution, run.args.resolution)
     extra = {}
     if references:
@@ -130,7 +130,7 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
 def set_up(
     script: ModuleType, run: Any, given: tuple, quantise: Callable[..., None] = quantise_by_script, vae: Any = None
 ) -> Any:
-    """The script's Training of what `make_streams` gave: adapter, checkpointing, optimizer; with its moments as they are after a first step."""
+    """The script's Training of what `make_streams` gave, with its moments as they are after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
         training = script.prepare_training(run, *given, vae)
     training.transformer.train()
