@@ -4,6 +4,7 @@ python benchmarks/table.py              time and memory
 python benchmarks/table.py learning     what LoRAs of the toy learned
 python benchmarks/table.py growth       what more images, captions, pixels, references and rank cost
 python benchmarks/table.py tiny_flux2   what the embedded model draws, for its own README
+python benchmarks/table.py step_cost    what a step asks of a GPU, with predicted seconds
 """
 
 import sys
@@ -159,8 +160,27 @@ def print_growth() -> None:
         print(f"| {model} | {' | '.join(figures)} |")
 
 
+def print_step_cost() -> None:
+    """Prints what a step asks of a GPU by class of kernels, and predicted seconds beside the measured ones."""
+    result = read_result("step_cost")
+    cards = list(result["peaks"])
+    print(f"| counted, and predicted | kernels | TFLOP | GB: {', '.join(result['rows'][0]['classes'])} | "
+          f"{' | '.join(f'{card}, predicted' for card in cards)} | H200, measured | ratio |")  # fmt: skip
+    print("|---" * (6 + len(cards)) + "|")
+    for row in result["rows"]:
+        classes = row["classes"].values()
+        base, way = {"bf16": "bf16", "fp8": "FP8"}[row["base"]], "compiled" if row["compiled"] else "eager"
+        seconds = [row["predicted_seconds"][card] for card in cards]
+        cells = [f"{value:.2f} s" if value else "too small" for value in seconds]
+        known = row["measured_seconds_h200"]
+        cells += [f"{known:.2f} s", f"{row['measured_by_predicted']:.2f}"] if known else ["-", "-"]
+        moved = ", ".join(f"{values['gb']:.0f}" for values in classes)
+        counts = f"{sum(v['kernels'] for v in classes):.0f} | {sum(v['tflop'] for v in classes):.0f} | {moved}"
+        print(f"| {row['model']}, {base}, {row['resolution']} px, {way} | {counts} | {' | '.join(cells)} |")
+
+
 PRINTERS = {"measured": print_measured, "learning": print_learning, "growth": print_growth,
-            "tiny_flux2": print_tiny_flux2}  # fmt: skip
+            "tiny_flux2": print_tiny_flux2, "step_cost": print_step_cost}  # fmt: skip
 
 if __name__ == "__main__":
     PRINTERS[sys.argv[1] if len(sys.argv) > 1 else "measured"]()

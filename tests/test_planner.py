@@ -133,6 +133,15 @@ def test_each_base_needs_less_than_the_one_before(small):
     assert peaks["bf16"].resident > peaks["fp8"].resident > peaks["nf4"].resident
 
 
+def test_int8_keeps_its_inputs_where_others_are_recomputed(small):
+    """As bitsandbytes does: checkpointing saves little of an int8 step, most of an FP8 step."""
+    kept = {}
+    for base in ("fp8", "int8"):
+        steps = {share: count_training(Job(small, 512), base, share) for share in (0.0, 1.0)}
+        kept[base] = (steps[1.0].peak - steps[1.0].resident) / (steps[0.0].peak - steps[0.0].resident)
+    assert kept["int8"] > 2 * kept["fp8"], kept
+
+
 def test_a_reference_costs_what_its_tokens_cost(small):
     alone, beside = (count_training(Job(small, 512, references), "bf16", 1.0) for references in (0, 1))
     assert (alone.tokens, beside.tokens) == (512 + 1024, 512 + 1024 + 4096)

@@ -11,8 +11,8 @@ script's own training step runs on tensors that have a shape and no memory, and 
 `--` say otherwise:  python tools/plan_memory.py --model dev -- --rank 64 --train_batch_size 2
 
 NF4 and int8: the kernels of bitsandbytes do not run on such tensors. Layers of the same storage stand in for them
-(bytes per weight by arithmetic, the temporary bf16 copy of one weight, the input that int8 keeps); the rest is the
-real step.
+(bytes per weight by arithmetic, the temporary bf16 copy of one weight, the input that int8 keeps even where blocks are
+recomputed); the rest is the real step.
 
 A GPU of N GB is taken to have N x 10^9 bytes for tensors. What it really has (80 GB: 85.5 x 10^9) leaves about 7 % for
 the CUDA context, workspaces of libraries and fragments, which are not counted.
@@ -94,8 +94,8 @@ class FrozenProduct(torch.autograd.Function):
         """(..., in) -> (..., out) in the dtype of `hidden`."""
         context.layer, rows = layer, hidden.flatten(0, -2)
         shape = (len(rows), layer.out_features)
-        if layer.kind == "int8":  # fp16 copy, int8 values and their scales, a product in int32; the input is kept
-            context.save_for_backward(hidden)
+        if layer.kind == "int8":  # fp16 copy, int8 values and their scales, a product in int32
+            context.hidden = hidden  # not by save_for_backward: recomputation does not drop it (`MatMul8bitLt.forward`)
             half = rows.to(torch.float16)
             values, scales = half.to(torch.int8), half.new_empty(len(rows), dtype=torch.float32)
             del half
@@ -440,7 +440,7 @@ def tell_what_fits(job: Job, gpu_gb: float) -> None:
         print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
               f"{row['encoder_gb']:.1f} GB ({row['encoder_nf4_gb']:.1f} GB in NF4), VAE {row['vae_gb']:.1f} GB, "
               f"host {row['host_gb']:.0f} GB; {time_words(row)}\n\n{line}\n")  # fmt: skip
-    print(FP8_NOTE if any(row["base"] == "fp8" for row in found) else "", end="")
+    print(*(note for base, note in NOTES.items() if any(row["base"] == base for row in found)), sep="", end="")
 
 
 def what_streams(job: Job, base: str, gpu_gb: float) -> str:
@@ -455,7 +455,11 @@ def what_streams(job: Job, base: str, gpu_gb: float) -> str:
             f"{command_line(job, base, 1.0, gpu_gb, share)}\n")  # fmt: skip
 
 
-FP8_NOTE = "FP8 needs compute capability 8.9 (Ada, Hopper and later); int8 and NF4 run on older GPUs too.\n"
+NOTES = {
+    "fp8": "FP8 needs compute capability 8.9 (Ada, Hopper and later); NF4 runs on older GPUs too.\n",
+    "int8": "int8: better FP8, or NF4 on older GPUs. bitsandbytes keeps the input of each 8-bit layer, also of blocks\n"
+            "that are recomputed, waits for the GPU twice in each product, and does not compile.\n",
+}  # fmt: skip
 
 
 def time_words(row: dict[str, Any]) -> str:
