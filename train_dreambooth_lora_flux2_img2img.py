@@ -898,6 +898,9 @@ def start_accelerator(args: Args) -> Run:
     )
     if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
         raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    if accelerator.device.type == "mps":
+        reason = "the backward pass of these models is reported to fail there"
+        raise UserError(f"Apple GPUs are not supported, {reason}: train on the CPU, with configs/accelerate/cpu.yaml")
     if accelerator.device.type not in ("cpu", "cuda"):
         log.warning(f"start: on {accelerator.device.type} nothing is tested, only on CUDA and the CPU")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, draw_photos
 from helpers import load_arguments, run_python
 from PIL import Image
@@ -683,3 +684,24 @@ def test_a_folder_of_the_run_inside_the_references_is_refused(refusal, tmp_path,
     (tmp_path / "references").mkdir()
     message = refusal("--cond_data_dir", tmp_path / "references", own, tmp_path / "references" / "inside")
     assert has(message, own, "data folder")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("mps", "Apple GPUs are not supported"), ("xpu", "on xpu nothing is tested")]
+)
+def test_what_is_not_tested_is_told_and_what_fails_refused(script, train, monkeypatch, kind, told):
+    """The backward pass of these models is reported to fail on Apple GPUs."""
+    real = script.accelerate.Accelerator
+
+    def pretended(**options):
+        accelerator = real(**{**options, "cpu": True})
+        monkeypatch.setattr(type(accelerator), "device", torch.device(kind))
+        return accelerator
+
+    monkeypatch.setattr(script.accelerate, "Accelerator", pretended)
+    lines = []
+    monkeypatch.setattr(script.log, "warning", lines.append)
+    with pytest.raises((script.UserError, RuntimeError, NotImplementedError, AssertionError)) as stop:
+        train("--max_train_steps", "1")
+    assert told in " ".join([*lines, str(stop.value)])
+    assert (kind == "mps") == isinstance(stop.value, script.UserError)
