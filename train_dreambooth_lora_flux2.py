@@ -3389,10 +3389,8 @@ def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> 
     adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
     tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
     widget = [{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None
-    head = huggingface_hub.ModelCardData(
-        library_name="diffusers", pipeline_tag=TASK, tags=tags, instance_prompt=trigger, widget=widget, **adapted,
-        **run.family.license,
-    )  # fmt: skip
+    known = {"library_name": "diffusers", "pipeline_tag": TASK, "instance_prompt": trigger, **run.family.license}
+    head = huggingface_hub.ModelCardData(**known, tags=tags, widget=widget, **adapted)
     facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
     facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
@@ -3588,8 +3586,8 @@ def begin_output(run: Run) -> Run:
     flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}  # no folders
     settings = {name: value for name, value in flags.items() if isinstance(value, (str, int, float, bool))}
     name = run.output_dir.absolute().name
-    options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name},
-               "mlflow": {"run_name": name}, "clearml": {"task_name": name}}  # fmt: skip
+    options = {"wandb": {"name": name}, "trackio": {"name": name}, "swanlab": {"experiment_name": name}}
+    options |= {"mlflow": {"run_name": name}, "clearml": {"task_name": name}}
     try:
         run.accelerator.init_trackers("flux2-lora", {**settings, "seed": run.seed}, options)
     except Exception as error:  # whatever a tracker raises
@@ -3653,11 +3651,10 @@ def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
     for stream in training.streams:
         geometries, place = [sample.geometry for sample in stream.samples], (run.process_index, run.processes)
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
-        loaders.append(DataLoader(
-            TrainingSet(run, training.space, stream.samples, stream.name), batch_sampler=sampler, collate_fn=collate,
-            num_workers=run.args.dataloader_num_workers, pin_memory=run.device.type == "cuda",
-            worker_init_fn=start_worker,
-        ))  # fmt: skip
+        data = TrainingSet(run, training.space, stream.samples, stream.name)
+        workers = {"num_workers": run.args.dataloader_num_workers, "worker_init_fn": start_worker}
+        options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": run.device.type == "cuda"}
+        loaders.append(DataLoader(data, **options, **workers))
     return zip(*loaders, strict=True)
 
 
