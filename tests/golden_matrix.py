@@ -330,7 +330,8 @@ def read_results(output: Path) -> dict[str, Any]:
             tensors.update(tensor.flatten().view(dtype=torch.uint8).numpy().tobytes())
         header = json.dumps(file.metadata(), sort_keys=True).encode()
     result |= {"layout": layout.hexdigest(), "lora": tensors.hexdigest(), "header": hashlib.sha256(header).hexdigest()}
-    drawn = [*output.glob("samples/**/prompt-*.png"), *Path(f"{output}-classes").glob("**/*.[jp][pn]g")]
+    drawn = [path for path in output.glob("samples/**/prompt-*.png") if "given" not in path.parts]  # once references
+    drawn += [*Path(f"{output}-classes").glob("**/*.[jp][pn]g")]
     pixels = [hashlib.sha256(numpy.asarray(Image.open(path)).tobytes()).hexdigest() for path in drawn]
     return {**result, "images": sorted(pixels)} if drawn else result
 
