@@ -258,9 +258,11 @@ def count_blocks(
             stack.enter_context(mock.patch.object(owner, name, really(getattr(owner, name))))
         stack.enter_context(mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
         stack.enter_context(pretended_gpu())
+        accelerate.state.AcceleratorState._reset_state(True)  # it would remember the device of an earlier run
         stack.callback(accelerate.state.AcceleratorState._reset_state, True)
         words = ("--resolution", resolution, "--gradient_checkpointing", *flags)
         run = bare_training.start_run(script, architecture, Path(folder, "run"), *words)
+        assert run.device.type == "cuda", run.device
         parts = bare_training.make_parts(script, run)
         state = bare_training.set_up(script, run, parts)
         if compiled:
