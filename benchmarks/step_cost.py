@@ -168,6 +168,8 @@ def compilable() -> Iterator[None]:
 
     stream = {"device": torch.device("cuda", 0), "device_index": 0, "device_type": 1, "stream_id": 0}
     answers = {"get_device_properties": H200, "_get_device_properties": H200, "_lazy_init": None, "set_rng_state": None}
+    # nothing may be computed, and nothing is compiled by workers
+    settings = {"shape_padding": False, "joint_graph_constant_folding": False, "compile_threads": 1}
     answers |= {"get_rng_state": torch.zeros(16, dtype=torch.uint8), "_exchange_device": 0, "_maybe_exchange_device": 0}
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
@@ -178,7 +180,7 @@ def compilable() -> Iterator[None]:
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(lambda *_, a=answer: a)))
         for place in ("torch.utils._triton.has_triton", "torch._inductor.scheduler.has_triton"):
             stack.enter_context(mock.patch(place, lambda *_, **__: True))
-        stack.enter_context(torch._inductor.config.patch(shape_padding=False, joint_graph_constant_folding=False))
+        stack.enter_context(torch._inductor.config.patch(settings))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         torch._dynamo.reset()
         yield
@@ -254,7 +256,7 @@ def count_blocks(
     architecture = copy.deepcopy(architecture)
     architecture["transformer"] |= dict(zip(("num_layers", "num_single_layers"), blocks, strict=True))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        for owner, name in ((bare_training, "write_checkpoint"), (script, "open_latent_space")):
+        for owner, name in ((bare_training, "write_checkpoint"), (script.LatentSpace, "__init__")):
             stack.enter_context(mock.patch.object(owner, name, really(getattr(owner, name))))
         stack.enter_context(mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
         stack.enter_context(pretended_gpu())
@@ -263,16 +265,15 @@ def count_blocks(
         words = ("--resolution", resolution, "--gradient_checkpointing", *flags)
         run = bare_training.start_run(script, architecture, Path(folder, "run"), *words)
         assert run.device.type == "cuda", run.device
-        parts = bare_training.make_parts(script, run)
-        state = bare_training.set_up(script, run, parts)
+        training = bare_training.set_up(script, run, bare_training.make_streams(script, run))
         if compiled:
             stack.enter_context(compilable())
-            for block in script.blocks_of(parts.transformer):
+            for block in script.blocks_of(training.transformer):
                 block.compile(backend=inductor, dynamic=False, fullgraph=True)
-        batches = bare_training.make_batches(script, run, parts)
-        script.train_step(run, parts, state, batches)
+        batches = bare_training.make_batches(script, run, training)
+        script.train_step(run, training, batches)
         with Counter() as counter:
-            script.train_step(run, parts, state, batches)
+            script.train_step(run, training, batches)
     return counter
 
 
