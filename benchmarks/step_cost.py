@@ -168,6 +168,8 @@ def compilable() -> Iterator[None]:
 
     stream = {"device": torch.device("cuda", 0), "device_index": 0, "device_type": 1, "stream_id": 0}
     answers = {"get_device_properties": H200, "_get_device_properties": H200, "_lazy_init": None, "set_rng_state": None}
+    # nothing may be computed, and nothing is compiled by workers
+    settings = {"shape_padding": False, "joint_graph_constant_folding": False, "compile_threads": 1}
     answers |= {"get_rng_state": torch.zeros(16, dtype=torch.uint8), "_exchange_device": 0, "_maybe_exchange_device": 0}
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
@@ -178,7 +180,7 @@ def compilable() -> Iterator[None]:
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(lambda *_, a=answer: a)))
         for place in ("torch.utils._triton.has_triton", "torch._inductor.scheduler.has_triton"):
             stack.enter_context(mock.patch(place, lambda *_, **__: True))
-        stack.enter_context(torch._inductor.config.patch(shape_padding=False, joint_graph_constant_folding=False))
+        stack.enter_context(torch._inductor.config.patch(settings))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         torch._dynamo.reset()
         yield

@@ -94,10 +94,10 @@ def test_compiled_blocks_compute_the_same_products_and_move_less(architecture):
 
 
 def test_the_stored_predictions_stand_beside_what_was_measured():
-    """On an H200 they are right within 40 %; what was measured since is taken in by the command again."""
+    """At 1024 px they are right within half; what was measured since is taken in by the command again."""
     rows = json.loads((ROOT / "benchmarks" / "step_cost.json").read_text())["rows"]
     assert {(row["model"], row["base"]) for row in rows} == {(m, b) for m in step_cost.MODELS for b in step_cost.BASES}
     for row in rows:
         assert row["measured_seconds_h200"] == step_cost.measured(row), "python benchmarks/step_cost.py"
         if row["measured_by_predicted"] and row["resolution"] == 1024:  # at 512 px the host may be the limit
-            assert 0.7 < row["measured_by_predicted"] < 1.4, row
+            assert 0.8 < row["measured_by_predicted"] < 1.5, row
