@@ -90,7 +90,7 @@ def test_compiled_blocks_compute_the_same_products_and_move_less(architecture):
     assert compiled["attention"]["tflop"] == pytest.approx(eager["attention"]["tflop"])
     assert 0.85 * eager["matmul"]["tflop"] < compiled["matmul"]["tflop"] <= 1.001 * eager["matmul"]["tflop"]
     assert compiled["elementwise"]["gb"] < 0.6 * eager["elementwise"]["gb"]
-    assert compiled["elementwise"]["kernels"] < 0.3 * eager["elementwise"]["kernels"]
+    assert compiled["elementwise"]["kernels"] < 0.6 * eager["elementwise"]["kernels"]
 
 
 def test_the_stored_predictions_stand_beside_what_was_measured():
