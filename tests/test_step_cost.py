@@ -90,14 +90,14 @@ def test_compiled_blocks_compute_the_same_products_and_move_less(architecture):
     assert compiled["attention"]["tflop"] == pytest.approx(eager["attention"]["tflop"])
     assert 0.85 * eager["matmul"]["tflop"] < compiled["matmul"]["tflop"] <= 1.001 * eager["matmul"]["tflop"]
     assert compiled["elementwise"]["gb"] < 0.6 * eager["elementwise"]["gb"]
-    assert compiled["elementwise"]["kernels"] < 0.55 * eager["elementwise"]["kernels"]
+    assert compiled["elementwise"]["kernels"] < 0.6 * eager["elementwise"]["kernels"]
 
 
 def test_the_stored_predictions_stand_beside_what_was_measured():
-    """At 1024 px on an H200 they are right within 60 %; what was measured since is taken in by the command again."""
+    """At 1024 px they are right within half; what was measured since is taken in by the command again."""
     rows = json.loads((ROOT / "benchmarks" / "step_cost.json").read_text())["rows"]
     assert {(row["model"], row["base"]) for row in rows} == {(m, b) for m in step_cost.MODELS for b in step_cost.BASES}
     for row in rows:
         assert row["measured_seconds_h200"] == step_cost.measured(row), "python benchmarks/step_cost.py"
         if row["measured_by_predicted"] and row["resolution"] == 1024:  # at 512 px the host may be the limit
-            assert 0.7 < row["measured_by_predicted"] < 1.6, row
+            assert 0.8 < row["measured_by_predicted"] < 1.5, row
