@@ -3669,6 +3669,8 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
     log.info(f"train: {steps} steps x {per_step} samples = {visits} visits = {visits / epoch:.1f} epochs")
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
+    if count := run.args.dataloader_num_workers * len(training.streams):
+        log.info(f"train: {count} worker processes start, which prepare batches")
     if homes := training.transformer.stream.homes:
         pinned = sum(home.nbytes for home in homes) / 1e9
         log.info(f"train: {len(homes)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
