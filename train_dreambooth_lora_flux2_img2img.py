@@ -4,7 +4,7 @@
 #     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.0.0", "accelerate>=1.5.0",
 #     "peft>=0.20.0", "datasets>=5.2.0", "safetensors>=0.8.0", "huggingface_hub>=1.33.0", "Pillow>=12.3.0",
 #     "numpy>=2.4.0", "tensorboard>=2.21.0", "Jinja2>=3.1.6", "tqdm>=4.70.1", "prodigyopt>=1.1.2",
-#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2",
+#     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2", "urllib3>=2.8.0",
 # ]
 # ///
 """Train a FLUX.2 LoRA that edits images: reference image(s) and an instruction in, the edited image out.
@@ -1943,12 +1943,14 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
-    masked = [image for image in images if image.mask]
     if run.args.mask_suffix:
-        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {run.args.unmasked_weight:g} outside of it")
-    black = [image.name for image in masked if image.mask.decoded().convert("L").getextrema()[1] == 0]
-    if black and run.args.unmasked_weight == 0:
-        raise UserError(f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned")
+        masked, outside = [image for image in images if image.mask], run.args.unmasked_weight
+        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {outside:g} outside of it")
+        black = [i.name for i in masked if outside == 0 and i.mask.decoded().convert("L").getextrema()[1] == 0]
+        if black:
+            raise UserError(
+                f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned"
+            )
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
 
@@ -3493,7 +3495,8 @@ def validate(run: Run, training: Training) -> dict[str, float]:
                 draw_sheet(run, prompts, sorted(samples_dir.glob("step-*/")), samples_dir / "contact_sheet.png")
                 track(run, functools.partial(send_images, prompts, folder, training.step))
         values = validation_loss(run, training)
-        if training.held_out and (training.best is None or values["validation_loss"] < training.best[0]):
+        lowest = training.best[0] if training.best else math.inf
+        if training.held_out and values["validation_loss"] < lowest:  # which is never so of a nan
             training.best = values["validation_loss"], training.step
             if run.is_main and training.step:
                 save_lora(run, training.parameters, run.output_dir / "best")

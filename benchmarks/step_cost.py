@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "tests"))
 import bare_training
-from fake_gpu import MAIN_STREAM, pretended_gpu
+from fake_gpu import MAIN_STREAM, pretended_gpu, really
 
 import train_dreambooth_lora_flux2 as script
 
@@ -275,18 +275,6 @@ def count_blocks(
         with Counter() as counter:
             script.train_step(run, training, batches)
     return counter
-
-
-def really(function: Any) -> Any:
-    """The function outside of the pretence: what is on the disk is read and written as it is."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
-
-    return call
 
 
 def add_up(parts: Iterable[tuple[float, list[Kernel]]]) -> dict[str, Any]:

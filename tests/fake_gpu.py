@@ -9,6 +9,7 @@ CUDA builds, with and without a driver.
 import atexit
 import contextlib
 import ctypes
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -251,3 +252,14 @@ def let_backward_run() -> None:
     before, hooks.value = hooks.value, ctypes.addressof(table) + 2 * size
     KEPT.extend([answer, table])
     atexit.register(lambda: setattr(hooks, "value", before))  # C++ still uses them when Python is gone
+
+
+def really(function: Any) -> Any:
+    """The function outside of the pretence: what is on the disk is read and written as it is."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call

@@ -80,7 +80,7 @@ def test_every_row_of_the_data_set_has_its_reference_and_the_log_says_so(relight
     told = f"pairs: {PAIRS} rows, images from output, references from file_name, captions from instruction"
     assert told in process.stdout
     assert "have no reference" not in process.stdout
-    assert f"{2 * PAIRS} images checked" in process.stdout
+    assert f"check images: {2 * PAIRS}/{2 * PAIRS}" in process.stdout
     assert len(list((folder / "cache" / "latents").iterdir())) == 2 * PAIRS
     groups = int(re.search(r"(\d+) groups of equal geometry", process.stdout)[1])
     assert groups == 4  # the drawn images have four shapes, the targets one

@@ -22,7 +22,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from fake_gpu import Watch, pretended_gpu
+from fake_gpu import Watch, pretended_gpu, really
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,17 +35,6 @@ FP8, CHECKPOINTING = ("--do_fp8_training",), ("--gradient_checkpointing",)
 NF4 = ("--bnb_quantization_config_path", ROOT / "configs/quantization/nf4.json")
 INT8 = ("--bnb_quantization_config_path", ROOT / "configs/quantization/int8.json")
 SIZES = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 4}
-
-
-def really(function: Any) -> Any:
-    """The function outside of the pretence: what is on the disk is read and written as it is."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
-
-    return call
 
 
 @pytest.fixture(autouse=True)

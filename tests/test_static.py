@@ -35,6 +35,7 @@ from helpers import (
     read_script,
     run_python,
 )
+from mutations import MUTATIONS
 
 MAX_CODE_LINES = 3010
 MAX_EDITOR_LINES = 4080
@@ -683,6 +684,13 @@ def test_the_rule_catches_what_breaks_it(name: str, snippet: str):
 @pytest.mark.parametrize(("name", "snippet"), [(name, good) for name, rule in RULES.items() for good in rule.good])
 def test_the_rule_lets_pass_what_keeps_it(name: str, snippet: str):
     assert RULES[name].check(snippet) == []
+
+
+@pytest.mark.parametrize("script", existing_scripts())
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_a_mutation_changes_stands_in_the_script(script: str, name: str):
+    """Else the learning tests, which must fail on each, would be without it."""
+    assert read_script(script).count(MUTATIONS[name][0]) == 1
 
 
 def test_blank_lines_comments_and_docstrings_are_not_code():

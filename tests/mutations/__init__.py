@@ -11,8 +11,8 @@ from helpers import ROOT, read_script
 # name: (text, what it becomes); the text stands in both scripts, once
 MUTATIONS = {
     "the sign of the velocity": (
-        "errors_B = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()",
-        "errors_B = (velocity_BLC.float() + (noise_BLC - clean_BLC)).square()",
+        "errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()",
+        "errors_BLC = (velocity_BLC.float() + (noise_BLC - clean_BLC)).square()",
     ),
     "sigma reversed": ("timestep_B, guided = (sigmas_B * 1000)", "timestep_B, guided = ((1 - sigmas_B) * 1000)"),
     "captions shuffled": (
