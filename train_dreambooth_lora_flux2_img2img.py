@@ -629,7 +629,7 @@ class Run:
     model: ModelFiles
     family: ModelFamily
     text_layers: tuple[int, ...]
-    cell: int  # pixels per token side
+    token_size: int  # pixels per side of a token
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
     text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
@@ -639,7 +639,7 @@ class Run:
     started: float  # time.monotonic()
     sharding: bool = False  # FSDP2 splits the frozen blocks over the processes; else each holds them whole
     hub_repo: str | None = None  # made when the checks have passed
-    told: set[str] = field(default_factory=set)  # what `warn_once` has warned of
+    said_once: set[str] = field(default_factory=set)  # what `warn_once` has warned of
 
     @property
     def base_format(self) -> str:
@@ -667,13 +667,13 @@ class Stream:
 class Training:
     """What is trained, on what, and how far it is: made by `prepare_training`, changed by every step."""
 
-    space: LatentSpace
+    codec: LatentCodec
     streams: list[Stream]  # the first one is what is learned
     held_out: list[Sample]  # what is never trained on
     vae: Any  # None when the images are cached and nothing is drawn
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
-    ups: list[torch.Tensor]  # all lora_B, without autograd: what the LoRA has moved, since they start from 0
+    lora_B: list[torch.Tensor]  # all lora_B, without autograd: what the LoRA has moved, since they start from 0
     update_norm: torch.Tensor  # of `ups` in the last step
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -681,7 +681,7 @@ class Training:
     stop: StopSignals
     compiled: int  # blocks that run compiled
     step: int = 0  # optimizer steps done
-    whole: bool = True  # False within an update: weights and moments of one step, the count of another
+    consistent: bool = True  # False within an update: weights and moments of one step, the count of another
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
     signal: int = 0  # the highest that any process had received in the last step
@@ -915,7 +915,7 @@ def start_accelerator(args: Args) -> Run:
         args, accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes,
         dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
-        cell=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        token_size=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
         lora=find_lora(args, model), quantization=find_quantization(args, model, dtype, "transformer"),
         text_quantization=find_quantization(args, model, dtype, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
@@ -1063,7 +1063,7 @@ class ModelFiles:
             names = sorted(set(self.config(part, index)["weight_map"].values()))
         return [self.folder / part / name for name in names]
 
-    def identity(self, subfolder: str) -> str:
+    def version(self, subfolder: str) -> str:
         """Names the weights of a part in cache keys: the commit, or config and size and time of the files."""
         if self.remote:
             return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
@@ -1306,7 +1306,7 @@ class Image:
     sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
     size: Size = (0, 0)
     target: Size = (0, 0)  # what it is encoded at, see `make_samples`
-    fit: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
+    resize_key: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
     mask: Image | None = None  # of the loss
 
     def read(self) -> bytes:  # raises OSError
@@ -1321,12 +1321,12 @@ class Image:
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
 
-    def token_weights(self, args: Args, cell: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
+    def token_weights(self, args: Args, token_size: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
         """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
         if not self.mask:
-            return torch.ones(math.prod(self.target) // cell**2)
+            return torch.ones(math.prod(self.target) // token_size**2)
         grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
-        shares_L = F.avg_pool2d(grey_HW, cell).flatten()
+        shares_L = F.avg_pool2d(grey_HW, token_size).flatten()
         weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
         return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
 
@@ -1381,7 +1381,7 @@ class Sample:
 
     @property
     def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
-        references = [(reference.sha256, reference.target, reference.fit) for reference in self.references]
+        references = [(reference.sha256, reference.target, reference.resize_key) for reference in self.references]
         masks = [self.image.mask.sha256] if self.image.mask else []
         return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
@@ -1398,11 +1398,11 @@ NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
 TABLE_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls them
 
 
-def plain(name: str | Path) -> str:  # as it is compared: without blanks at the ends, in one case and Unicode form
+def folded(name: str | Path) -> str:  # for comparing: no blanks at the ends, one case, one Unicode form
     return unicodedata.normalize("NFC", "/".join(part.strip() for part in Path(name).parts).casefold())
 
 
-def some(names: list[str]) -> str:
+def first_few(names: list[str]) -> str:
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
@@ -1418,7 +1418,7 @@ def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
-def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
+def report_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
     """Warns by name of what lies in a data folder and is not used: captions without an image, other metadata, ..."""
     kinds: dict[str, list[str]] = {}
     for path in sorted({*files}.difference(used)):
@@ -1426,7 +1426,7 @@ def tell_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
             kind = "linked folder(s)" if path.is_dir() else f"{path.suffix.lower() or 'other'} file(s)"
             kinds.setdefault(kind, []).append(repr(str(path.relative_to(folder))))
     for kind, names in kinds.items():
-        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {some(names)}")
+        log.warning(f"data: {folder.name}: {len(names)} {kind} not used, see docs/data.md: {first_few(names)}")
 
 
 def read_text(path: Path) -> str:
@@ -1451,7 +1451,7 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
 
 def find_column(columns: list[str], *names: str) -> str | None:
     """The column that is called like the first of the names that is there."""
-    return next((c for name in names for c in (name, *columns) if c in columns and plain(c) == plain(name)), None)
+    return next((c for name in names for c in (name, *columns) if c in columns and folded(c) == folded(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
@@ -1501,7 +1501,7 @@ def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[
         lists = (cell if isinstance(cell, list) else [cell] for cell in others)
         cells = [first, *filter(None, itertools.chain(*lists))]
         paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
-        files = [names.get(file) or names.get(plain(file)) for file in paths]
+        files = [names.get(file) or names.get(folded(file)) for file in paths]
         advice = f"leads out of the folder or does not exist; names start at {path.parent}"
         wrong = [cell for cell, file in zip(cells, files, strict=True) if file is None]
         problems += [f"line {line}: {cell!r} {advice}" for cell in wrong]
@@ -1532,14 +1532,14 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
     masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
     images = [path for path in images if not is_mask(args, path)]
-    names = {key: path for path in reversed(files) for key in (path, plain(path))}
-    metadata = {path.parent: path for name in METADATA for path in files if plain(path.name) == name}
+    names = {key: path for path in reversed(files) for key in (path, folded(path))}
+    metadata = {path.parent: path for name in METADATA for path in files if folded(path.name) == name}
     tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
     for name in ("image_column", "caption_column", "cond_image_column"):
         if not tables and vars(args).get(name) not in (None, "image"):
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
-    single = all([plain(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
+    single = all([folded(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
     if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
         captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
@@ -1549,10 +1549,10 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
     stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
-    beside = dict(zip([*map(plain, stems), *stems], [*texts, *texts], strict=True))
+    beside = dict(zip([*map(folded, stems), *stems], [*texts, *texts], strict=True))
     used, listed = [*tables], []
     for paths, texts, origin in found:
-        keys = [paths[0].with_suffix(""), paths[0], plain(paths[0].with_suffix("")), plain(paths[0])]
+        keys = [paths[0].with_suffix(""), paths[0], folded(paths[0].with_suffix("")), folded(paths[0])]
         if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
@@ -1561,11 +1561,11 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
         images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
         listed.append((images, texts, origin))
-    tell_unused(folder, files, used)
+    report_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
-            log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {some(odd)}")
+            log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {first_few(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
         if int(number) != repeats:
             advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"
@@ -1665,7 +1665,7 @@ def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> li
     targets, references = [found[args.image_column]], [found[name] for name in asked]
     if in_metadata and args.image_column == "image":
         usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
-        holds = {column for column in usual if column and (plain(column) != "image" or holds_images(table, column))}
+        holds = {column for column in usual if column and (folded(column) != "image" or holds_images(table, column))}
         targets = [column for column in usual if column in holds and column not in references]
     missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
     missing += [] if any(targets) else [f"--image_column {args.image_column}"]
@@ -1674,8 +1674,8 @@ def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> li
         raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
     if len(targets) > 1 or targets[0] in references:
         raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
-    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", plain(name))]
-    usual = [name for name in columns if re.fullmatch(USUAL_REFERENCES, plain(name)) and holds_images(table, name)]
+    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", folded(name))]
+    usual = [name for name in columns if re.fullmatch(USUAL_REFERENCES, folded(name)) and holds_images(table, name)]
     return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
 
 
@@ -1724,10 +1724,10 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     for folder in (Path(os.path.abspath(path)) for path in data_folders(args)):
         files, images = list_files(folder)
         if found:
-            tell_unused(folder, files, images)
+            report_unused(folder, files, images)
         stems: dict[str, Path] = {}
         for path in images if found else listed:
-            stem = plain(path.relative_to(folder).with_suffix(""))
+            stem = folded(path.relative_to(folder).with_suffix(""))
             if stems.setdefault(stem, path) != path:
                 raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
         found.append(stems)
@@ -1765,11 +1765,11 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
         reason = "no caption" if missing else "[trigger] in the caption"
-        raise UserError(f"--instance_prompt: needed, {len(names)} image(s) have {reason}: {some(names)}")
+        raise UserError(f"--instance_prompt: needed, {len(names)} image(s) have {reason}: {first_few(names)}")
     if prompt and not missing and not triggered:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
-        log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {some(missing)}")
+        log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {first_few(missing)}")
     filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
     filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
     first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
@@ -1926,7 +1926,7 @@ def choose_buckets(run: Run) -> list[Size]:
     if run.args.aspect_ratio_buckets:
         return parse_sizes(run.args.aspect_ratio_buckets)
     if run.args.use_aspect_ratio_buckets:
-        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.cell)
+        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.token_size)
     return [(run.args.resolution, run.args.resolution)]
 
 
@@ -1938,7 +1938,7 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         lengths = {text: len(token_ids(run.family, tokenizer, text)) for text in texts}
         log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
         if long := [s.image.name for s in samples for text in s.captions if lengths[text] > most]:
-            log.warning(f"data: {len(long)} captions are cut at {most} tokens: {some(long)}")
+            log.warning(f"data: {len(long)} captions are cut at {most} tokens: {first_few(long)}")
     images = [sample.image for sample in samples]
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
@@ -1949,10 +1949,10 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         black = [i.name for i in masked if outside == 0 and i.mask.decoded().convert("L").getextrema()[1] == 0]
         if black:
             raise UserError(
-                f"--mask_suffix: {len(black)} mask(s) are black everywhere: {some(black)}; nothing is learned"
+                f"--mask_suffix: {len(black)} mask(s) are black everywhere: {first_few(black)}; nothing is learned"
             )
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
-        log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {some(blurred)}")
+        log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
 
 
 def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -1962,7 +1962,7 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
         raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
     held_out = [samples[index] for index in sorted(order[:count])]
     if held_out:
-        log.info(f"data: {count} image(s) are held out: {some([sample.image.name for sample in held_out])}")
+        log.info(f"data: {count} image(s) are held out: {first_few([sample.image.name for sample in held_out])}")
     rest = [samples[index] for index in sorted(order[count:])]
     rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
     return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
@@ -1984,12 +1984,15 @@ def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
     return split_samples(run, samples)
 
 
-def as_reference(image: Image, cell: int, target: Image | None) -> Reference:
+def as_reference(image: Image, token_size: int, target: Image | None) -> Reference:
     """A checked image as a reference: in its own shape, in whole tokens, or with the crop of its `target`."""
     height, width = capped_size(image.size)
-    fitted = {"target": (height // cell * cell, width // cell * cell), "fit": "reference"}
+    fitted = {
+        "target": (height // token_size * token_size, width // token_size * token_size),
+        "resize_key": "reference",
+    }
     if target:
-        fitted = {"target": target.target, "fit": f"aligned {target.size}", "pair_size": target.size}
+        fitted = {"target": target.target, "resize_key": f"aligned {target.size}", "pair_size": target.size}
     return Reference(**vars(image) | fitted)
 
 
@@ -2007,7 +2010,7 @@ def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sa
         reasons = {other.name: reference_problem(other.size, pair and pair.size) for other in others}
         bad |= {name: reason for name, reason in reasons.items() if reason}
         if not any(reasons.values()):
-            references = tuple(as_reference(other, run.cell, pair) for other in others)
+            references = tuple(as_reference(other, run.token_size, pair) for other in others)
             samples.append(replace(sample, image=image, references=references))
     refuse_bad_images(run.args, bad, len(listed), len(samples))
     return samples
@@ -2017,14 +2020,14 @@ def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sa
 class TrainingSet(Dataset):
     """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
 
-    def __init__(self, run: Run, space: LatentSpace, samples: list[Sample], stream: str) -> None:
+    def __init__(self, run: Run, codec: LatentCodec, samples: list[Sample], stream: str) -> None:
         self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
-        self.space, self.samples, self.stream, self.prompts = space, samples, stream, open_prompts(run)
+        self.codec, self.samples, self.stream, self.prompts = codec, samples, stream, open_prompts(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
         """noise (L, C), u and prompt embedding of the visit, and latent moments or pixels (3, H, W) of each image."""
         index, position = visit
-        run, sample, channels = self.run, self.samples[index], self.space.channels
+        run, sample, channels = self.run, self.samples[index], self.codec.channels
         generator = functools.partial(make_generator, run.seed, self.stream)
         names = ("caption", "caption dropout", "cond dropout", "flip")
         chance = {name: torch.rand(1, generator=generator(name, position)).item() for name in names}  # in [0, 1)
@@ -2034,9 +2037,9 @@ class TrainingSet(Dataset):
         caption = sample.captions[int(chance["caption"] * len(sample.captions)) % len(sample.captions)]
         caption = "" if chance["caption dropout"] < run.args.caption_dropout else caption
         images = sample.images[:1] if chance["cond dropout"] < run.args.cond_dropout else sample.images
-        height, width = (side // run.cell for side in sample.image.target)  # in tokens
+        height, width = (side // run.token_size for side in sample.image.target)  # in tokens
         if cached := run.args.cache_latents:
-            target, *references = (self.space.cache.get(*self.space.key(image, flip)) for image in images)
+            target, *references = (self.codec.cache.get(*self.codec.key(image, flip)) for image in images)
         else:
             target, *references = (image.pixels(crop, flip) for image in images)
         item = {
@@ -2054,7 +2057,7 @@ class TrainingSet(Dataset):
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
         if run.args.mask_suffix:
-            item["weights"] = sample.image.token_weights(run.args, run.cell, crop, flip)
+            item["weights"] = sample.image.token_weights(run.args, run.token_size, crop, flip)
         return item
 
 
@@ -2066,10 +2069,12 @@ def check_references(run: Run, samples: list[Sample]) -> None:
         reason = f"{len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as {large[0]}"
         raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
-        log.warning(f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {some(same)}")
+        log.warning(
+            f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {first_few(same)}"
+        )
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
-    target, *references = max(([math.prod(size) // run.cell**2 for size in sizes] for sizes in groups), key=sum)
+    target, *references = max(([math.prod(size) // run.token_size**2 for size in sizes] for sizes in groups), key=sum)
     log.info(f"data: the longest sequence has {target} target + {sum(references)} reference tokens + text")
     if small := sum(count < batch for count in groups.values()):
         log.warning(f"data: {small} groups have fewer than {batch} rows: a batch repeats some, with other noise")
@@ -2130,8 +2135,8 @@ class TensorCache:
 
 def open_prompts(run: Run) -> TensorCache:
     """The cache of prompt embeddings (L, D) by prompt."""
-    encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.identity("text_encoder")
-    template, length = (run.model.identity("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
+    encoder = run.args.remote_text_encoder_url if run.args.remote_text_encoder else run.model.version("text_encoder")
+    template, length = (run.model.version("tokenizer"), SYSTEM_MESSAGE), run.args.max_sequence_length
     formats = [json.dumps(run.text_quantization, sort_keys=True)] if run.text_quantization else []
     return TensorCache(run.cache_dir / "prompts", encoder, *run.text_layers, length, run.dtype, *template, *formats)
 
@@ -2309,7 +2314,7 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     return prompts
 
 
-class LatentSpace:
+class LatentCodec:
     """How images become tokens: the VAE's sizes, its batch-norm statistics, and the cache of encoded images."""
 
     def __init__(self, run: Run) -> None:
@@ -2318,11 +2323,11 @@ class LatentSpace:
         weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
         variance_C, epsilon = weights["bn.running_var"].float(), run.model.config("vae").get("batch_norm_eps", 1e-4)
         self.mean_C, self.std_C = weights["bn.running_mean"].float(), torch.sqrt(variance_C + epsilon)
-        self.channels, self.cell = len(self.mean_C), run.cell  # of a token, and its pixels per side
-        self.cache = TensorCache(run.cache_dir / "latents", run.model.identity("vae"))
+        self.channels, self.token_size = len(self.mean_C), run.token_size  # of a token, and its pixels per side
+        self.cache = TensorCache(run.cache_dir / "latents", run.model.version("vae"))
 
     def key(self, image: Image, flip: bool) -> tuple:
-        return image.sha256, DECODE_POLICY, *image.target, image.fit, flip
+        return image.sha256, DECODE_POLICY, *image.target, image.resize_key, flip
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
@@ -2354,22 +2359,22 @@ def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.T
 
 
 def tokens_from_moments(
-    space: LatentSpace, moments_B2CHW: torch.Tensor, posterior_noise_BCHW: torch.Tensor | None = None
+    codec: LatentCodec, moments_B2CHW: torch.Tensor, posterior_noise_BCHW: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Normalised clean tokens x_0 (B, L, C), fp32. Without noise the mean is taken (`--vae_encode_mode mode`)."""
     mean, log_variance = moments_B2CHW.unbind(1)
     latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
-    mean_C, std_C = (each.to(latents.device, non_blocking=True) for each in (space.mean_C, space.std_C))
+    mean_C, std_C = (each.to(latents.device, non_blocking=True) for each in (codec.mean_C, codec.std_C))
     patches = F.pixel_unshuffle(latents, 2)  # each 2 x 2 of them becomes the channels of a token, W fastest
     return ((patches - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1)).flatten(2).transpose(1, 2)
 
 
 @torch.no_grad()
 def decode_tokens(
-    space: LatentSpace, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
+    codec: LatentCodec, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
 ) -> list[PIL.Image.Image]:
     """Images from normalised tokens (B, height*width, C); the inverse of `tokens_from_moments` and the VAE."""
-    tokens_BLC = tokens_BLC.float() * space.std_C.to(tokens_BLC.device) + space.mean_C.to(tokens_BLC.device)
+    tokens_BLC = tokens_BLC.float() * codec.std_C.to(tokens_BLC.device) + codec.mean_C.to(tokens_BLC.device)
     latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
     # one at a time: at 1024 px the decoder's activations are several GB per image
     pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype), return_dict=False)[0] for one in latents.split(1)])
@@ -2377,26 +2382,26 @@ def decode_tokens(
     return [PIL.Image.fromarray(array) for array in bytes_BHWC]
 
 
-def encode_images(run: Run, space: LatentSpace, images: list[Image]) -> AutoencoderKLFlux2 | None:
+def encode_images(run: Run, codec: LatentCodec, images: list[Image]) -> AutoencoderKLFlux2 | None:
     """With --cache_latents encodes what is not cached, with --random_flip mirrored too. Only one image is in memory.
 
     Returns the VAE if training or drawing still needs it; it waits on the CPU, out of the way of the transformer.
     """
     vae, flips = None, (False, True) if run.args.random_flip else (False,)
-    wanted = {space.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
-    missing = [(key, *work) for key, work in wanted.items() if not space.cache.has(*key)]
+    wanted = {codec.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
+    missing = [(key, *work) for key, work in wanted.items() if not codec.cache.has(*key)]
     if wanted:
         log.info(f"latents: {len(wanted)} wanted, {len(missing)} to encode")
     with shared_out(run, missing) as mine:
         if mine:
-            numbers_per_pixel = 2 * space.channels / space.cell**2  # mean and log-variance
+            numbers_per_pixel = 2 * codec.channels / codec.token_size**2  # mean and log-variance
             need = sum(4 * numbers_per_pixel * math.prod(image.target) for _, image, _ in mine)
             check_space(run.cache_dir, need, "the latent cache", "--latents_cache_dir")
             vae = load_vae(run)
             with Progress("encode images", len(mine)) as progress:
                 for key, image, flip in mine:
                     moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
-                    space.cache.put(moments, f"image {image.name}", *key)
+                    codec.cache.put(moments, f"image {image.name}", *key)
                     progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
@@ -2609,11 +2614,11 @@ class BlockStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.blocks = device, []
-        self.homes: list[torch.Tensor] = []  # the bytes of each block
+        self.pinned_blocks: list[torch.Tensor] = []  # the bytes of each block
         self.tensors: list[list[tuple[torch.Tensor, int]]] = []  # of each block, with the offsets of their bytes
 
     def __del__(self) -> None:
-        for home in self.homes if self.device.type == "cuda" else ():
+        for home in self.pinned_blocks if self.device.type == "cuda" else ():
             torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
 
     def keep(self, block: nn.Module) -> None:
@@ -2624,14 +2629,14 @@ class BlockStream:
         if self.device.type == "cuda":  # torch's own pinned allocator rounds up to a power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(home.data_ptr(), home.nbytes, 0))
         self.blocks.append(block)
-        self.homes.append(home)
+        self.pinned_blocks.append(home)
         self.tensors.append(list(zip(tensors, ends, strict=True)))
         for tensor, offset in self.tensors[-1]:
             tensor.data = view_bytes(home, offset, tensor).copy_(tensor.data)
 
     def start(self) -> None:
         """Makes the buffers, and each block's call fetch its weights first, outside of what torch.compile sees."""
-        largest = max(home.nbytes for home in self.homes)
+        largest = max(home.nbytes for home in self.pinned_blocks)
         self.buffers = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self.held: list[int | None] = [None, None]  # the block in each buffer
         self.side = None if self.device.type == "cpu" else torch.Stream(self.device)
@@ -2663,7 +2668,7 @@ class BlockStream:
 
     def copy(self, number: int, buffer: int) -> None:
         """Copies a block into a buffer, as soon as all that was launched before, which may read there, is done."""
-        self.held[buffer], home = number, self.homes[number]
+        self.held[buffer], home = number, self.pinned_blocks[number]
         if self.side:
             self.side.wait_stream(torch.accelerator.current_stream(self.device))
         with self.side or contextlib.nullcontext():
@@ -2961,7 +2966,7 @@ def encode_references(run: Run, training: Training, views: list[list[torch.Tenso
             moments = encode_pixels(training.vae_on_device(run), moments)
         height, width = (side // 2 for side in moments.shape[-2:])  # a token is 2 x 2 latents
         ids = position_ids(height, width, time=10 * number, device=run.device)
-        references.append((tokens_from_moments(training.space, moments), ids))
+        references.append((tokens_from_moments(training.codec, moments), ids))
     return references
 
 
@@ -2974,7 +2979,7 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
     transformer.
     """
     # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
-    height, width = (side // training.space.cell for side in batch["target"][0])  # in tokens
+    height, width = (side // training.codec.token_size for side in batch["target"][0])  # in tokens
     sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width).to(run.device, non_blocking=True)
     tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
     noise_BLC, prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]
@@ -2982,7 +2987,7 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
     # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
     if "moments" not in tensors:
         tensors["moments"] = encode_pixels(training.vae_on_device(run), tensors["pixels"])
-    clean_BLC = tokens_from_moments(training.space, tensors["moments"], tensors.get("posterior_noise"))
+    clean_BLC = tokens_from_moments(training.codec, tensors["moments"], tensors.get("posterior_noise"))
     references = encode_references(run, training, [views for views in batch["references"] if views])
     if not run.args.cache_latents:
         training.rest_vae(run.args)
@@ -3062,27 +3067,27 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
-    parameters, rows, weights, names = list(training.parameters.values()), [], [], []
+    parameters, per_sample, weights, names = list(training.parameters.values()), [], [], []
 
     # the gradient of each stream's mean loss, summed over streams, averaged over micro-batches by accelerate's backward
     for micro in range(accumulation):
         for stream, batch in zip(training.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
                 # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
-                key = (training.step * accumulation + micro, len(rows) * run.processes + run.process_index)
+                key = (training.step * accumulation + micro, len(per_sample) * run.processes + run.process_index)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
             losses_B, sigmas_B = batch_losses(run, training, batch)
             run.accelerator.backward(stream.weight * losses_B.mean())
-            rows.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
+            per_sample.append(torch.stack([stream.weight * losses_B.detach(), sigmas_B], dim=1))
             weights += [stream.weight] * len(sigmas_B)
             names += batch["name"]
 
     # averaged over processes, each of which learns (loss, sigma) of every sample, and whether one got a signal
-    rows_N3 = nn.functional.pad(torch.cat(rows), (0, 1), value=training.stop.received or 0)
-    rows_N3 = average_over_processes(run, parameters, rows_N3)
+    samples_N3 = F.pad(torch.cat(per_sample), (0, 1), value=training.stop.received or 0)
+    samples_N3 = average_over_processes(run, parameters, samples_N3)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
-    norms = torch.stack([grad_norm, torch.stack(torch._foreach_norm(training.ups)).norm(), training.update_norm])
-    *numbers, grad_norm, lora_norm, last_update = torch.cat([rows_N3.flatten(), norms]).tolist()
+    norms = torch.stack([grad_norm, torch.stack(torch._foreach_norm(training.lora_B)).norm(), training.update_norm])
+    *numbers, grad_norm, lora_norm, last_update = torch.cat([samples_N3.flatten(), norms]).tolist()
     losses, sigmas, signals = numbers[0::3], numbers[1::3], numbers[2::3]
     training.signal = int(max(signals))
 
@@ -3091,11 +3096,11 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     values = {"step": training.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": training.schedule.get_last_lr()[0]}
     values |= {"lora_norm": lora_norm, "update_ratio": last_update / lora_norm if lora_norm else 0.0}
     values |= loss_by_sigma(losses, sigmas, weights * run.processes)
-    training.whole = False
+    training.consistent = False
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        before = [up.clone() for up in training.ups]
+        before = [up.clone() for up in training.lora_B]
         training.optimizer.step()
-        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.ups, before))).norm()
+        training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.lora_B, before))).norm()
         training.skipped = 0
     else:
         training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
@@ -3104,19 +3109,19 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     training.optimizer.zero_grad(set_to_none=True)
     training.schedule.step()
     training.step += 1
-    training.whole = True
+    training.consistent = True
     return {**values, "seconds": time.perf_counter() - started}
 
 
-def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch.Tensor) -> torch.Tensor:
-    """Averages the LoRA's gradients, and returns the rows of all processes in their order, with one all-reduce.
+def average_over_processes(run: Run, parameters: list[nn.Parameter], per_sample: torch.Tensor) -> torch.Tensor:
+    """Averages the LoRA's gradients, and returns `per_sample` (N, K) of all processes, in one all-reduce.
 
     The LoRA is whole and the same everywhere, so nothing else has to be synchronised, under FSDP neither.
     """
     if run.processes == 1:
-        return rows
-    slots = rows.new_zeros(run.processes, *rows.shape)
-    slots[run.process_index] = rows
+        return per_sample
+    slots = per_sample.new_zeros(run.processes, *per_sample.shape)
+    slots[run.process_index] = per_sample
     gradients = [parameter.grad for parameter in parameters]
     pieces = [*gradients, slots]
     flat = torch.cat([piece.flatten() for piece in pieces])
@@ -3124,7 +3129,7 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], rows: torch
     *sums, slots = flat.split([piece.numel() for piece in pieces])
     for gradient, total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient) / run.processes)
-    return slots.view(-1, rows.shape[1])
+    return slots.view(-1, per_sample.shape[1])
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
@@ -3224,7 +3229,7 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     result["train_batch_size x processes"] = run.args.train_batch_size * run.processes
     result["timestep_shift"] = shift if shift.isalpha() else float(shift)
     result["prodigy_beta3"] = math.sqrt(run.args.adam_beta2) if beta3 is None else beta3
-    result |= {"transformer": run.model.identity("transformer"), "bnb_quantization_config": run.quantization}
+    result |= {"transformer": run.model.version("transformer"), "bnb_quantization_config": run.quantization}
     result |= {"text_encoder_out_layers": list(run.text_layers), "text encoder and tokenizer": open_prompts(run).key}
     if shift == "empirical":
         result["num_inference_steps"] = run.args.num_inference_steps
@@ -3363,7 +3368,7 @@ def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> 
 
 @torch.no_grad()
 def generate(
-    run: Run, space: LatentSpace, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
+    run: Run, codec: LatentCodec, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
     """Images of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
     prompts, dtype = open_prompts(run), pipeline.transformer.x_embedder.weight.dtype  # class images may have their own
@@ -3375,8 +3380,8 @@ def generate(
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
     if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
-        tokens_BLC = tokens_from_moments(space, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
-    return decode_tokens(space, pipeline.vae, tokens_BLC, *(side // run.cell for side in size))
+        tokens_BLC = tokens_from_moments(codec, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
+    return decode_tokens(codec, pipeline.vae, tokens_BLC, *(side // run.token_size for side in size))
 
 
 # endregion shared: validation
@@ -3410,7 +3415,7 @@ def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path)
             for (row, prompt), number in todo:
                 size, inputs = validation_inputs(run, row)
                 seeds = [("validation", row, number)]
-                image = generate(run, training.space, pipeline, prompt, seeds, size, **inputs)[0]
+                image = generate(run, training.codec, pipeline, prompt, seeds, size, **inputs)[0]
                 write_image(image, folder / f"prompt-{row}_image-{number}.png")
                 progress.advance()
 
@@ -3443,8 +3448,8 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
         sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
     if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
-        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.told)
-        run.told.add("contact sheet")
+        builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.said_once)
+        run.said_once.add("contact sheet")
 
 
 def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
@@ -3469,7 +3474,7 @@ def validation_loss(run: Run, training: Training) -> dict[str, float]:
     The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
     """
     samples = training.held_out or training.samples[:4]
-    fixed, visits = TrainingSet(run, training.space, samples, "validation"), max(8, 4 * len(samples))
+    fixed, visits = TrainingSet(run, training.codec, samples, "validation"), max(8, 4 * len(samples))
     losses, sigmas = [], []
     for number in range(visits):
         item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
@@ -3515,7 +3520,7 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 
 # differs: the text-to-image script has class images and no references
 def make_streams(
-    run: Run, space: LatentSpace, samples: list[Sample], held_out: list[Sample]
+    run: Run, codec: LatentCodec, samples: list[Sample], held_out: list[Sample]
 ) -> tuple[list[Stream], list[Image]]:
     """What is learned, and all the images to encode: targets and references."""
     return [Stream("instance", samples)], [image for sample in samples + held_out for image in sample.images]
@@ -3561,8 +3566,8 @@ def without_folders(path: str) -> str:
 
 
 def warn_once(run: Run, subject: str, problem: Any) -> None:
-    if subject not in run.told:
-        run.told.add(subject)
+    if subject not in run.said_once:
+        run.said_once.add(subject)
         log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
 
 
@@ -3834,7 +3839,7 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
 
 
 def prepare_training(
-    run: Run, space: LatentSpace, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
+    run: Run, codec: LatentCodec, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
 ) -> Training:
     """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
@@ -3854,9 +3859,9 @@ def prepare_training(
         run.args.lr_scheduler, optimizer, num_warmup_steps=run.args.lr_warmup_steps, num_training_steps=steps,
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
-    ups = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
+    lora_B = [parameter.detach() for name, parameter in parameters.items() if name.endswith("lora_B.weight")]
     rest = torch.zeros((), device=run.device), optimizer, schedule, now, StopSignals(), compiled
-    training = Training(space, streams, held_out, vae, transformer, parameters, ups, *rest)
+    training = Training(codec, streams, held_out, vae, transformer, parameters, lora_B, *rest)
     if run.resume:
         restore(run, training)
     return training
@@ -3875,7 +3880,7 @@ def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
     for stream in training.streams:
         geometries, place = [sample.geometry for sample in stream.samples], (run.process_index, run.processes)
         sampler = SampleStream(geometries, run.args.train_batch_size, run.seed, stream.name, first, *place)
-        data = TrainingSet(run, training.space, stream.samples, stream.name)
+        data = TrainingSet(run, training.codec, stream.samples, stream.name)
         workers = {"num_workers": run.args.dataloader_num_workers, "worker_init_fn": start_worker}
         options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": run.device.type == "cuda"}
         loaders.append(DataLoader(data, **options, **workers))
@@ -3895,9 +3900,9 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if count := run.args.dataloader_num_workers * len(training.streams):
         log.info(f"train: {count} worker processes start, which prepare batches")
-    if homes := training.transformer.stream.homes:
-        pinned = sum(home.nbytes for home in homes) / 1e9
-        log.info(f"train: {len(homes)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
+    if pinned_blocks := training.transformer.stream.pinned_blocks:
+        pinned = sum(home.nbytes for home in pinned_blocks) / 1e9
+        log.info(f"train: {len(pinned_blocks)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
     if run.sharding and run.quantization:
         log.info("train: bitsandbytes' weights are not split: each device holds them whole; --do_fp8_training is split")
     elif run.sharding:
@@ -3981,7 +3986,7 @@ def train(run: Run, training: Training) -> None:
 def try_save_checkpoint(run: Run, training: Training) -> None:
     """Saves the last whole step; if that fails, training goes on, and every tenth step tries again."""
     try:
-        if run.is_main and training.whole and training.step:
+        if run.is_main and training.consistent and training.step:
             log.info(f"checkpoint: step {training.step} is kept in {save_checkpoint(run, training)}")
         training.unsaved = False
     except Exception as error:
@@ -4050,11 +4055,11 @@ def main(args: Args) -> None:
         if args.dry_run:
             return
         run = begin_output(run)
-        space = LatentSpace(run)
+        codec = LatentCodec(run)
         encode_prompts(run, all_prompts(run, samples + held_out))
-        streams, images = make_streams(run, space, samples, held_out)
-        vae = encode_images(run, space, images)
-        training = prepare_training(run, space, streams, vae, held_out)
+        streams, images = make_streams(run, codec, samples, held_out)
+        vae = encode_images(run, codec, images)
+        training = prepare_training(run, codec, streams, vae, held_out)
         with training.stop:  # before and after, a signal acts at once: what is done is on disk
             try:
                 train(run, training)

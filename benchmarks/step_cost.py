@@ -256,7 +256,7 @@ def count_blocks(
     architecture = copy.deepcopy(architecture)
     architecture["transformer"] |= dict(zip(("num_layers", "num_single_layers"), blocks, strict=True))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        for owner, name in ((bare_training, "write_checkpoint"), (script.LatentSpace, "__init__")):
+        for owner, name in ((bare_training, "write_checkpoint"), (script.LatentCodec, "__init__")):
             stack.enter_context(mock.patch.object(owner, name, really(getattr(owner, name))))
         stack.enter_context(mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
         stack.enter_context(pretended_gpu())

@@ -71,10 +71,10 @@ def real_step(run: object, training: object) -> Callable[[], None]:
 
 def bare_step(run: object, training: object, size: int) -> Callable[[], None]:
     """Forward, backward and AdamW on tensors in memory, nothing else."""
-    cells = size // run.cell
+    cells = size // run.token_size
     optimizer = torch.optim.AdamW(list(training.parameters.values()), lr=1e-4)
     inputs = {
-        "hidden_states": torch.randn(1, cells * cells, training.space.channels),
+        "hidden_states": torch.randn(1, cells * cells, training.codec.channels),
         "encoder_hidden_states": script.open_prompts(run).get("a photo")[None].to(run.device, run.dtype),
         "timestep": torch.full([1], 0.5),
         "guidance": torch.ones(1),

@@ -51,7 +51,7 @@ def kill_while_saving(script: ModuleType, start: Callable, kills: int, keep: int
             counts["hit_a_save"] += bool(list(run.output_dir.glob(".tmp-*")))
             assert newest(script, run) > latest
             latest = newest(script, run)
-        training.whole = False  # nothing is trained here that could be saved
+        training.consistent = False  # nothing is trained here that could be saved
         raise Enough
 
     limits = ("--checkpointing_steps", "1", "--checkpoints_total_limit", str(keep), "--max_train_steps", str(10**6))

@@ -301,11 +301,11 @@ def test_the_weight_multiplies_the_loss_of_its_own_sample(script):
 def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     """`batch_losses` shifts sigma by the tokens of the target, encodes, normalises, and asks for the right prompt."""
     run = start_run(script, tiny, tmp_path)
-    space, vae = script.LatentSpace(run), script.load_vae(run)
+    codec, vae = script.LatentCodec(run), script.load_vae(run)
     pixels, noise, embeds = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 8, 32), torch.randn(2, 64, 96)
-    clean = script.tokens_from_moments(space, script.encode_pixels(vae, pixels))
+    clean = script.tokens_from_moments(codec, script.encode_pixels(vae, pixels))
     training = SimpleNamespace(
-        space=space, transformer=Knows(noise - clean + 2), vae_on_device=lambda run: vae, rest_vae=lambda args: None
+        codec=codec, transformer=Knows(noise - clean + 2), vae_on_device=lambda run: vae, rest_vae=lambda args: None
     )
     batch = {"target": [(32, 64)] * 2, "u": torch.tensor([0.2, 0.9]), "noise": noise, "pixels": pixels,
              "prompt_embeds": embeds}  # fmt: skip

@@ -41,7 +41,7 @@ SIZES = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 4}
 def disk(script, monkeypatch):
     """Files of the run are real ones."""
     monkeypatch.setattr(bare_training, "write_checkpoint", really(bare_training.write_checkpoint))
-    monkeypatch.setattr(script.LatentSpace, "__init__", really(script.LatentSpace.__init__))
+    monkeypatch.setattr(script.LatentCodec, "__init__", really(script.LatentCodec.__init__))
 
 
 @pytest.fixture
@@ -72,15 +72,15 @@ def rehearse_steps(script: ModuleType, folder: Path, *flags: Any, model: str = "
     """Two steps of training; what the second one did."""
     references = int(script.TASK == "image-to-image")
     with started(script, folder, *flags, model=model) as run:
-        space, learned = bare_training.make_streams(script, run, references)
+        codec, learned = bare_training.make_streams(script, run, references)
         if streams == 2:
             learned.append(script.Stream("class", learned[0].samples, 0.5))
-        training = set_up(script, run, (space, learned), flags, load_vae(script, run) if "false" in flags else None)
+        training = set_up(script, run, (codec, learned), flags, load_vae(script, run) if "false" in flags else None)
         batches = bare_training.make_batches(script, run, training)
         script.train_step(run, training, batches)
         with Watch() as watch:
             script.train_step(run, training, batches)
-        training.transformer.stream.homes.clear()  # which would be given back to a GPU
+        training.transformer.stream.pinned_blocks.clear()  # which would be given back to a GPU
         weights = (*training.transformer.parameters(), *training.transformer.buffers())
         where = Counter(str(tensor.device) for tensor in weights)
         assert set(where) == {"cuda:0"}, where
@@ -98,7 +98,7 @@ def set_up(script: ModuleType, run: Any, given: tuple, flags: tuple = (), vae: A
     """The script's Training; memory that it pinned by the driver says so, and which block lives there."""
     quantise = {NF4[1]: quantise_nf4, INT8[1]: quantise_int8}.get(flags[1] if len(flags) > 1 else None)
     training = bare_training.set_up(script, run, given, quantise or bare_training.quantise_by_script, vae)
-    for number, home in enumerate(training.transformer.stream.homes):
+    for number, home in enumerate(training.transformer.stream.pinned_blocks):
         home.pinned, home.block = True, number
     return training
 
@@ -197,7 +197,7 @@ def order_of_a_step(script: ModuleType, folder: Path) -> list[tuple[str, int]]:
         for _ in range(2):
             with Watch() as watch:
                 script.train_step(run, training, batches)
-        training.transformer.stream.homes.clear()
+        training.transformer.stream.pinned_blocks.clear()
     events, arrived = watch.events, {0, 1}  # the last backward pass has left the first two
     for place, event in enumerate(events):
         kind, number = event if isinstance(event, tuple) else (event, None)
@@ -297,10 +297,10 @@ def draw(script: ModuleType, folder: Path, steps: int, *flags: Any, model: str =
         training = set_up(script, run, bare_training.make_streams(script, run, len(inputs)))
         training.vae = script.rest_vae(load_vae(script, run))
         training.transformer.eval()
-        with Watch() as watch, bare_training.unencoded(script, run, training.space):
+        with Watch() as watch, bare_training.unencoded(script, run, training.codec):
             pipeline = script.make_pipeline(run, training.transformer, training.vae_on_device(run))
             seeds = [("validation", 0, 0)]
-            (image,) = script.generate(run, training.space, pipeline, "a photo", seeds, (256, 320), **inputs)
+            (image,) = script.generate(run, training.codec, pipeline, "a photo", seeds, (256, 320), **inputs)
             training.rest_vae(run.args)
             script.validation_loss(run, training)
         where = {tensor.device.type for tensor in training.vae.parameters()}

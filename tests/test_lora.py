@@ -324,7 +324,7 @@ def set_up(script, model: Path, folder: Path, *flags: str) -> tuple:
     """(transformer, parameters) as the training loop gets them."""
     run = start_run(script, model, folder, "--max_train_steps", "1", *flags)
     streams = [script.Stream("instance", [])]
-    training = script.prepare_training(run, script.LatentSpace(run), streams, None)
+    training = script.prepare_training(run, script.LatentCodec(run), streams, None)
     return training.transformer.train(), training.parameters
 
 

@@ -186,7 +186,7 @@ def test_a_model_in_shards_passes_and_loads(script, models, tmp_path, variant):
     flags = ("--variant", "bf16") if variant else ()
     check_model(script, model, tmp_path, *flags)
     run = start_run(script, model, tmp_path, *flags)
-    assert script.LatentSpace(run).channels == 32
+    assert script.LatentCodec(run).channels == 32
     for load in (script.load_text_encoder, script.load_vae, script.load_transformer):
         assert not any(parameter.is_meta for parameter in load(run).parameters())
 

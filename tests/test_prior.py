@@ -220,10 +220,10 @@ def test_the_bare_base_model_draws_the_class_images(script, quick, ready, tmp_pa
     """Images drawn for a run with --init_lora_from are those of the base model, in evaluation mode."""
     modes = []
 
-    def look(run, space, pipeline, *rest, original=script.generate):
+    def look(run, codec, pipeline, *rest, original=script.generate):
         names = [name for name, _ in pipeline.transformer.named_modules()]
         modes.append((pipeline.transformer.training, any("lora" in name for name in names)))
-        return original(run, space, pipeline, *rest)
+        return original(run, codec, pipeline, *rest)
 
     first = quick("--learning_rate", "1e-1", output="first")
     monkeypatch.setattr(script, "generate", look)

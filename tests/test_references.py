@@ -45,7 +45,7 @@ def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
 def reference_of(i2i, run, path: Path):
     """The `Reference` that the script makes of a file."""
     image = i2i.Image(path.name, path)
-    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[0][image], run.cell, None)
+    return i2i.as_reference(i2i.inspect_images([image], run.cache_dir)[0][image], run.token_size, None)
 
 
 def arguments(i2i, *flags):
@@ -79,8 +79,8 @@ def pipeline_inputs(i2i, run, vae, images: list[Image.Image], family: str) -> li
 
 def check_parity(i2i, run, paths: list[Path], family: str) -> None:
     """Tokens and ids of the references are those that the pipeline feeds the transformer, with a difference of 0."""
-    space, vae = i2i.LatentSpace(run), i2i.load_vae(run)
-    training = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    codec, vae = i2i.LatentCodec(run), i2i.load_vae(run)
+    training = SimpleNamespace(codec=codec, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
     references = [reference_of(i2i, run, path) for path in paths]
     ours = i2i.encode_references(run, training, [[reference.pixels() for reference in references]])
     images = [i2i.decode_image(path.read_bytes()) for path in paths]
@@ -131,7 +131,7 @@ def test_a_reference_is_decoded_by_us_before_the_pipelines_rules_apply(i2i, tiny
 def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i, models, family, precision, tmp_path):
     """Same noise, sigma, prompt and two references: the velocity of the target's tokens differs by exactly 0."""
     run = start_run(i2i, models[family], tmp_path, "--mixed_precision", precision)
-    space, vae, outputs = i2i.LatentSpace(run), i2i.load_vae(run), []
+    codec, vae, outputs = i2i.LatentCodec(run), i2i.load_vae(run), []
     transformer = i2i.load_transformer(run).eval()
     hook = transformer.register_forward_hook(
         lambda _, args, kwargs, output: outputs.append((dict(kwargs), output[0])), with_kwargs=True
@@ -143,7 +143,7 @@ def test_the_prediction_with_references_is_what_the_denoising_call_computes(i2i,
     pipeline(image=images, prompt_embeds=embeds, height=48, width=80, num_inference_steps=2, output_type="latent",
              guidance_scale=1.0, **options)  # fmt: skip
     hook.remove()
-    training = SimpleNamespace(space=space, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    training = SimpleNamespace(codec=codec, vae_on_device=lambda run: vae, rest_vae=lambda args: None)
     views = [i2i.image_to_pixels(image, (image.height, image.width), None, False) for image in images]
     references = i2i.encode_references(run, training, [views])
     assert len(outputs) == 2
@@ -157,7 +157,7 @@ def test_every_sample_of_a_batch_has_the_same_position_ids(i2i, tiny, tmp_path):
     """T counts the references of one sample, not the samples of a batch."""
     run = start_run(i2i, tiny, tmp_path)
     vae = i2i.load_vae(run)
-    training = SimpleNamespace(space=i2i.LatentSpace(run), vae_on_device=lambda run: vae, rest_vae=lambda args: None)
+    training = SimpleNamespace(codec=i2i.LatentCodec(run), vae_on_device=lambda run: vae, rest_vae=lambda args: None)
     views = [[torch.rand(3, 64, 64), torch.rand(3, 32, 96)] for _ in range(3)]
     (first, first_ids), (second, second_ids) = i2i.encode_references(run, training, views)
     assert first.shape == (3, 16, 32) and second.shape == (3, 12, 32)
@@ -168,13 +168,13 @@ def test_every_sample_of_a_batch_has_the_same_position_ids(i2i, tiny, tmp_path):
 
 def test_references_are_the_mean_of_the_distribution_even_when_targets_are_sampled(i2i, tiny, tmp_path):
     """As at inference: --vae_encode_mode sample is about targets."""
-    space = i2i.LatentSpace(start_run(i2i, tiny, tmp_path))
+    codec = i2i.LatentCodec(start_run(i2i, tiny, tmp_path))
     pixels = torch.rand(3, 64, 64) * 2 - 1
     tokens = []
     for mode in ("mode", "sample"):
         run = start_run(i2i, tiny, tmp_path, "--vae_encode_mode", mode)
         vae = i2i.load_vae(run)
-        training = SimpleNamespace(space=space, vae_on_device=lambda run, vae=vae: vae, rest_vae=lambda args: None)
+        training = SimpleNamespace(codec=codec, vae_on_device=lambda run, vae=vae: vae, rest_vae=lambda args: None)
         tokens.append(i2i.encode_references(run, training, [[pixels]])[0][0])
     assert torch.equal(*tokens)
 
@@ -768,9 +768,9 @@ def visit_set(i2i, tiny, folders, tmp_path, *flags):
     """A TrainingSet over the two folders."""
     target, first, _ = folders
     run, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first, *flags)
-    space = i2i.LatentSpace(run)
+    codec = i2i.LatentCodec(run)
     if run.args.cache_latents:
-        i2i.encode_images(run, space, [image for sample in samples for image in sample.images])
+        i2i.encode_images(run, codec, [image for sample in samples for image in sample.images])
     return training_set(i2i, run, samples)
 
 
@@ -853,10 +853,10 @@ def test_cached_references_are_those_that_are_encoded_on_the_way(i2i, tiny, fold
 
 def test_target_and_reference_of_the_same_file_have_cache_files_of_their_own(i2i, tiny, folders, tmp_path):
     """Cropped to the bucket and prepared as a reference are two things, even at one size."""
-    space = i2i.LatentSpace(start_run(i2i, tiny, tmp_path))
+    codec = i2i.LatentCodec(start_run(i2i, tiny, tmp_path))
     image = i2i.Image("x", sha256="0", size=(70, 70), target=(64, 64))
     others = [i2i.as_reference(image, 16, pair) for pair in (None, image, replace(image, size=(140, 140)))]
-    assert len({space.key(one, False) for one in [image, *others]}) == 4
+    assert len({codec.key(one, False) for one in [image, *others]}) == 4
 
 
 def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
@@ -872,7 +872,7 @@ def test_a_changed_reference_makes_it_another_run(i2i, tiny, folders, tmp_path):
         (),
         (reference, reference),
         (replace(reference, sha256="0"),),
-        (replace(reference, fit="aligned (1, 1)"),),
+        (replace(reference, resize_key="aligned (1, 1)"),),
     ):
         changed = [replace(samples[0], references=other), *samples[1:]]
         assert i2i.fingerprint(run, [i2i.Stream("instance", changed)])[key] != before
@@ -929,12 +929,12 @@ def test_references_and_their_order_reach_the_prediction(i2i, tiny, tmp_path):
 def test_the_loss_of_a_batch_is_the_mean_of_its_rows_alone_with_kept_and_dropped_references(i2i, tiny, tmp_path):
     """Four rows of one geometry, two of them without their references: two forwards, the order of the rows kept."""
     run = start_run(i2i, tiny, tmp_path)
-    space, vae, transformer = i2i.LatentSpace(run), i2i.load_vae(run), i2i.load_transformer(run)
+    codec, vae, transformer = i2i.LatentCodec(run), i2i.load_vae(run), i2i.load_transformer(run)
     generator = torch.Generator().manual_seed(1)
     embeds = {name: torch.randn(64, 96, generator=generator) for name in "abcd"}
     rests = []
     training = SimpleNamespace(
-        space=space, transformer=transformer, vae_on_device=lambda run: vae, rest_vae=rests.append
+        codec=codec, transformer=transformer, vae_on_device=lambda run: vae, rest_vae=rests.append
     )
     rows = []
     for number, caption in enumerate("abcd"):

@@ -261,7 +261,7 @@ def test_a_failing_server_is_noticed_before_a_model_is_loaded_or_the_output_fold
     script, arguments, encoder, waits, tmp_path, monkeypatch, dry_run
 ):
     forbid(monkeypatch, script, "load_text_encoder", "load_vae", "load_transformer", "begin_output")
-    forbid(monkeypatch, script, "LatentSpace")  # of a model on the Hub this downloads the VAE
+    forbid(monkeypatch, script, "LatentCodec")  # of a model on the Hub this downloads the VAE
     earlier = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     earlier.parent.mkdir()
     earlier.write_bytes(b"of a run before")

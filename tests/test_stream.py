@@ -318,7 +318,7 @@ def test_a_cached_visit_reads_the_latents_of_its_flip(script, open_set, samples)
     data.samples = [gone]
     for number, which in enumerate((False, True)):
         for image in getattr(gone, "images", [gone.image]):
-            data.space.cache.put(torch.full((2, 8, 8, 8), float(number)), "image", *data.space.key(image, which))
+            data.codec.cache.put(torch.full((2, 8, 8, 8), float(number)), "image", *data.codec.key(image, which))
     seen = set()
     for item in (data[0, position] for position in range(30)):
         assert "pixels" not in item

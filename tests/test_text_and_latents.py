@@ -146,10 +146,10 @@ def test_captions_that_are_cut_are_named(script, tiny, photos, tmp_path):
 def test_latents_become_the_pipelines_tokens(script, runs):
     """Patches of 2 x 2, row by row; and back again, in `decode_tokens` below."""
     latents = torch.randn(2, 8, 6, 10)
-    space = script.LatentSpace(runs["dev"])
-    space.mean_C, space.std_C = torch.zeros(32), torch.ones(32)
+    codec = script.LatentCodec(runs["dev"])
+    codec.mean_C, codec.std_C = torch.zeros(32), torch.ones(32)
     expected = Flux2Pipeline._pack_latents(Flux2Pipeline._patchify_latents(latents))
-    assert script.tokens_from_moments(space, torch.stack([latents, latents], 1)).equal(expected)
+    assert script.tokens_from_moments(codec, torch.stack([latents, latents], 1)).equal(expected)
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (4, 4), (3, 7), (84, 196)])
@@ -177,9 +177,9 @@ def test_normalised_tokens_are_exactly_the_pipelines(script, runs, pipelines, fa
     pixels = pixels.contiguous(memory_format=torch.channels_last)  # as the pipeline's image processor hands them over
     with torch.no_grad():
         expected = pipeline._pack_latents(pipeline._encode_vae_image(pixels, None))
-    space = script.LatentSpace(runs[family])
-    actual = script.tokens_from_moments(space, script.encode_pixels(pipeline.vae, pixels))
-    assert actual.shape == (2, size[0] * size[1] // 256, 32) == (2, size[0] * size[1] // 256, space.channels)
+    codec = script.LatentCodec(runs[family])
+    actual = script.tokens_from_moments(codec, script.encode_pixels(pipeline.vae, pixels))
+    assert actual.shape == (2, size[0] * size[1] // 256, 32) == (2, size[0] * size[1] // 256, codec.channels)
     assert (actual - expected).abs().max() == 0
 
 
@@ -187,7 +187,7 @@ def test_sampled_latents_are_mean_plus_deviation_times_noise(script, runs, vae):
     """--vae_encode_mode sample, as diffusers draws it."""
     posterior = vae.encode(torch.rand(1, 3, 64, 64)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
-    plain, moments = script.LatentSpace(runs["dev"]), torch.stack([posterior.mean, posterior.logvar], 1)
+    plain, moments = script.LatentCodec(runs["dev"]), torch.stack([posterior.mean, posterior.logvar], 1)
     plain.mean_C, plain.std_C = torch.zeros(32), torch.ones(32)
     sampled = posterior.sample(torch.Generator().manual_seed(5))
     expected = Flux2Pipeline._pack_latents(Flux2Pipeline._patchify_latents(sampled))
@@ -206,7 +206,7 @@ def test_decoded_tokens_are_the_pipelines_image(script, runs, pipelines, size):
     call |= {"latents": noise, "num_inference_steps": 1, "height": size[0], "width": size[1]}
     expected = pipeline(**call).images
     tokens = pipeline(**call, output_type="latent").images
-    actual = script.decode_tokens(script.LatentSpace(runs["dev"]), pipeline.vae, tokens, rows, columns)
+    actual = script.decode_tokens(script.LatentCodec(runs["dev"]), pipeline.vae, tokens, rows, columns)
     assert [image.size for image in actual] == [(size[1], size[0])] * 2
     for one, other in zip(actual, expected, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
@@ -218,9 +218,9 @@ def test_a_validation_image_is_what_the_users_pipeline_draws(script, runs, pipel
     """Same prompt, seed, size, steps and guidance: embedded for [dev], against the empty prompt for [klein]."""
     run = replace(runs[family], args=script.argparse.Namespace(**{**vars(runs[family].args), "num_inference_steps": 2}))
     script.encode_prompts(run, ["a cat", ""])
-    space = script.LatentSpace(run)
+    codec = script.LatentCodec(run)
     pipeline = script.make_pipeline(run, pipelines[family].transformer, pipelines[family].vae)
-    actual = script.generate(run, space, pipeline, "a cat", [("validation", 0, 0)], (48, 80))
+    actual = script.generate(run, codec, pipeline, "a cat", [("validation", 0, 0)], (48, 80))
     pipelines[family].set_progress_bar_config(disable=True)
     expected = pipelines[family](
         prompt="a cat",
@@ -245,10 +245,10 @@ def test_the_latent_space_is_opened_without_loading_the_vae(script, runs, vae, m
         raise AssertionError("the VAE was loaded")
 
     monkeypatch.setattr(script.AutoencoderKLFlux2, "from_pretrained", refuse)
-    space = script.LatentSpace(runs["dev"])
-    assert space.mean_C.equal(vae.bn.running_mean)
-    assert space.std_C.equal(torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps))
-    assert space.channels == 32
+    codec = script.LatentCodec(runs["dev"])
+    assert codec.mean_C.equal(vae.bn.running_mean)
+    assert codec.std_C.equal(torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps))
+    assert codec.channels == 32
 
 
 def test_the_vae_computes_in_fp32_in_a_bf16_run_too(script, tiny, tmp_path):
@@ -278,9 +278,9 @@ def test_another_variant_beside_the_weights_is_not_read(script, tiny, tmp_path):
     weights = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     shifted = {**weights, "bn.running_mean": weights["bn.running_mean"] + 1}
     save_file(shifted, model / "vae" / "diffusion_pytorch_model.fp16.safetensors")
-    plain = script.LatentSpace(start_run(script, model, tmp_path / "a"))
+    plain = script.LatentCodec(start_run(script, model, tmp_path / "a"))
     assert plain.mean_C.equal(weights["bn.running_mean"].float())
-    variant = script.LatentSpace(start_run(script, model, tmp_path / "b", "--variant", "fp16"))
+    variant = script.LatentCodec(start_run(script, model, tmp_path / "b", "--variant", "fp16"))
     assert variant.mean_C.equal(shifted["bn.running_mean"].float())
 
 
@@ -372,58 +372,58 @@ def image(script, photos) -> object:
     return script.Image(path.name, path, sha256=sha256, size=(128, 96), target=(64, 64))
 
 
-def latent_file(space: object, image: object, flip: bool = False) -> Path:
+def latent_file(codec: object, image: object, flip: bool = False) -> Path:
     """Where the latent of an image is kept."""
-    return space.cache.path(*space.key(image, flip))
+    return codec.cache.path(*codec.key(image, flip))
 
 
 def test_the_name_of_a_latent_changes_with_everything_that_it_depends_on(script, tiny, tmp_path, image, monkeypatch):
     """Content, target, flip, VAE, decode policy."""
     model = shutil.copytree(tiny, tmp_path / "model")
     run = start_run(script, model, tmp_path / "run")
-    space = script.LatentSpace(run)
-    paths = [latent_file(space, image), latent_file(space, image, flip=True)]
-    paths += [latent_file(space, replace(image, sha256="0")), latent_file(space, replace(image, target=(64, 80)))]
-    paths += [latent_file(space, replace(image, target=(80, 64)))]
+    codec = script.LatentCodec(run)
+    paths = [latent_file(codec, image), latent_file(codec, image, flip=True)]
+    paths += [latent_file(codec, replace(image, sha256="0")), latent_file(codec, replace(image, target=(64, 80)))]
+    paths += [latent_file(codec, replace(image, target=(80, 64)))]
     monkeypatch.setattr(script, "DECODE_POLICY", script.DECODE_POLICY + 1)
-    paths.append(latent_file(space, image))
+    paths.append(latent_file(codec, image))
     monkeypatch.undo()
     touch(model / "vae" / "diffusion_pytorch_model.safetensors")
-    paths.append(latent_file(script.LatentSpace(run), image))
+    paths.append(latent_file(script.LatentCodec(run), image))
     assert len(set(paths)) == len(paths)
 
 
 def test_the_name_of_a_latent_does_not_change_with_anything_else(script, tiny, tmp_path, image):
     """Its file name and size in pixels, the training flags, the encoder and the transformer."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    first = latent_file(script.LatentSpace(start_run(script, model, tmp_path / "a")), image).name
+    first = latent_file(script.LatentCodec(start_run(script, model, tmp_path / "a")), image).name
     touch(model / "text_encoder" / "model.safetensors")
     touch(model / "transformer" / "diffusion_pytorch_model.safetensors")
     flags = ("--seed", "5", "--rank", "8", "--mixed_precision", "bf16", "--vae_encode_mode", "sample")
-    space = script.LatentSpace(start_run(script, model, tmp_path / "b", *flags))
+    codec = script.LatentCodec(start_run(script, model, tmp_path / "b", *flags))
     other = replace(image, name="other.jpg", path=None, size=(1, 1))
-    assert latent_file(space, other).name == first
+    assert latent_file(codec, other).name == first
 
 
 def test_cached_latents_equal_uncached_ones(script, tiny, tmp_path, image, vae, monkeypatch):
     """The file holds what a visit with the centre crop would encode, bit for bit, and its mirror image beside it."""
     flags = ("--cache_latents", "--skip_final_inference", "--random_flip", "--instance_data_dir", image.path.parent)
     run = start_run(script, tiny, tmp_path, *flags)
-    space = script.LatentSpace(run)
+    codec = script.LatentCodec(run)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.encode_images(run, space, [image])
+    script.encode_images(run, codec, [image])
     for flip in (False, True):
         pixels = script.image_to_pixels(script.decode_image(image.read()), image.target, None, flip)
-        cached = space.cache.get(*space.key(image, flip))
+        cached = codec.cache.get(*codec.key(image, flip))
         assert cached.dtype == torch.float32 and cached.shape == (2, 8, 8, 8)
         assert cached.equal(script.encode_pixels(vae, pixels[None])[0])
-    assert len(list(space.cache.folder.iterdir())) == 2
+    assert len(list(codec.cache.folder.iterdir())) == 2
 
 
 def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_path, image, vae, monkeypatch):
     """Two samples with the same image are one latent."""
     run = start_run(script, tiny, tmp_path, "--cache_latents", "--skip_final_inference")
-    space, encoded, encode = script.LatentSpace(run), [], script.encode_pixels
+    codec, encoded, encode = script.LatentCodec(run), [], script.encode_pixels
 
     def counting(vae, pixels):
         encoded.append(1)
@@ -431,10 +431,10 @@ def test_the_second_start_encodes_no_image_and_loads_no_vae(script, tiny, tmp_pa
 
     monkeypatch.setattr(script, "encode_pixels", counting)
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.encode_images(run, space, [image, replace(image, name="a copy.jpg")])
+    script.encode_images(run, codec, [image, replace(image, name="a copy.jpg")])
     assert len(encoded) == 1
     monkeypatch.setattr(script, "load_vae", None)
-    assert script.encode_images(run, space, [image]) is None
+    assert script.encode_images(run, codec, [image]) is None
     assert len(encoded) == 1
 
 
@@ -444,17 +444,17 @@ def test_a_full_disk_is_an_error_before_anything_is_encoded(script, tiny, tmp_pa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(script.UserError, match="latent cache needs .* are free; see --latents_cache_dir"):
-        script.encode_images(run, script.LatentSpace(run), [image])
+        script.encode_images(run, script.LatentCodec(run), [image])
 
 
 def test_the_size_of_the_latent_cache_is_estimated_rightly(script, tiny, tmp_path, image, vae, monkeypatch):
     """Within the few bytes of a header per file: too small an estimate would fill the disk."""
     run = start_run(script, tiny, tmp_path, "--cache_latents", "--random_flip", "--skip_final_inference")
-    space, needs = script.LatentSpace(run), []
+    codec, needs = script.LatentCodec(run), []
     monkeypatch.setattr(script, "check_space", lambda folder, need, *_: needs.append(need))
     monkeypatch.setattr(script, "load_vae", lambda _: vae)
-    script.encode_images(run, space, [replace(image, target=(160, 96))])
-    written = sum(path.stat().st_size for path in space.cache.folder.iterdir())
+    script.encode_images(run, codec, [replace(image, target=(160, 96))])
+    written = sum(path.stat().st_size for path in codec.cache.folder.iterdir())
     assert needs and needs[0] <= written <= needs[0] + 2 * 200
 
 

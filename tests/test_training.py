@@ -209,7 +209,7 @@ def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode)
 
 def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkeypatch):
     """The cache holds the mirrored twin of every image, and visits read either."""
-    calls = spy(monkeypatch, script.LatentSpace, "key")
+    calls = spy(monkeypatch, script.LatentCodec, "key")
     flags = ("--cache_latents", "--max_train_steps", "6", *STANDSTILL)
     plain = quick(*flags, output="a")
     assert {call.args[2] for call in calls} == {False}
@@ -446,7 +446,7 @@ def test_every_density_and_shift_trains_with_its_own_sigmas_and_weights(script, 
     u, given = batch["u"].double(), batches[0].result[1]
     sigmas = factor * (1 - u) / (1 + (factor - 1) * (1 - u))
     assert given == pytest.approx(sigmas.tolist(), abs=1e-6) and given.dtype == torch.float32 and len(batches) == 1
-    clean, noise = script.tokens_from_moments(training.space, batch["moments"]), batch["noise"]
+    clean, noise = script.tokens_from_moments(training.codec, batch["moments"]), batch["noise"]
     mixed = (1 - given.view(-1, 1, 1)) * clean + given.view(-1, 1, 1) * noise
     for name, parameter in training.transformer.named_parameters():
         if "lora_B" in name:
@@ -548,8 +548,8 @@ def test_eight_bit_adam_keeps_eight_bit_moments_and_learns_like_adam(script, qui
     assert 0.25 < sizes[0] / sizes[1] < 0.28
     assert column(small, "loss")[0] == column(full, "loss")[0]
     one, other = lora(small), lora(full)
-    ups = [name for name in one if "lora_B" in name]
-    first, second = (torch.cat([tensors[name].flatten() for name in ups]) for tensors in (one, other))
+    lora_B = [name for name in one if "lora_B" in name]
+    first, second = (torch.cat([tensors[name].flatten() for name in lora_B]) for tensors in (one, other))
     assert torch.cosine_similarity(first, second, dim=0) > 0.9
 
 

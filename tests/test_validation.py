@@ -112,9 +112,9 @@ def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(
     """Dtypes, devices, values, requires_grad, optimizer and schedule are as before; eval mode while drawing."""
     modes, states = [], []
 
-    def generate(run, space, pipeline, *rest, original=script.generate, **inputs):
+    def generate(run, codec, pipeline, *rest, original=script.generate, **inputs):
         modes.append(pipeline.transformer.training)
-        return original(run, space, pipeline, *rest, **inputs)
+        return original(run, codec, pipeline, *rest, **inputs)
 
     def snapshot(training):
         models = {"transformer": training.transformer, "vae": training.vae}

@@ -29,13 +29,13 @@ def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any
 
 def check_samples(script: Any, args: Any, cache_dir: Path) -> list:
     """The good samples of what the flags name, as a start of the script finds them."""
-    run = SimpleNamespace(args=args, cache_dir=cache_dir, cell=16)
+    run = SimpleNamespace(args=args, cache_dir=cache_dir, token_size=16)
     return script.make_samples(run, script.list_samples(args), [(64, 64)])
 
 
 def training_set(script: Any, run: Any, samples: list, stream: str = "instance") -> Any:
     """A TrainingSet of the samples whose prompts are "encoded" already, as small zeros."""
-    data = script.TrainingSet(run, script.LatentSpace(run), samples, stream)
+    data = script.TrainingSet(run, script.LatentCodec(run), samples, stream)
     for prompt in {"", *(caption for sample in samples for caption in sample.captions)}:
         data.prompts.put(torch.zeros(2, 3), prompt, prompt)
     return data
@@ -50,9 +50,9 @@ def losses_of(
     Each sample has all of the `references`, pairs of tokens (B, L, C) and position ids.
     """
     args.timestep_shift = "none"
-    space = SimpleNamespace(cell=16, mean_C=torch.zeros(clean_BLC.shape[2]), std_C=torch.ones(clean_BLC.shape[2]))
+    codec = SimpleNamespace(token_size=16, mean_C=torch.zeros(clean_BLC.shape[2]), std_C=torch.ones(clean_BLC.shape[2]))
     latents = torch.nn.functional.pixel_shuffle(clean_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
-    training = SimpleNamespace(space=space, transformer=model, rest_vae=lambda args: None)
+    training = SimpleNamespace(codec=codec, transformer=model, rest_vae=lambda args: None)
     count = len(sigmas_B)
     embeds_BLD = torch.zeros(count, 8, 96) if embeds_BLD is None else embeds_BLD
     run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=embeds_BLD.dtype)

@@ -68,7 +68,7 @@ def make_streams(script: ModuleType, run: Any, references: int = 0) -> tuple:
     if references:
         extra = {"references": (script.Image("image.png", size=(1024, 1024), target=(1024, 1024)),) * references}
     sample = script.Sample(script.Image("image.png", size=size, target=size), ("a photo",), **extra)
-    return script.LatentSpace(run), [script.Stream("instance", [sample])]
+    return script.LatentCodec(run), [script.Stream("instance", [sample])]
 
 
 def fill(module: torch.nn.Module, run: Any) -> None:
@@ -138,17 +138,17 @@ def set_up(
 
 
 @contextlib.contextmanager
-def unencoded(script: ModuleType, run: Any, space: Any) -> Iterator[None]:
+def unencoded(script: ModuleType, run: Any, codec: Any) -> Iterator[None]:
     """The script's data have random numbers for latents, pixels and prompts that were never encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    prompt, channels = torch.randn(shape, dtype=run.dtype), space.channels // 4
+    prompt, channels = torch.randn(shape, dtype=run.dtype), codec.channels // 4
 
     def cached(_: Any, what: Any) -> torch.Tensor:  # a prompt, or an image: mean and log-variance (2, C, H, W)
-        sides = () if isinstance(what, str) else [2 * side // run.cell for side in what.target]
+        sides = () if isinstance(what, str) else [2 * side // run.token_size for side in what.target]
         return torch.randn(2, channels, *sides) if sides else prompt
 
     with (
-        mock.patch.object(script.LatentSpace, "key", lambda _, image, flip: (image,)),
+        mock.patch.object(script.LatentCodec, "key", lambda _, image, flip: (image,)),
         mock.patch.object(script.TensorCache, "get", cached),
         mock.patch.object(script.Image, "pixels", lambda image, *_: torch.randn(3, *image.target)),
     ):
@@ -157,5 +157,5 @@ def unencoded(script: ModuleType, run: Any, space: Any) -> Iterator[None]:
 
 def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
     """The script's own loader, over latents and a prompt that were never encoded."""
-    with unencoded(script, run, training.space):
+    with unencoded(script, run, training.codec):
         yield from script.make_loaders(run, training)

@@ -34,9 +34,9 @@ def visits(script: ModuleType, words: list[str], count: int) -> tuple[Any, list[
     run = script.start_accelerator(args)
     samples, _ = script.check_data(run)
     script.TensorCache.get = lambda *_: torch.zeros(1)  # nothing is encoded
-    streams, space = [script.Stream("instance", samples)], SimpleNamespace(channels=4)
+    streams, codec = [script.Stream("instance", samples)], SimpleNamespace(channels=4)
     shown: list[dict[str, Any]] = []
-    for (batch,) in script.make_loaders(run, SimpleNamespace(streams=streams, space=space, step=0)):
+    for (batch,) in script.make_loaders(run, SimpleNamespace(streams=streams, codec=codec, step=0)):
         rows = range(len(batch["name"]))
         shown += [{key: values[row] for key, values in batch.items()} for row in rows]
         if len(shown) >= count:
@@ -62,7 +62,7 @@ def cells(run: Any, visit: dict[str, Any], listed: dict[str, Any]) -> list[tuple
     row = [(f"image {original.width} x {original.height}", original)]
     row.append((f"trained at {trained.width} x {trained.height}", trained))
     if "weights" in visit:  # of each token, from a mask
-        weight = visit["weights"].reshape(trained.height // run.cell, trained.width // run.cell)
+        weight = visit["weights"].reshape(trained.height // run.token_size, trained.width // run.token_size)
         shades = Image.fromarray((weight / weight.max().clamp(min=1e-6) * 255).round().byte().numpy())
         shades = shades.resize(trained.size, Image.Resampling.NEAREST)
         row.append(("weight of the loss", Image.composite(trained, Image.new("RGB", trained.size, "magenta"), shades)))

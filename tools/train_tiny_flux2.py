@@ -453,10 +453,10 @@ def make_lessons(args: argparse.Namespace, run: script.Run) -> Lessons:
 
 def encode_scenes(run: script.Run, scenes: list[Scene]) -> torch.Tensor:
     """Return the clean tokens (N, L, C) of the drawn scenes."""
-    vae, space, tokens = script.load_vae(run), script.LatentSpace(run), []
+    vae, codec, tokens = script.load_vae(run), script.LatentCodec(run), []
     for first in range(0, len(scenes), 64):
         pixels = torch.stack([to_pixels(draw_scene(scene, SIZE)) for scene in scenes[first : first + 64]])
-        tokens.append(script.tokens_from_moments(space, script.encode_pixels(vae, pixels.float() / 127.5 - 1)))
+        tokens.append(script.tokens_from_moments(codec, script.encode_pixels(vae, pixels.float() / 127.5 - 1)))
     return torch.cat(tokens)
 
 
