@@ -66,30 +66,30 @@ from typing import Any, NoReturn
 
 
 # ------------------------------------------------------------------------------------------------------------ Arguments
-# The flags, a row each below the title of their group, and every check that needs neither torch nor a model: a mistake
-# is told in a second, with all others. argparse does: dataclasses would part a flag from its help and its choices.
+# The flags, one per entry under the title of their group, and every check that needs neither torch nor a model, so that
+# mistakes are reported within a second, all at once. Rejected: dataclasses, which separate a flag from its help text.
 # region shared: arguments
 Args = argparse.Namespace  # the flags, as parse_args returns them
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message says what is wrong, where, and what to do. Exit code 2."""
+    """Something the user can fix: the message says what is wrong, where, and what to do. Exit code 2."""
 
 
 class CannotWrite(UserError, OSError):
-    """A file that cannot be written, on a full disk for instance."""
+    """A file that cannot be written, for example because the disk is full."""
 
 
 def parse_number(kind: tuple, text: str) -> float:
-    """The value of a flag whose kind is (type, least) or (type, least, most)."""
-    cast, least, most = (*kind, 1e18)[:3]
+    """The value of a flag whose kind is (type, minimum) or (type, minimum, maximum)."""
+    cast, minimum, maximum = (*kind, 1e18)[:3]
     try:
         value = cast(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid {cast.__name__} value: '{text}'") from None
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+    if not minimum <= value <= maximum:
+        raise argparse.ArgumentTypeError(f"must be from {minimum} to {maximum}, not {text}")
     return value
 
 
@@ -102,12 +102,12 @@ def share_or_switch(text: str) -> float:
 
 
 def to_path(text: str) -> str:
-    """A path, or several with commas: a shell leaves the `~` in --output_dir=~/x as it is."""
+    """A path, or several separated by commas, with `~` expanded: a shell does not do so in --output_dir=~/x."""
     return ",".join(map(os.path.expanduser, text.split(",")))
 
 
 def to_sizes(text: str) -> str:
-    """What `parse_sizes` reads: heights and widths in multiples of 16."""
+    """Checks what `parse_sizes` reads: heights and widths in multiples of 16."""
     grid = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*", text)
     if not grid or any(side < 16 or side % 16 for side in map(int, re.findall(r"\d+", text))):
         raise argparse.ArgumentTypeError(f"'{text}': write it as 'height,width', multiples of 16, ';' between several")
@@ -115,16 +115,16 @@ def to_sizes(text: str) -> str:
 
 
 class Switch(argparse.Action):
-    """--NAME, also --NAME true or --NAME=false; --no-NAME where it is, or may be, on by default."""
+    """--NAME, --NAME true or --NAME=false; also --no-NAME if the flag is, or may be, on by default."""
 
     def __call__(self, _parser: Any, found: Args, value: str | None, option: str | None = None) -> None:
         setattr(found, self.dest, (value != "false") != str(option).startswith("--no-"))
 
 
 def flag(name: str, kind: Any, default: Any, help: str, resume: bool = False, **options: Any) -> tuple[str, dict]:
-    """One row of the table: `kind` is a type, bool for a switch, 'a|b|c' for a closed set in any case, or a range.
+    """One flag: `kind` is a type, bool for a switch, 'a|b|c' for choices in any case, or a range.
 
-    `resume` marks what a resumed run must share with the run that it goes on with.
+    `resume` marks a flag that must not change when a run is resumed.
     """
     options |= {"default": default, "help": f"{help} (default: {default})", "resume": resume}
     if kind is bool:
@@ -144,59 +144,59 @@ SHARED_FLAGS = [
     flag("cache_dir", to_path, None, "where downloads are kept; None is the Hugging Face cache"),
     flag("mixed_precision", "no|bf16|fp16", None, "dtype of base and compute; None: bf16, on CPU no (fp32)"),
     "Data",
-    flag("dataset_name", to_path, None, "instead: a data set's hub id, folder, or .parquet, .jsonl or .csv file"),
+    flag("dataset_name", to_path, None, "a data set's hub id, folder, or .parquet, .jsonl or .csv file"),
     flag("dataset_config_name", str, None, "configuration of that data set"),
     flag("dataset_split", str, "train", "split of that data set"),
     flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
     flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-    flag("instance_data_dir", to_path, None, "folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
+    flag("instance_data_dir", to_path, None, "or folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
-    flag("repeats", COUNT, None, "visits of each image in one epoch, a number per folder; None: 1", nargs="+"),
-    flag("mask_suffix", str, None, "loss masks beside the images, white is learned: -mask for dog.jpg and dog-mask.png",
+    flag("repeats", COUNT, None, "visits of each image in one epoch, one number per folder; None: 1", nargs="+"),
+    flag("mask_suffix", str, None, "use loss masks: with -mask, dog-mask.png is the mask of dog.jpg; white is learned",
          resume=True),
-    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where a mask is black", resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where the mask is black", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
-    flag("dataloader_num_workers", NATURAL, 2, "processes that prepare batches; 0: in the main one"),
+    flag("dataloader_num_workers", NATURAL, 2, "worker processes that prepare batches; 0: none"),
     "Image size",
     flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
     flag("aspect_ratio_buckets", to_sizes, None, "train at these sizes, not squares: 'height,width;height,width'"),
     flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
-    flag("center_crop", bool, False, "crop the centre; otherwise the crop is drawn at every visit", resume=True),
-    flag("random_flip", bool, False, "mirror half of the visits", resume=True),
-    flag("vae_encode_mode", "mode|sample", "mode", "the VAE's mean, as at inference, or a draw", resume=True),
+    flag("center_crop", bool, False, "crop the centre instead of a random place at every visit", resume=True),
+    flag("random_flip", bool, False, "mirror an image at half of its visits", resume=True),
+    flag("vae_encode_mode", "mode|sample", "mode", "use the VAE's mean, as at inference, or a sample", resume=True),
     "Prior preservation",
     "Text",
-    flag("max_sequence_length", (int, 1, 512), 512, "text tokens with the template", resume=True),
-    flag("text_encoder_out_layers", int, None, "hidden states used; None: the family's", nargs="+"),
+    flag("max_sequence_length", (int, 1, 512), 512, "text tokens, with those of the template", resume=True),
+    flag("text_encoder_out_layers", int, None, "hidden states to use; None: the model's", nargs="+"),
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
     flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
-    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: text encoder in NF4 or int8"),
+    flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: load the encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
-    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or as there"),
+    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: the rank, or as there"),
     flag("lora_dropout", (float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
-    flag("lora_layers", str, None, "Linear modules with commas, or attention, fal, ai-toolkit (= --lora_blocks)"),
-    flag("init_lora_from", to_path, None, "start from this .safetensors LoRA, with its rank, alpha and modules"),
+    flag("lora_layers", str, None, "Linear modules, comma separated, or attention, fal, ai-toolkit (= --lora_blocks)"),
+    flag("init_lora_from", to_path, None, "start from this .safetensors LoRA with its rank, alpha and modules"),
     "Flow matching",
     flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
-    flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0: more noise", resume=True),
+    flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0 means more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
     flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (as drawn) or a number"),
-    flag("guidance_scale", NOT_NEGATIVE, 1.0, "guidance embedded in training ([dev] only)", resume=True),
+    flag("guidance_scale", NOT_NEGATIVE, 1.0, "embedded guidance in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
     flag("gradient_accumulation_steps", COUNT, 1, "micro-batches per optimizer step", resume=True),
-    flag("num_train_epochs", COUNT, 1, "epochs of images x repeats samples"),
-    flag("max_train_steps", COUNT, None, "optimizer steps; overrides the epochs"),
-    flag("max_train_minutes", POSITIVE, None, "save and stop after so many minutes"),
-    flag("seed", NATURAL, None, "seed of everything; None: drawn and logged"),
+    flag("num_train_epochs", COUNT, 1, "epochs; one is images x repeats samples"),
+    flag("max_train_steps", COUNT, None, "optimizer steps; overrides --num_train_epochs"),
+    flag("max_train_minutes", POSITIVE, None, "save and stop after this many minutes"),
+    flag("seed", NATURAL, None, "seed of everything random; None: one is drawn and logged"),
     "Optimizer",
     flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy", resume=True),
-    flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, with prodigy 1.0"),
-    flag("scale_lr", bool, False, "multiply it by batch x accumulation x processes"),
+    flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, for Prodigy 1.0"),
+    flag("scale_lr", bool, False, "multiply it by batch size x accumulation x processes"),
     flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
     flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
     flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
@@ -213,58 +213,58 @@ SHARED_FLAGS = [
     flag("lr_num_cycles", COUNT, 1, "restarts of cosine_with_restarts", resume=True),
     flag("lr_power", (float, 0, 10), 1.0, "power of polynomial", resume=True),
     "Memory and speed",
-    flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: alone in every "
-         "block, 0.5 in half", nargs="?", const=1.0),
-    flag("cache_latents", bool, False, "encode images once, to disk; crops the centre", resume=True),
+    flag("gradient_checkpointing", share_or_switch, 0.0, "recompute activations in the backward pass: without a value "
+         "in every block, 0.5: in half of them", nargs="?", const=1.0),
+    flag("cache_latents", bool, False, "encode each image once, to disk; crops the centre", resume=True),
     flag("latents_cache_dir", to_path, None, "folder of latents and prompt embeddings; None: OUTPUT_DIR/cache"),
     flag("offload", bool, False, "keep the VAE on the CPU between uses, spread the text encoder over GPU and CPU"),
-    flag("stream_blocks", share_or_switch, 0.0, "keep frozen blocks in host memory, fetch each when it computes, for "
-         "small GPUs; alone every block, 0.5 half; implies --gradient_checkpointing", nargs="?", const=1.0),
-    flag("do_fp8_training", bool, False, "FP8 in the frozen blocks: half their memory", resume=True),
+    flag("stream_blocks", share_or_switch, 0.0, "for small GPUs: keep frozen blocks in host memory and fetch each one "
+         "when it is needed; 0.5: half of them; implies --gradient_checkpointing", nargs="?", const=1.0),
+    flag("do_fp8_training", bool, False, "keep the frozen blocks in FP8, in half the memory", resume=True),
     flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
-    flag("allow_tf32", bool, False, "TF32 matmuls where fp32 is used (Ampere and later)"),
-    flag("compile_blocks", bool, None, "torch.compile the blocks; None: on a GPU, when 500 steps or more are to go"),
-    flag("attention_backend", str, None, "diffusers attention backend such as flash or _native_cudnn"),
+    flag("allow_tf32", bool, False, "use TF32 for fp32 matmuls (Ampere and later)"),
+    flag("compile_blocks", bool, None, "torch.compile the blocks; None: on a GPU with 500 steps or more to go"),
+    flag("attention_backend", str, None, "attention backend of diffusers, such as flash or _native_cudnn"),
     "Checkpoints",
-    flag("output_dir", to_path, "flux2-lora", "folder for everything that the run writes"),
-    flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, never the cache"),
+    flag("output_dir", to_path, "flux2-lora", "folder for everything the run writes"),
+    flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, but not the cache"),
     flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
-    flag("checkpoints_total_limit", COUNT, None, "checkpoints kept; a new one is verified before an old one goes"),
+    flag("checkpoints_total_limit", COUNT, None, "checkpoints to keep; an old one goes when a new one is verified"),
     flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
     flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
-    flag("comfyui_lora", bool, True, "write comfyui_lora.safetensors too: BFL's names, for ComfyUI and others"),
+    flag("comfyui_lora", bool, True, "also write comfyui_lora.safetensors, with BFL's names, for ComfyUI and others"),
     "Validation",
-    flag("validation_prompt", str, None, "draw images of these prompts while training", nargs="+"),
+    flag("validation_prompt", str, None, "generate images from these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
-    flag("validation_split", NATURAL, 0, "images, drawn by the seed, that are held out to take the validation loss on"),
+    flag("validation_split", NATURAL, 0, "number of images to hold out for the validation loss, chosen by the seed"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
-    flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance at validation"),
+    flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance scale of those images"),
     flag("validation_size", to_sizes, None, "'height,width' of those images; None: --resolution or the first bucket"),
-    flag("final_validation_prompt", str, None, "prompt of the last images; None: --validation_prompt"),
-    flag("skip_final_inference", bool, False, "no images at the end"),
+    flag("final_validation_prompt", str, None, "prompt of the images at the end; None: --validation_prompt"),
+    flag("skip_final_inference", bool, False, "generate no images at the end"),
     "Logging and Hub",
     flag("report_to", str, "tensorboard", "trackers, comma separated: tensorboard, wandb, trackio, ..., all, none"),
     flag("logging_dir", to_path, "logs", "folder of the tracker files below OUTPUT_DIR"),
     flag("push_to_hub", bool, False, "upload weights, card, samples and configuration at the end"),
     flag("hub_model_id", str, None, "name of the repository; None: the name of OUTPUT_DIR"),
-    flag("hub_token", str, None, "token for every Hub call; better: HF_TOKEN or `hf auth login`"),
+    flag("hub_token", str, None, "token for all Hub calls; HF_TOKEN or `hf auth login` is safer"),
     flag("hub_private", bool, True, "create a private repository"),
     "Other",
-    flag("dry_run", bool, False, "check data and settings, print the plan, load no weights"),
+    flag("dry_run", bool, False, "check data and settings, print the plan, and stop before loading weights"),
     "Accepted, no effect",
     flag("text_encoder_lr", float, None, "the text encoder is not trained"),
     flag("adam_weight_decay_text_encoder", float, None, "the text encoder is not trained"),
     flag("local_rank", int, None, "comes from the launcher"),
     flag("enable_npu_flash_attention", bool, False, "use --attention_backend _native_npu"),
 ]  # fmt: skip
-# Parsed so that saved command lines of other trainers run, and said so at start.
+# Accepted so that command lines of other trainers run; the start says that they have no effect.
 ACCEPTED_NO_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "enable_npu_flash_attention")
 SECRET_FLAGS = ("hub_token",)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
-# What a run writes into the output folder beside its cache; it is ours only beside a config.args that begins so.
+# What a run writes into the output folder besides its cache. It is taken for ours only beside a config.args of ours.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
 OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
              r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
@@ -295,17 +295,17 @@ DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
 RESUME_FLAGS = [name for name, options in FLAGS.items() if options.pop("resume")]  # argparse does not know the mark
 LIKELY_CAUSES = {  # of argparse's own errors
-    r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with blanks: --instance_prompt 'a photo of sks dog'",
-    r"--mask_suffix: expected": "A text that begins with a dash needs =, as in --mask_suffix=-mask",
-    r"--resolution: invalid|arguments: \d+$": "For sizes that are no squares: --aspect_ratio_buckets '832,1216'",
+    r"unrecognized arguments: (?!\d+$)[^-]": "Quote a text with spaces: --instance_prompt 'a photo of sks dog'",
+    r"--mask_suffix: expected": "A value that begins with a dash needs =, as in --mask_suffix=-mask",
+    r"--resolution: invalid|arguments: \d+$": "For sizes that are not square: --aspect_ratio_buckets '832,1216'",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """One process of a machine tells a mistake; the others wait, for the launcher ends all with the first."""
+    """Only one process per machine prints an error; the others wait, since the launcher kills all after one exits."""
 
     def error(self, message: str) -> NoReturn:
-        """Adds the likely cause."""
+        """Exits with code 2; adds the likely cause."""
         if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)
             self.exit(2)
@@ -314,7 +314,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with the flags in their groups."""
+    """The parser, with the flags in their groups."""
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(Path(__file__).name, argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False)
     groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
@@ -330,12 +330,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> Args:
-    """The flags, with the words of each `@NAME.args` (shell quoting, # comments) and with [trigger] written out."""
+    """The flags, with each `@NAME.args` read (shell quoting, # comments) and [trigger] replaced."""
     words: list[str] = []
     for word in argv:
         saved = word.startswith("@") and word.endswith(".args")
-        try:  # the bytes: reading as text would turn a carriage return within a prompt into a line break
-            word.encode()  # what is no UTF-8 could not be written down
+        try:  # bytes: reading text would turn a carriage return in a prompt into a line break
+            word.encode()  # fails for what is not UTF-8, which config.args could not hold
             words += shlex.split(Path(to_path(word[1:])).read_bytes().decode(), comments=True) if saved else [word]
         except (OSError, ValueError) as error:
             parser.error(f"{word!a}: cannot read it ({error})")
@@ -353,7 +353,7 @@ def final_prompts(args: Args) -> list[str]:
 
 
 def check_values(args: Args) -> Iterator[str]:
-    """Problems of single flags, of texts, and of the flags that name the model and the data."""
+    """Problems with single flags, with texts, and with the flags that name model and data."""
     model, settings = args.pretrained_model_name_or_path, args.bnb_quantization_config_path
     if not model:
         yield "--pretrained_model_name_or_path: required; for instance black-forest-labs/FLUX.2-dev or tiny_flux2"
@@ -363,11 +363,11 @@ def check_values(args: Args) -> Iterator[str]:
         yield "--mixed_precision fp16: FLUX.2's activations overflow fp16; use bf16 (or no for fp32)"
     text_format, elsewhere = args.text_encoder_bnb_config_path, args.fsdp_text_encoder or args.remote_text_encoder
     together = {
-        "--bnb_quantization_config_path and --do_fp8_training: give one of them, the base is quantised once":
+        "--bnb_quantization_config_path and --do_fp8_training: give only one, the base is quantised once":
             settings and args.do_fp8_training,
-        "--stream_blocks: the weights of bitsandbytes cannot be streamed; take --do_fp8_training, or neither":
+        "--stream_blocks: bitsandbytes' weights cannot be streamed; use --do_fp8_training, or neither":
             settings and args.stream_blocks,
-        "--text_encoder_bnb_config_path: not with --fsdp_text_encoder, nor with --remote_text_encoder":
+        "--text_encoder_bnb_config_path: cannot be used with --fsdp_text_encoder or --remote_text_encoder":
             text_format and elsewhere,
         "--instance_data_dir or --dataset_name: give exactly one of them":
             bool(args.instance_data_dir) == bool(args.dataset_name),
@@ -387,11 +387,11 @@ def check_values(args: Args) -> Iterator[str]:
     if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
         yield "--validation_prompt: a text is empty; leave the flag out to draw no images"
     for name in (name for name, value in vars(args).items() if "[trigger]" in str(value)):
-        yield f"--{name}: [trigger] stands for --instance_prompt, which is missing, or has it in itself"
+        yield f"--{name}: [trigger] stands for --instance_prompt, which is missing or contains it"
 
 
 def read_quantization(flag: str, path: str) -> dict[str, Any]:
-    """The settings of bitsandbytes in the file of this flag. Raises UserError."""
+    """The bitsandbytes settings in the file that this flag names. Raises UserError."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
@@ -410,7 +410,7 @@ def process_count() -> int:  # on all machines
 
 
 def check_launch(args: Args) -> Iterator[str]:
-    """Problems of the accelerate configuration, which arrives in the environment."""
+    """Problems with the accelerate configuration, which arrives in the environment."""
     if args.fsdp_text_encoder and process_count() == 1:
         yield "--fsdp_text_encoder: needs several processes; on one use --offload"
     asked = [name for name in ("DEEPSPEED", "MEGATRON_LM") if launched_with(f"ACCELERATE_USE_{name}")]
@@ -424,19 +424,19 @@ def check_launch(args: Args) -> Iterator[str]:
     known = "TRANSFORMER_BASED_WRAP"
     if sharded and os.environ.get("FSDP_AUTO_WRAP_POLICY", known).upper() != known:
         blocks = "fsdp_transformer_layer_cls_to_wrap: Flux2TransformerBlock,Flux2SingleTransformerBlock"
-        yield f"the accelerate config wraps otherwise; write fsdp_auto_wrap_policy: {known}, {blocks}"
+        yield f"the accelerate config has another wrap policy; write fsdp_auto_wrap_policy: {known}, {blocks}"
 
 
 def report_to(args: Args) -> list[str]:
-    """The trackers asked for; `all` is every one that is installed, `none` is no tracker."""
+    """The trackers asked for; `all` is all that are installed, `none` is none."""
     names = {name.strip().lower() for name in args.report_to.split(",")} - {"none", ""}
     return sorted(names) if "all" not in names else [name for name in TRACKERS if importlib.util.find_spec(name)]
 
 
 def check_services(args: Args) -> Iterator[str]:
-    """Problems of secrets, of trackers and of what is not installed."""
+    """Problems with secrets, trackers and missing packages."""
     trackers, url = report_to(args), urllib.parse.urlsplit(args.remote_text_encoder_url)
-    if url.username or url.query:  # it is written down with the other flags
+    if url.username or url.query:  # the address is written to config.args
         yield "--remote_text_encoder_url: give an address without user, password and query"
     for name in sorted({*trackers} - {*TRACKERS}):
         yield f"--report_to {name}: unknown tracker; known: {', '.join(TRACKERS)}, all, none"
@@ -451,7 +451,7 @@ def check_services(args: Args) -> Iterator[str]:
 
 
 def check_folders(args: Args) -> Iterator[str]:
-    """Problems of the folders that are written to: no permission, data in it, or results that nobody gave up."""
+    """Problems with the folders that are written to: no permission, data in them, or results of an earlier run."""
     data = {Path(path).resolve() for path in data_folders(args)}
     for name in ("latents_cache_dir", "class_data_dir", "output_dir"):
         if not (given := getattr(args, name, None)):
@@ -463,19 +463,19 @@ def check_folders(args: Args) -> Iterator[str]:
             yield f"--{name} {given}: cannot write there ({error}); choose another folder"
             return
         if path in (Path.home(), Path("/").resolve()) or not data.isdisjoint((path, *path.parents)):
-            yield f"--{name} {path}: is the root, the home or in the data folder; choose a folder of its own"
+            yield f"--{name} {path}: is the root, your home or in a data folder; choose a folder of its own"
     folder, written = Path(args.output_dir), results_in(Path(args.output_dir))
     settings, listed = folder / "config.args", ", ".join(path.name for path in written[:3])
     own = settings.is_file() and settings.read_bytes().startswith(CONFIG_HEAD.encode())
     if not own and not all((path / "manifest.json").is_file() for path in written):  # as in our checkpoints
         yield f"--output_dir {folder}: holds {listed}, which no run of this script wrote; choose another folder"
     elif written and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
-        ways = "go on with --resume_from_checkpoint latest, or remove its files by --overwrite_output_dir"
-        yield f"--output_dir {folder}: holds {listed}, of an earlier run; {ways}, which leaves the cache"
+        ways = "continue with --resume_from_checkpoint latest, or remove its files with --overwrite_output_dir"
+        yield f"--output_dir {folder}: holds {listed}, of an earlier run; {ways}, which keeps the cache"
 
 
 def results_in(folder: Path) -> list[Path]:
-    """What is in the folder under the names of a run's results."""
+    """Files and folders there that have the names of a run's results."""
     paths = [path for pattern in ("*", "logs/*", "samples/*") for path in folder.glob(pattern)]
     return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
@@ -510,13 +510,13 @@ def split_paths(text: str) -> list[str]:
 
 # differs: there are folders of references too
 def data_folders(args: Args) -> list[str]:
-    """The folders that the images are read from, into which nothing may be written."""
+    """The folders that images are read from; nothing is written there."""
     return [*(args.instance_data_dir or []), *(args.cond_data_dir or [])]
 
 
 # region shared: arguments-result
 def flag_notes(args: Args) -> list[str]:
-    """One line for each flag whose effect, or lack of one, is easily overlooked."""
+    """A line for each flag whose effect, or lack of one, is easily overlooked."""
     rate, usual = args.learning_rate, 1.0 if args.optimizer == "prodigy" else 1e-4
     notes = {
         "--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup":
@@ -530,7 +530,7 @@ def flag_notes(args: Args) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Asks Linux for a SIGUSR2 when the launcher ends, which keeps its signals to itself; other parents may end."""
+    """Asks Linux for a SIGUSR2 when the launcher, which does not pass signals on, dies; other parents may."""
     command = Path(f"/proc/{os.getppid()}/cmdline")
     words = command.read_bytes().split(b"\0")[:4] if command.is_file() else []  # python -X y -m module
     if sys.platform == "linux" and LAUNCHERS & set(map(os.path.basename, words)):
@@ -540,7 +540,7 @@ def end_with_launcher() -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The checked command line (`sys.argv[1:]` if None); prints what is wrong with its remedy and exits with 2."""
+    """The checked command line (`sys.argv[1:]` if None); if something is wrong, says what to do and exits with 2."""
     parser = build_parser()
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
     checks = (check_values, check_launch, check_services, check_folders, check_own)
@@ -554,15 +554,15 @@ if __name__ == "__main__":
     end_with_launcher()
     COMMAND_LINE = parse_args()
 
-# The heavy imports stand below the arguments so that --help and usage errors answer at once.
+# The heavy imports stand below the arguments so that --help and usage errors are answered at once.
 # endregion shared: arguments-result
 
 # region shared: imports
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     with contextlib.suppress(OSError):
-        print(f"{time.strftime('%T')} INFO    start: torch and diffusers are imported, some seconds", file=sys.stderr)
+        print(f"{time.strftime('%T')} INFO    start: importing torch and diffusers, some seconds", file=sys.stderr)
 
-# news from libraries to their own maintainers, at import and at each step
+# messages of libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -612,18 +612,18 @@ log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 
 
 # -------------------------------------------------------------------------------------------------------------- The run
-# What is decided once (`Run`), how a run starts and how it ends: by itself, by a signal, by a known failure with its
-# exit code, by lack of memory. Signals and the time limit finish the step and save it; nothing else is caught.
+# What is decided once (`Run`), how a run starts, and how it ends: on its own, by a signal, by a known failure with its
+# exit code, or out of memory. After a signal or the time limit the step is finished and saved; nothing else is caught.
 # region shared: run
 @dataclass(frozen=True)
 class Run:
-    """The flags, and what is derived from them and from the machine once, at start."""
+    """The flags, and what follows from them and from the machine, worked out once at the start."""
 
     args: Args
     accelerator: accelerate.Accelerator
     device: torch.device
     process_index: int  # from 0, over all machines
-    processes: int  # on all machines; each has a device and a micro-batch of its own
+    processes: int  # on all machines; each has its own device and micro-batch
     dtype: torch.dtype  # of the frozen base and of compute; the LoRA is fp32
     seed: int
     model: ModelFiles
@@ -632,31 +632,31 @@ class Run:
     token_size: int  # pixels per side of a token
     lora: LoraShape
     quantization: dict[str, Any] | None  # bitsandbytes settings of the frozen base
-    text_quantization: dict[str, Any] | None  # and those that the text encoder is to get
+    text_quantization: dict[str, Any] | None  # and of the text encoder
     output_dir: Path
     cache_dir: Path
     resume: Checkpoint | None
     started: float  # time.monotonic()
-    sharding: bool = False  # FSDP2 splits the frozen blocks over the processes; else each holds them whole
-    hub_repo: str | None = None  # made when the checks have passed
-    said_once: set[str] = field(default_factory=set)  # what `warn_once` has warned of
+    sharding: bool = False  # FSDP2 splits the frozen blocks over the processes; otherwise each holds all of them
+    hub_repo: str | None = None  # created when all checks have passed
+    said_once: set[str] = field(default_factory=set)  # what `warn_once` has warned about
 
     @property
     def base_format(self) -> str:
-        """How the frozen base is kept, for people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
+        """How the frozen base is stored, to be read by people: 'bfloat16', 'bfloat16, blocks in nf4', ..."""
         dtype, settings = str(self.dtype).removeprefix("torch."), self.quantization or {}
         four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
         blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
 
     @property
-    def is_main(self) -> bool:  # the one that writes what the run has only once
+    def is_main(self) -> bool:  # the process that writes what a run has only once
         return self.process_index == 0
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Samples that come in batches of their own; every micro-step takes one batch of each stream."""
+    """Samples that are batched among themselves; every micro-step takes one batch of each stream."""
 
     name: str
     samples: list[Sample]
@@ -665,35 +665,35 @@ class Stream:
 
 @dataclass
 class Training:
-    """What is trained, on what, and how far it is: made by `prepare_training`, changed by every step."""
+    """What is trained, on which data, and how far: made by `prepare_training`, changed by every step."""
 
     codec: LatentCodec
-    streams: list[Stream]  # the first one is what is learned
-    held_out: list[Sample]  # what is never trained on
-    vae: Any  # None when the images are cached and nothing is drawn
+    streams: list[Stream]  # the first one holds what is to be learned
+    held_out: list[Sample]  # never trained on
+    vae: Any  # None if latents are cached and no images are generated
     transformer: nn.Module
     parameters: dict[str, nn.Parameter]  # of the LoRA, fp32
-    lora_B: list[torch.Tensor]  # all lora_B, without autograd: what the LoRA has moved, since they start from 0
-    update_norm: torch.Tensor  # of `ups` in the last step
+    lora_B: list[torch.Tensor]  # detached views; they start at 0, so their norm says how far the LoRA has come
+    update_norm: torch.Tensor  # norm of the last step's change of lora_B
     optimizer: torch.optim.Optimizer
     schedule: Any
     fingerprint: dict[str, Any]
     stop: StopSignals
     compiled: int  # blocks that run compiled
     step: int = 0  # optimizer steps done
-    consistent: bool = True  # False within an update: weights and moments of one step, the count of another
+    consistent: bool = True  # False during an update, when weights and step count do not belong together
     skipped: int = 0  # steps in a row that were not finite
     smoothed_loss: float | None = None
-    signal: int = 0  # the highest that any process had received in the last step
-    best: tuple[float, int] | None = None  # the lowest validation loss, and after which step
-    unsaved: bool = False  # the last checkpoint that was due did not fit the disk
-    seconds: float = 0.0  # that the steps since this start took
+    signal: int = 0  # the highest that any process received in the last step
+    best: tuple[float, int] | None = None  # the lowest validation loss and its step
+    unsaved: bool = False  # the last checkpoint that was due could not be written
+    seconds: float = 0.0  # spent in steps since this start
 
     @property
-    def samples(self) -> list[Sample]:  # what is learned: epochs count these
+    def samples(self) -> list[Sample]:  # the ones that epochs count
         return self.streams[0].samples
 
-    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:  # before, and with --offload after each use, it is not
+    def vae_on_device(self, run: Run) -> AutoencoderKLFlux2:  # with --offload it leaves again after each use
         return self.vae.to(run.device)
 
     def rest_vae(self, args: Args) -> None:
@@ -706,11 +706,11 @@ class NotFinite(RuntimeError):
 
 
 class SaveFailed(RuntimeError):
-    """The last save failed. Exit code 4."""
+    """The final save failed. Exit code 4."""
 
 
 class OutOfMemory(torch.OutOfMemoryError):
-    """Out of memory, with what was going on and what to do. Exit code 6."""
+    """Out of memory; says in which phase and what helps. Exit code 6."""
 
 
 EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, KeyboardInterrupt: 130}
@@ -718,7 +718,7 @@ EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, Keyboar
 
 @contextlib.contextmanager
 def start_run(args: Args) -> Iterator[Run]:
-    """The run, alone in its output folder. Of a program the known failures become one message and their exit code."""
+    """The run, alone in its output folder. Run as a program, a known failure is one message and its exit code."""
     set_up_logging()
     try:
         with output_lock(args):
@@ -739,10 +739,10 @@ def start_run(args: Args) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def output_lock(args: Args) -> Iterator[None]:
-    """Keeps other runs out of the output folder while this one goes on. Raises UserError.
+    """Keeps other runs out of the output folder while this one is going on. Raises UserError.
 
-    The kernel gives the lock back however its process ends. Not `filelock`: workers, which may outlive a killed run,
-    inherit its flock, and without locks it falls back in silence to a file that a kill leaves behind. Windows has none.
+    The kernel releases the lock however the process ends. Rejected: `filelock`, whose flock is inherited by workers
+    that may outlive a killed run, and which silently falls back to a file that a kill leaves behind. Not on Windows.
     """
     if args.dry_run or os.environ.get("RANK", "0") != "0" or importlib.util.find_spec("fcntl") is None:
         yield
@@ -758,20 +758,20 @@ def output_lock(args: Args) -> Iterator[None]:
             print(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}", file=file, flush=True)
         except (BlockingIOError, PermissionError):
             who = path.read_text(encoding="utf-8").strip()
-            raise UserError(f"--output_dir {path.parent}: another run is going on in it ({who}); stop it") from None
-        except OSError as error:  # no locks on this drive, or a full disk
-            log.warning(f"{path}: cannot be locked ({error}); start no second run with this --output_dir")
+            raise UserError(f"--output_dir {path.parent}: another run is using it ({who}); stop that first") from None
+        except OSError as error:  # this drive has no locks, or the disk is full
+            log.warning(f"{path}: cannot be locked ({error}); do not start a second run with this --output_dir")
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-                path.parent.rmdir()  # if it is empty: a run that was refused leaves nothing
+                path.parent.rmdir()  # if empty: a run that was refused leaves nothing behind
 
 
 def explain_out_of_memory(run: Run, error: Exception) -> None:
-    """Raises OutOfMemory with what helps if the error is of that kind, also the CPU's."""
-    signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # of RuntimeErrors without a class of their own
+    """Raises OutOfMemory, with what helps, if that is what the error is, on a GPU or the CPU."""
+    signs = "out of memory|can(no|')t allocate memory|ALLOC_FAILED"  # in RuntimeErrors that have no class of their own
     short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(signs, str(error), re.IGNORECASE)
     if not short or isinstance(error, tuple(EXIT_CODES)):
         return
@@ -782,15 +782,15 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     free = free_memory(run) / 1e9
     flags = memory_flags(run, phase)
     text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
-    text += f"  what helps and is not on, most first: {', '.join(flags)}\n"
+    text += f"  what would help, most first: {', '.join(flags)}\n"
     if any(verify_checkpoint(folder) is None for folder in list_checkpoints(run.output_dir)):
         same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
-        text += f"  flags that are not in this line may make another run. Go on with\n    {resume_line(run, *same)}"
+        text += f"  other flags may make it another run. Continue this one with\n    {resume_line(run, *same)}"
     raise OutOfMemory(text.rstrip()) from error
 
 
 def free_memory(run: Run) -> int:
-    """Free bytes of the device; of the host on the CPU, and where the device does not tell."""
+    """Free bytes of the device; of the host when training on the CPU or if the device does not say."""
     if run.device.type != "cpu":
         with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
             return torch.accelerator.get_memory_info(run.device)[0]
@@ -798,7 +798,7 @@ def free_memory(run: Run) -> int:
 
 
 def memory_flags(run: Run, phase: str) -> list[str]:
-    """What saves memory and is not on yet, what helps most first; a phase has the name of the function in main."""
+    """Flags that save memory and are not on yet, the most useful first; phases are named after functions in main."""
     if "prompts" in phase:
         names, smaller = ["offload", "text_encoder_bnb_config_path"], ["max_sequence_length"]
         names += ["fsdp_text_encoder", "remote_text_encoder"]
@@ -817,7 +817,7 @@ def memory_flags(run: Run, phase: str) -> list[str]:
 
 
 def resume_line(run: Run, *more: str) -> str:
-    """What goes on from the last checkpoint: a command, or the call of a notebook."""
+    """The command, or in a notebook the call, that continues from the last checkpoint."""
     words = [f"@{run.output_dir / 'config.args'}", "--resume_from_checkpoint", "latest", *more]
     if __name__ != "__main__":  # imported, as docs/notebooks.md shows it
         several = f"notebook_launcher(train, ({words},), {run.processes})"
@@ -828,12 +828,12 @@ def resume_line(run: Run, *more: str) -> str:
 
 @dataclass
 class StopSignals:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR2 (the launcher's end), so that the step is finished and saved."""
+    """Remembers the first SIGINT, SIGTERM or SIGUSR2 (the launcher died), so that the step is finished and saved."""
 
     received: int | None = None  # by this process
-    agreed: int | None = None  # by any process, as all of them know after the same step
-    since: float = 0.0  # time.monotonic() of the first
-    previous: dict[int, Any] = field(default_factory=dict)  # the handlers that were there before
+    agreed: int | None = None  # by any process; all know it after the same step
+    since: float = 0.0  # time.monotonic() of the first signal
+    previous: dict[int, Any] = field(default_factory=dict)  # the handlers before ours
 
     def __enter__(self) -> StopSignals:
         numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
@@ -843,28 +843,28 @@ class StopSignals:
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.previous.items():
-            launcher = number not in (signal.SIGINT, signal.SIGTERM)  # its end is no news when this process ends too
+            launcher = number not in (signal.SIGINT, signal.SIGTERM)  # ignored from now on: this process ends as well
             signal.signal(number, signal.SIG_IGN if launcher and self.received else handler)
 
     def handle(self, number: int, _frame: Any) -> None:
-        """Notes the first signal; a later one acts, unless it is the echo that launchers send to their whole group."""
+        """Notes the first signal; a later one acts at once, unless it is the echo that launchers send to all."""
         if self.received is None:
             self.received, self.since = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, time.monotonic()
-            log.warning(f"{signal.Signals(number).name}: this step is finished and saved; once more stops at once")
+            log.warning(f"{signal.Signals(number).name}: finishing and saving this step; a second one stops at once")
         elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
 
     def agree(self, run: Run, known: int) -> None:
-        """Takes over what all processes `known` of each other's signals in this step; the time limit is a SIGTERM."""
+        """Sets `agreed` to the signal `known` to all processes after this step; the time limit counts as a SIGTERM."""
         if self.received is None and time.monotonic() - run.started > 60 * (run.args.max_train_minutes or math.inf):
-            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g} is over")
+            log.warning(f"--max_train_minutes {run.args.max_train_minutes:g}: the time is up")
             self.received = signal.SIGTERM
         self.agreed = self.received if run.processes == 1 else known or None
 
 
 def set_up_logging() -> None:
-    """Our lines to stderr, above the progress bar, of other processes than the first only errors."""
+    """Sends our lines to stderr, above the progress bar; processes other than the first log only errors."""
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
     if "LogHandler" not in (type(handler).__name__ for handler in log.handlers):  # both scripts may be imported
@@ -876,12 +876,12 @@ def set_up_logging() -> None:
 
 
 def start_accelerator(args: Args) -> Run:
-    """Everything that is decided once: device, dtype, seed, family, folders, checkpoint to resume; loads no weights."""
-    if problems := list(check_launch(args)):  # the processes of a notebook have not been through parse_args
+    """Decides device, dtype, seed, model family, folders and the checkpoint to resume; loads no weights."""
+    if problems := list(check_launch(args)):  # processes that a notebook launches have not been through parse_args
         raise UserError("\n".join(problems))
     remote = args.remote_text_encoder and urllib.parse.urlsplit(args.remote_text_encoder_url).hostname not in LOOPBACK
     if (remote or args.push_to_hub) and not (args.hub_token or huggingface_hub.get_token()):
-        raise UserError("--push_to_hub, --remote_text_encoder: no token; run `hf auth login` or set HF_TOKEN")
+        raise UserError("--push_to_hub, --remote_text_encoder: need a token; run `hf auth login` or set HF_TOKEN")
     for note in flag_notes(args):
         log.warning(note)
     if process_count() > 1:
@@ -894,28 +894,28 @@ def start_accelerator(args: Args) -> Run:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=report_to(args) or None,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # the encoder of [dev] takes a while
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],  # encoding may take that long
     )
-    if accelerator.num_processes != process_count():  # lone runs that would all write to one folder
-        raise UserError(f"{process_count()} processes were started, but they are not one run; see configs/accelerate/")
+    if accelerator.num_processes != process_count():  # separate runs, which would all write to the same folder
+        raise UserError(f"{process_count()} processes were started, but not as one run; see configs/accelerate/")
     if accelerator.device.type == "mps":
         reason = "the backward pass of these models is reported to fail there"
-        raise UserError(f"Apple GPUs are not supported, {reason}: train on the CPU, with configs/accelerate/cpu.yaml")
+        raise UserError(f"Apple GPUs are not supported, {reason}: train on the CPU with configs/accelerate/cpu.yaml")
     if accelerator.device.type not in ("cpu", "cuda"):
-        log.warning(f"start: on {accelerator.device.type} nothing is tested, only on CUDA and the CPU")
+        log.warning(f"start: {accelerator.device.type} is untested; CUDA and the CPU are tested")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")
     if args.do_fp8_training:
         check_fp8(accelerator.device, dtype)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    # all processes take the first one's draw, also if only some found a checkpoint
+    # all processes use the first one's random seed, even if only some of them found a checkpoint
     drawn = int(broadcast(torch.tensor([int.from_bytes(os.urandom(4), "little")], device=accelerator.device)))
     seed = resume.state["seed"] if resume and args.seed is None else args.seed
     return Run(
         args, accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes,
         dtype=dtype, seed=drawn if seed is None else seed,
         model=model, family=family, text_layers=text_layers(args, model, family),
-        token_size=2 ** len(model.config("vae")["block_out_channels"]),  # factor of the VAE x 2 of the patchify
+        token_size=2 ** len(model.config("vae")["block_out_channels"]),  # the VAE's factor x 2 for patches
         lora=find_lora(args, model), quantization=find_quantization(args, model, dtype, "transformer"),
         text_quantization=find_quantization(args, model, dtype, "text_encoder"),
         output_dir=output_dir, cache_dir=Path(args.latents_cache_dir or output_dir / "cache"),
@@ -925,7 +925,7 @@ def start_accelerator(args: Args) -> Run:
 
 def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
     """--mixed_precision, else bf16 if the accelerate config says so, else bf16 on an accelerator and fp32 on CPU."""
-    # "no" is what `accelerate config default` writes; it must not load 129 GB of fp32 by accident
+    # `accelerate config default` writes "no", which must not load 129 GB of fp32 weights by accident
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if args.mixed_precision is None and configured in ("fp16", "fp8"):
         raise UserError(f"the accelerate config asks for {configured}; FLUX.2 needs bf16: add --mixed_precision bf16")
@@ -934,22 +934,22 @@ def compute_dtype(args: Args, on_cpu: bool) -> torch.dtype:
 
 
 def text_layers(args: Args, model: ModelFiles, family: ModelFamily) -> tuple[int, ...]:
-    """The hidden states that make a prompt embedding. Raises UserError if the encoder has no such layer."""
+    """The hidden states that make up a prompt embedding. Raises UserError if the encoder has no such layer."""
     layers = tuple(args.text_encoder_out_layers or family.text_layers)
     if args.remote_text_encoder:
         return layers
     config, joint = model.config("text_encoder"), model.config("transformer")["joint_attention_dim"]
     depth, width = (config.get("text_config", config)[name] for name in ("num_hidden_layers", "hidden_size"))
     if not all(0 <= layer <= depth for layer in layers) or width * len(layers) != joint:
-        raise UserError(f"--text_encoder_out_layers {layers}: needed are {joint // width} numbers from 0 to {depth}")
+        raise UserError(f"--text_encoder_out_layers {layers}: give {joint // width} numbers from 0 to {depth}")
     return layers
 
 
 class Progress(tqdm):
-    """One bar per phase on a terminal or in a notebook; into a file, a line every ten seconds and one at the end."""
+    """A bar per phase on a terminal or in a notebook; in a log file a line every ten seconds and one at the end."""
 
     def __init__(self, phase: str, total: int, done: int = 0) -> None:
-        """`total` things to do, of which `done` were done before."""
+        """`total` things to do, `done` of them already done."""
         self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
         width = {"dynamic_ncols": True} if IN_NOTEBOOK else {"ncols": shutil.get_terminal_size().columns}  # never 0
@@ -962,7 +962,7 @@ class Progress(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What `bar_format` may name: tqdm's, and the time that is left as h:mm:ss."""
+        """What `bar_format` may name: tqdm's own values, and the time left as h:mm:ss."""
         facts = super().format_dict
         done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
         left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
@@ -978,7 +978,7 @@ class Progress(tqdm):
 
 
 class LogHandler(logging.Handler):
-    """Writes lines to stderr, above the progress bar; a closed pipe or a full disk does not end the run."""
+    """Writes to stderr, above the progress bar; a closed pipe or a full disk does not end the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -990,9 +990,9 @@ class LogHandler(logging.Handler):
 
 # ------------------------------------------------------------------------------------------------------- Model families
 # region shared: families
-# Which checkpoint it is, and that it is whole. What differs between the FLUX.2 models stands in FAMILIES, sizes come
-# from their configs. Names and shapes of all weights are checked before anything is loaded, since transformers would
-# draw missing ones at random. Of a Hub model each part is fetched when it is needed, and checked then.
+# Which checkpoint it is, and whether it is complete. What differs between the FLUX.2 models stands in FAMILIES; sizes
+# come from their configs. Names and shapes of all weights are checked before anything is loaded, since transformers
+# initialises missing ones at random. The parts of a Hub model are downloaded, and checked, when they are needed.
 @dataclass(frozen=True)
 class ModelFamily:
     """What differs between the FLUX.2 checkpoints."""
@@ -1002,8 +1002,8 @@ class ModelFamily:
     text_encoder: str  # class name in transformers
     tokenizer: str
     text_layers: tuple[int, ...]  # indices into hidden_states; 0 is the embedding output
-    text_width: int | None  # joint_attention_dim, tells the klein sizes apart; None = any
-    architecture: str  # its id in modelspec headers
+    text_width: int | None  # joint_attention_dim, which tells the klein sizes apart; None: any
+    architecture: str  # the model's name in modelspec headers
     license: dict[str, str]
 
 
@@ -1020,16 +1020,16 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint: a folder on this machine, or a Hub repository whose parts are fetched when they are needed."""
+    """A checkpoint: a local folder, or a Hub repository whose parts are downloaded when they are needed."""
 
     name: str
     folder: Path
     remote: bool
-    options: dict[str, Any]  # revision, cache_dir and token of Hub calls
+    options: dict[str, Any]  # revision, cache_dir and token for Hub calls
     variant: str | None
 
     def part(self, subfolder: str) -> Path:
-        """The folder of one part, whose files a Hub model fetches. Raises UserError: no space, or a broken download."""
+        """The folder of one part, downloaded for a Hub model. Raises UserError: no space, or the download fails."""
         if not self.remote:
             return self.folder / subfolder
         fetch = functools.partial(huggingface_hub.snapshot_download, self.name, allow_patterns=f"{subfolder}/*")
@@ -1041,21 +1041,21 @@ class ModelFiles:
         except UserError:
             raise
         except Exception as error:  # the network has no common base of errors
-            reason = f"the download broke off ({type(error).__name__}: {error})"
-            raise UserError(f"{self.name}/{subfolder}: {reason}. Start again: what is here stays") from error
+            reason = f"the download failed ({type(error).__name__}: {error})"
+            raise UserError(f"{self.name}/{subfolder}: {reason}. Start again: finished files are kept") from error
 
     def config(self, subfolder: str, file: str = "config.json") -> dict[str, Any]:
-        """The part's config.json, or another file. Raises UserError if it is missing or no JSON object."""
+        """The part's config.json, or another file. Raises UserError if it is missing or not a JSON object."""
         path = self.folder / subfolder / file
         if not path.is_file():
-            raise UserError(f"{path}: is missing; is this a complete diffusers folder?")
+            raise UserError(f"{path}: missing; is this a complete diffusers folder?")
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: no JSON object ({error}); download it again") from None
+            raise UserError(f"{path}: not a JSON object ({error}); download it again") from None
 
     def weight_files(self, part: str) -> list[Path]:
-        """The files that hold a part, here or not: one, or the shards that an index names."""
+        """The weight files of a part, downloaded or not: one file, or the shards that an index names."""
         stem, variant = "model" if part == "text_encoder" else "diffusion_pytorch_model", self.variant or ""
         index = f"{stem}.safetensors.index.{variant}.json".replace("..", ".")
         names = [f"{stem}.{variant}.safetensors".replace("..", ".")]
@@ -1064,7 +1064,7 @@ class ModelFiles:
         return [self.folder / part / name for name in names]
 
     def version(self, subfolder: str) -> str:
-        """Names the weights of a part in cache keys: the commit, or config and size and time of the files."""
+        """Stands for the weights of a part in cache keys: the commit, or config, size and time of the files."""
         if self.remote:
             return f"{self.name}@{self.folder.name}/{subfolder}/{self.variant}"
         config, files = self.folder / subfolder / "config.json", sorted((self.folder / subfolder).glob("*"))
@@ -1072,7 +1072,7 @@ class ModelFiles:
         return digest(self.variant, content, *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files))
 
     @property
-    def public_name(self) -> str:  # no path of this machine leaves it
+    def public_name(self) -> str:  # without local folders
         return self.name if self.remote else Path(self.name).absolute().name
 
     @property
@@ -1081,7 +1081,7 @@ class ModelFiles:
 
 
 def find_model(args: Args) -> ModelFiles:
-    """Finds the checkpoint and fetches its configs, no weights. Raises UserError if it cannot be reached."""
+    """Finds the checkpoint and downloads its configs, no weights. Raises UserError if it cannot be reached."""
     name = args.pretrained_model_name_or_path
     if Path(name).is_dir():
         return ModelFiles(name, Path(name), False, {}, args.variant)
@@ -1094,8 +1094,8 @@ def find_model(args: Args) -> ModelFiles:
         raise UserError(f"{name} is gated: accept its licence at {page}, then `hf auth login`") from None
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--pretrained_model_name_or_path {name}: not to be had from the Hub ({reason})") from None
-    # the commit as revision: parts that are fetched later are of the same one
+        raise UserError(f"--pretrained_model_name_or_path {name}: cannot get it from the Hub ({reason})") from None
+    # with the commit as revision, parts that are downloaded later belong to the same one
     return ModelFiles(name, folder, True, {**options, "revision": folder.name}, args.variant)
 
 
@@ -1103,14 +1103,14 @@ def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
     found, widths = model.index.get("_class_name"), (None, model.config("transformer")["joint_attention_dim"])
     if model.index.get("is_distilled"):
-        log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; train on the base one")
+        log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; use the base model")
     for family in FAMILIES:
         if family.pipeline == found and family.text_width in widths:
             return family
     raise UserError(f"{model.name}: is a {found}; this script trains Flux2Pipeline and Flux2KleinPipeline")
 
 
-# What BitsAndBytesConfig takes without complaint, and training on a frozen base does not.
+# What works for training on a frozen base; BitsAndBytesConfig accepts other values without complaint.
 BNB_VALUES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": ("bfloat16", "float32")}
 BNB_VALUES |= {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_skip_modules": (None,)}
 # what bitsandbytes stores beside a weight
@@ -1118,10 +1118,10 @@ BNB_TENSORS = re.compile(r"\.(SCB|weight_format|weight\.(\w*absmax|\w*quant_map|
 
 
 def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: str) -> dict[str, Any] | None:
-    """bitsandbytes settings of the frozen base: of the flag, or of a checkpoint that is stored quantised; else None.
+    """The bitsandbytes settings of a part: from its flag, or from a checkpoint that is stored quantised; else None.
 
-    Of the text encoder only those of its flag: one that is stored quantised is used as it is. Raises UserError for
-    settings or a machine that will not do, another format, and what would be quantised twice.
+    For the text encoder only its flag counts: one that is stored quantised is used as it is. Raises UserError for
+    settings or machines that do not work, for other formats, and for what would be quantised twice.
     """
     own_flag = "bnb_quantization_config_path" if part == "transformer" else "text_encoder_bnb_config_path"
     path = getattr(args, own_flag)
@@ -1130,10 +1130,10 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: s
         return None
     where = f"{model.name} is stored quantised" if stored else f"--{own_flag} {path}"
     if stored and (method := stored.get("quant_method")) != "bitsandbytes":
-        raise UserError(f"{where} by {method}: take a checkpoint that bitsandbytes quantised, or an unquantised one")
+        raise UserError(f"{where} by {method}: use a checkpoint quantised by bitsandbytes, or an unquantised one")
     for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
         if stored and getattr(args, name):
-            raise UserError(f"--{name}: leave it out, {where} already")
+            raise UserError(f"--{name}: leave it out, {where}")
     settings, known = stored or read_quantization(own_flag, path), diffusers.BitsAndBytesConfig().to_dict()
     if not stored:
         for name, value in settings.items():
@@ -1143,7 +1143,7 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: s
                 raise UserError(f"{where}: {name} is {json.dumps(value)}; use {choices}")
         settings = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), **settings}
         settings |= {"llm_int8_skip_modules": outside_blocks(model)} if part == "transformer" else {}
-    try:  # bitsandbytes itself, and for the loader of diffusers a GPU
+    try:  # needs bitsandbytes, and the loader of diffusers needs a GPU
         if part == "transformer":
             DiffusersAutoQuantizer.from_config(diffusers.BitsAndBytesConfig(**settings)).validate_environment()
         else:
@@ -1154,19 +1154,19 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: s
 
 
 def check_part(run: Run, part: str) -> None:
-    """Raises UserError unless the files of a part hold the weights that it needs, by names and shapes; reads none."""
+    """Raises UserError unless a part's files hold the weights it needs, by name and shape; reads only headers."""
     shapes, config = {}, run.model.config(part)
     for path in run.model.weight_files(part):
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            advice = "download it again, after a clone run `git lfs pull`, or take another --variant"
+            advice = "download it again, after a clone run `git lfs pull`, or choose another --variant"
             raise UserError(f"{path}: missing, cut short, damaged or a Git LFS pointer ({error}); {advice}") from None
     quantised = config.get("quantization_config")
     if part == "text_encoder":
         if quantised and quantised.get("quant_method") != "bitsandbytes":
-            return  # a format of transformers, which reports on it when it loads it
+            return  # a format that transformers checks when it loads it
         report = read_text_encoder(run, device_map="meta")[1]
     else:
         with torch.device("meta"):
@@ -1182,23 +1182,23 @@ def check_part(run: Run, part: str) -> None:
 
 
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
-    """Raises UserError if weights are missing, unexpected or misshapen: (name, its shape, the model's shape)."""
+    """Raises UserError if weights are missing, unexpected or misshapen (name, found shape, needed shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
     told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
-    advice = "incomplete, another model's, or a quantised format that is not read here: choose another checkpoint"
+    advice = "it is incomplete, of another model, or in an unknown quantised format: choose another checkpoint"
     if told:
         raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
-    """Checks the parts that are here; those of a Hub model that are not, `fetch_part` checks after their download."""
+    """Checks the parts that are on disk; `fetch_part` checks the others of a Hub model after their download."""
     for part in ("vae", "transformer") if run.args.remote_text_encoder else ("vae", "text_encoder", "transformer"):
         if not run.model.remote or all(path.is_file() for path in run.model.weight_files(part)):
             check_part(run, part)
 
 
 def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
-    """The folder of a part, to load it from; after a download it is checked before the next one."""
+    """The folder to load a part from; what was downloaded is checked first."""
     folder = run.model.part(part)
     if run.model.remote:
         check_part(run, part)
@@ -1209,7 +1209,7 @@ def fetch_part(run: Run, part: str, announced: bool = True) -> Path:
 
 
 def digest(*parts: Any) -> str:
-    """A hex name for the parts, stable across machines and Python versions."""
+    """A hex digest of the parts, the same on all machines and Python versions."""
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 

@@ -10,7 +10,9 @@ TEXT_TO_IMAGE = "train_dreambooth_lora_flux2.py"
 IMAGE_TO_IMAGE = "train_dreambooth_lora_flux2_img2img.py"
 
 # The line of each script behind which importing takes seconds; everything above needs the standard library only.
-HEAVY_IMPORTS_MARKER = "# The heavy imports stand below the arguments so that --help and usage errors answer at once."
+HEAVY_IMPORTS_MARKER = (
+    "# The heavy imports stand below the arguments so that --help and usage errors are answered at once."
+)
 
 # The smallest command line without a usage error.
 MINIMAL_ARGUMENTS = (
