@@ -1200,39 +1200,39 @@ def digest(*parts: Any) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 # region shared: data
-# Every image is decoded once before anything heavy is loaded, so that one message names all that is wrong; an index in
-# the cache makes the next start quick. Images are never kept: a visit decodes its image anew, or reads cached latents.
-# All that is random at a visit is keyed by (seed, purpose, position), so a resumed run needs no more than its step.
+# Every image is decoded once before anything heavy is loaded, so that one message lists all problems; an index in the
+# cache makes the next start quick. Images are not kept in memory: each visit decodes its image or reads cached latents.
+# Everything random in a visit is keyed by (seed, purpose, position), so a resumed run needs nothing but its step.
 # Rejected: the image folders of `datasets`, which leave out AVIF and silently drop a subfolder called `test`.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]  # JPEG opens MPO too
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 Captions = tuple[str, ...]  # of one image
 MAX_PIXELS = 100_000_000
-PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has more than twice as many, and warns of the rest
+PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses twice as many
 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-DECODE_POLICY = 2  # raise it when decode_image changes: checked images are checked again
+DECODE_POLICY = 2  # raise it when decode_image changes: then all images are checked and encoded again
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
-    """One image as a person sees it: upright, in sRGB, on white. Raises ValueError: why it cannot be trained on."""
+    """The image as a viewer shows it: upright, in sRGB, on white. Raises ValueError if it cannot be trained on."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        image = PIL.ImageOps.exif_transpose(image)  # decodes all of it, and fails on damaged EXIF too
+        image = PIL.ImageOps.exif_transpose(image)  # decodes the whole image; fails on damaged EXIF, too
     except PIL.UnidentifiedImageError:
         raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
         raise ValueError(f"over {MAX_PIXELS // 10**6} MP") from None
-    except Exception as error:  # damaged bytes make the plugins raise all kinds: struct.error, TypeError, SyntaxError
+    except Exception as error:  # damaged files make Pillow raise struct.error, TypeError, SyntaxError and more
         raise ValueError(f"truncated or damaged ({error})") from None
     if frames > 1:
         raise ValueError(f"animated or multi-page ({frames} frames)")
     if image.mode in ("F", "I"):
-        raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it as 8 or 16 bit")
+        raise ValueError(f"{image.mode} pixels (float or 32-bit) have no fixed range; save it with 8 or 16 bits")
     profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
-        image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 257 levels become one
+        image = PIL.Image.fromarray(np.round(levels / 257.0).astype(np.uint8))  # 65535 / 257 = 255
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -1250,7 +1250,7 @@ def decode_image(data: bytes) -> PIL.Image.Image:
 
 
 def cover_size(size: Size, target: Size) -> Size:
-    """The smallest (height, width) of the same shape that covers `target`; for a square: short side = resolution."""
+    """The smallest (height, width) of the same shape that covers `target`."""
     scale = max(target[0] / size[0], target[1] / size[1])
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
@@ -1258,9 +1258,9 @@ def cover_size(size: Size, target: Size) -> Size:
 def image_to_pixels(
     image: PIL.Image.Image, target: Size, crop: list[float] | None, flip: bool, resized: Size | None = None
 ) -> torch.Tensor:
-    """(3, H, W) in [-1, 1] at `target`; `crop` places it in [0, 1) from top and left, None is the centre."""
+    """(3, H, W) in [-1, 1] at `target`; `crop` is its place in [0, 1) from the top and left, None the centre."""
     height, width = resized or cover_size((image.height, image.width), target)
-    if height * width > MAX_PIXELS:  # a strip that would not fit into memory if it were enlarged before it is cropped
+    if height * width > MAX_PIXELS:  # a narrow strip: cropped before it is enlarged, to fit into memory
         place = crop[::-1] if crop else (0.5, 0.5)
         image = PIL.ImageOps.fit(image, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
     else:
@@ -1273,23 +1273,23 @@ def image_to_pixels(
 
 
 def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest (in logarithm), among equals the one nearest in area."""
+    """The bucket with the nearest aspect ratio (in logarithm); among equals the one nearest in area."""
     shape, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
     return min((round(abs(math.log(h / w) - shape), 9), abs(math.log(h * w) - area), (h, w)) for h, w in buckets)[2]
 
 
 @dataclass(frozen=True)
 class Image:
-    """One image: a file, or a cell of a data set. It is listed without being opened."""
+    """An image: a file, or a cell of a data set."""
 
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills in this and the size
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in hash and size
     size: Size = (0, 0)
-    target: Size = (0, 0)  # what it is encoded at, see `make_samples`
-    resize_key: str = "centre"  # names the way to `target` in cache keys: two ways must not share a file
-    mask: Image | None = None  # of the loss
+    target: Size = (0, 0)  # the size it is encoded at, see `make_samples`
+    resize_key: str = "centre"  # how it is brought to `target`, for cache keys
+    mask: Image | None = None  # loss mask
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
@@ -1298,19 +1298,19 @@ class Image:
         try:
             return decode_image(self.read())
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.name}: was good at the start, and now: {error}") from error
+            raise UserError(f"{self.name}: was good at the start, but now: {error}") from error
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
 
     def token_weights(self, args: Args, token_size: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
-        """Weights (L) of the loss, whose mean is 1: of each token the share of its pixels in the mask."""
+        """Loss weights (L) with mean 1: the share of each token's pixels that are in the mask."""
         if not self.mask:
             return torch.ones(math.prod(self.target) // token_size**2)
         grey_HW = image_to_pixels(self.mask.decoded(), self.target, crop, flip)[:1] / 2 + 0.5
         shares_L = F.avg_pool2d(grey_HW, token_size).flatten()
         weights_L = args.unmasked_weight + (1 - args.unmasked_weight) * shares_L
-        return weights_L / weights_L.mean().clamp(min=1e-6)  # a crop may miss the mask: that visit has no loss
+        return weights_L / weights_L.mean().clamp(min=1e-6)  # all 0 if the crop misses the mask
 
 
 # endregion shared: data
@@ -1319,29 +1319,29 @@ class Image:
 # differs: samples of the image-to-image script have references
 @dataclass(frozen=True)
 class Sample:
-    """What is drawn together: an image and its captions."""
+    """What belongs together: an image and its captions."""
 
     image: Image
-    captions: Captions  # one of them is drawn at each visit
-    origin: str = ""  # where the captions come from, for the report
-    repeats: int = 1  # how often it is in a round of all samples
+    captions: Captions  # one of them is chosen at each visit
+    origin: str = ""  # where the captions come from, for the log
+    repeats: int = 1  # visits in one pass over all samples
 
     @property
-    def geometry(self) -> tuple[Size, ...]:  # of all samples of a batch: they have the same position ids
+    def geometry(self) -> tuple[Size, ...]:  # the same for all samples of a batch, which share position ids
         return (self.image.target,)
 
     @property
-    def content(self) -> tuple[Any, ...]:  # what a resumed run must find unchanged
+    def content(self) -> tuple[Any, ...]:  # must be unchanged when a run is resumed
         masks = [self.image.mask.sha256] if self.image.mask else []
         return self.image.sha256, *self.captions, self.image.target, *masks
 
 
 # region shared: listing
-Row = tuple[list[Image], Captions, str, int]  # an image and what belongs to it, captions, their origin, and repeats
+Row = tuple[list[Image], Captions, str, int]  # the image (and its references), captions, their origin, repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder that has both, the latter is read
+METADATA = ("metadata.csv", "metadata.jsonl")  # if a folder has both, the second is read
 USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
-NAMES_ELSEWHERE = {  # what means something to other trainers, and nothing here
+NAMES_ELSEWHERE = {  # names that mean something to other trainers, but not here
     r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
 }
@@ -1362,14 +1362,14 @@ def as_lines(problems: list[str]) -> str:
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files and links below `folder`, sorted, without hidden ones, and those of them whose ending is an image's."""
+    """All files and links below `folder`, sorted, without hidden ones, and those that have an image's suffix."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
 def report_unused(folder: Path, files: list[Path], used: Iterable[Path]) -> None:
-    """Warns by name of what lies in a data folder and is not used: captions without an image, other metadata, ..."""
+    """Warns about files in a data folder that are not used: captions without an image, other metadata, ..."""
     kinds: dict[str, list[str]] = {}
     for path in sorted({*files}.difference(used)):
         if path.name.lower() not in ("thumbs.db", "desktop.ini", "readme.md", "license"):
@@ -1383,29 +1383,29 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 ({error}); save it as UTF-8") from None
 
 
 def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Captions:
-    """The captions in a cell, a list perhaps; `classes` are the names behind its numbers. Raises UserError."""
+    """The captions in a cell, text or a list; `classes` are the names of class labels. Raises UserError."""
     values = cell if isinstance(cell, list) else [cell]
     if classes:
-        values = [[*classes, None][value] for value in values if value is not None]  # -1 is no class
+        values = [[*classes, None][value] for value in values if value is not None]  # -1: no class
     if wrong := [value for value in values if not isinstance(value, str | None)]:
         raise UserError(f"{where}the caption is of type {type(wrong[0]).__name__}, it must be text or a list of texts")
     texts = [text.strip() for text in values if text and text.strip()]
     if wrong := [text for text in texts if re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)]:
-        raise UserError(f"{where}the caption is a list that was written as text: {wrong[0][:60]}; use metadata.jsonl")
+        raise UserError(f"{where}the caption is a list written as text: {wrong[0][:60]}; use metadata.jsonl")
     return tuple(texts)
 
 
 def find_column(columns: list[str], *names: str) -> str | None:
-    """The column that is called like the first of the names that is there."""
+    """The column with the first of these names that exists, in any case."""
     return next((c for name in names for c in (name, *columns) if c in columns and folded(c) == folded(name)), None)
 
 
 def caption_column(args: Args, origin: Any, count: int, columns: list[str], images: list[str]) -> str | None:
-    """The column of captions. Logs the number of rows, which columns are used, and which are not."""
+    """The column with captions. Logs the number of rows and which columns are used and not used."""
     caption = find_column(columns, *([args.caption_column] if args.caption_column else USUAL_CAPTIONS))
     if args.caption_column and caption is None:
         raise UserError(f"--caption_column {args.caption_column}: not in {origin}; columns: {', '.join(columns)}")
@@ -1418,7 +1418,7 @@ def caption_column(args: Args, origin: Any, count: int, columns: list[str], imag
 
 
 def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
-    """The rows of a metadata file by the line they end at. Raises UserError where one cannot be read whole."""
+    """The rows of a metadata file, by the line where each ends. Raises UserError if one cannot be read."""
     rows, content, header = {}, read_text(path), []
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(content))
@@ -1439,7 +1439,7 @@ def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[str], list[str], list]:
-    """All columns of a metadata file, those with images, and (files, captions, origin) of its rows."""
+    """All columns of a metadata file, those with images, and (files, captions, origin) of each row."""
     table, found, problems = read_metadata(path), [], []
     if not table:
         return [], [], []
@@ -1447,7 +1447,7 @@ def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[
     images = image_columns(args, path, columns, table)
     caption = caption_column(args, path, len(table), columns, images)
     for line, row in table.items():
-        first, *others = (row.get(column) for column in images)  # the first must be there, others may
+        first, *others = (row.get(column) for column in images)  # the first one is required
         lists = (cell if isinstance(cell, list) else [cell] for cell in others)
         cells = [first, *filter(None, itertools.chain(*lists))]
         paths = [Path(os.path.normpath(path.parent / str(cell).strip())) for cell in cells]
@@ -1462,7 +1462,7 @@ def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[
 
 
 def list_rows(args: Args) -> list[Row]:
-    """The rows of --dataset_name, or of each --instance_data_dir with its share of --repeats."""
+    """The rows of --dataset_name, or of each --instance_data_dir with its number of --repeats."""
     if args.dataset_name:
         return list_dataset(args)
     repeats = args.repeats or [1] * len(args.instance_data_dir)
@@ -1475,7 +1475,7 @@ def is_mask(args: Args, path: Path) -> bool:
 
 
 def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
-    """The rows of metadata, or the images, of an --instance_data_dir; what is not used is told by name."""
+    """The rows of the metadata in an --instance_data_dir, or its images; names what is not used."""
     folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
     root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
     others = [other for other in every if other != folder and other.is_relative_to(folder)]
@@ -1490,15 +1490,15 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
             raise UserError(f"--{name}: {folder} has no metadata.jsonl or metadata.csv")
     found = [row for *_, rows in tables.values() for row in rows]
     single = all([folded(column) for column in columns] == ["file_name"] for _, columns, _ in tables.values())
-    if single:  # then metadata only add captions to the images of the folder, several rows to one perhaps
+    if single:  # metadata only add captions to the images of the folder, perhaps several to one
         captions = dict.fromkeys(images, ((), ""))
         for [image], texts, origin in found:
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
-        raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"--instance_data_dir {folder}: has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
-    stems = [path.with_suffix("") for path in texts]  # of the image or its whole name, exactly or nearly so
+    stems = [path.with_suffix("") for path in texts]  # the image's name with or without its suffix
     beside = dict(zip([*map(folded, stems), *stems], [*texts, *texts], strict=True))
     used, listed = [*tables], []
     for paths, texts, origin in found:
@@ -1515,7 +1515,7 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
-            log.warning(f"data: {len(odd)} {meaning} and are trained on as yours; move them away: {first_few(odd)}")
+            log.warning(f"data: {len(odd)} {meaning} but are trained on like the others: {first_few(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
         if int(number) != repeats:
             advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"
@@ -1523,12 +1523,12 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
     without = [(path, every) for path, (every, ours, _) in tables.items() if single or len(every) > len(ours)]
     if without and not any(texts for _, texts, _ in listed):
         lines = as_lines([f"{path}: {', '.join(every)}" for path, every in without])
-        raise UserError(f"there is metadata, but no caption; give --caption_column, or remove the file:{lines}")
+        raise UserError(f"the metadata has no captions; give --caption_column, or remove the file:{lines}")
     return listed
 
 
 def column_images(args: Args, table: Any, column: str, lists: bool = False) -> list[Image]:
-    """One image per row of the column, whose cells may hold `lists` of them; none is read. Raises UserError."""
+    """One image per row of the column, whose cells may hold `lists`; none is read yet. Raises UserError."""
     import datasets
 
     kind, name, caches = datasets.Image(decode=False), args.dataset_name, ()
@@ -1537,7 +1537,7 @@ def column_images(args: Args, table: Any, column: str, lists: bool = False) -> l
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--dataset_name {name}: column {column} holds no images ({error})") from None
     path = Path(os.path.abspath(name))
-    if not path.exists():  # a table from the Hub must not name other files of this machine than downloads
+    if not path.exists():  # a table from the Hub may name downloaded files, but no others on this machine
         caches = args.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
     roots = [Path(os.path.abspath(root)) for root in caches if root]
     read = functools.partial(read_cell, cells, column, path.parent if path.is_file() else path, roots)
@@ -1545,7 +1545,7 @@ def column_images(args: Args, table: Any, column: str, lists: bool = False) -> l
 
 
 def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int, item: int | None = None) -> bytes:
-    """The image in a cell, or the one that it names: in `folder`, and below one of `roots` if any. Raises OSError."""
+    """The image in a cell, or the file it names, from `folder`, and below one of `roots` if given. Raises OSError."""
     cell = table[row][column] if item is None else table[row][column][item]
     if not cell or cell["bytes"] is not None or not cell["path"]:
         return (cell and cell["bytes"]) or b""
@@ -1556,14 +1556,14 @@ def read_cell(table: Any, column: str, folder: Path, roots: list[Path], row: int
 
 
 def list_dataset(args: Args) -> list[Row]:
-    """The rows of --dataset_name, no image of which is read. Raises UserError with the cause if it cannot be loaded."""
-    import datasets  # only now: it costs a second and most runs use a folder
+    """The rows of --dataset_name; no image is read yet. Raises UserError with the cause if it cannot be loaded."""
+    import datasets  # here because it takes a second and most runs use a folder
 
     name, split, path = args.dataset_name, args.dataset_split, Path(args.dataset_name)
     builder, files = (TABLE_FILES.get(path.suffix.lower(), name), name) if path.is_file() else (name, None)
     options = {"data_files": files, "split": split, "cache_dir": args.cache_dir, "token": args.hub_token}
     try:
-        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # from save_to_disk
             saved = datasets.load_from_disk(name)
             if isinstance(saved, dict) and split not in saved:
                 raise ValueError(f"it has {', '.join(saved)}")
@@ -1578,7 +1578,7 @@ def list_dataset(args: Args) -> list[Row]:
     caption = caption_column(args, name, len(table), table.column_names, images)
     files = list_files(path)[0] if caption is None and path.is_dir() else []
     if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
-        log.warning(f"data: {name}: its caption files are not read; they are with --instance_data_dir")
+        log.warning(f"data: {name}: its caption files are not read; use --instance_data_dir for that")
     cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
     classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
     texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
@@ -1590,7 +1590,7 @@ def list_dataset(args: Args) -> list[Row]:
 
 # differs: metadata files of the image-to-image script name references too
 def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
-    """The column with the images to train on, of a metadata file (a dict of rows) or a data set. Raises UserError."""
+    """The column with the images in a metadata file (a dict of rows) or a data set. Raises UserError."""
     usual = ("file_name", "image_file_name", "image") if isinstance(table, dict) else ("image",)
     if column := find_column(columns, *(usual if args.image_column == "image" else [args.image_column])):
         return [column]
@@ -1610,40 +1610,40 @@ def list_samples(args: Args) -> list[Sample]:
 
 # region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
-    """Fills missing captions with --instance_prompt and replaces [trigger]; reports. Raises UserError without one."""
+    """Fills in --instance_prompt where captions are missing and for [trigger]; logs. Raises UserError without it."""
     prompt = args.instance_prompt or ""
     missing = [sample.image.name for sample in samples if not sample.captions]
     triggered = [sample.image.name for sample in samples if "[trigger]" in "".join(sample.captions)]
     if not prompt and (names := missing or triggered):
         reason = "no caption" if missing else "[trigger] in the caption"
-        raise UserError(f"--instance_prompt: needed, {len(names)} image(s) have {reason}: {first_few(names)}")
+        raise UserError(f"--instance_prompt: required, {len(names)} image(s) have {reason}: {first_few(names)}")
     if prompt and not missing and not triggered:
         log.warning("data: every image has a caption, --instance_prompt is not used")
     if missing and len(missing) < len(samples):
         log.warning(f"data: {len(missing)} images have no caption and get --instance_prompt: {first_few(missing)}")
     filled = [s if s.captions else replace(s, captions=(prompt,), origin="--instance_prompt") for s in samples]
     filled = [replace(s, captions=tuple(text.replace("[trigger]", prompt) for text in s.captions)) for s in filled]
-    first = {sample.origin: sample for sample in reversed(filled)}  # an example of each origin, then others
+    first = {sample.origin: sample for sample in reversed(filled)}  # shown first: an example of each origin
     counts = Counter(sample.origin for sample in filled)
     report = ", ".join(f"{count} image(s) from {origin}" for origin, count in counts.items())
     for sample in list(dict.fromkeys([*map(first.get, counts), *filled]))[:3]:
-        others = f" (one of {len(sample.captions)}, drawn at each visit)" * (len(sample.captions) > 1)
+        others = f" (one of {len(sample.captions)}, chosen at each visit)" * (len(sample.captions) > 1)
         report += f"\n    {sample.image.name}: {sample.captions[0][:120]}{others}"
     log.info(f"data: captions of {report}")
     return filled
 
 
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
-    """Checks every image once, in threads: the good ones with hash and size; names of bad ones with the reason."""
-    # `checked_images.json` says what was found at earlier starts, so that only what is new is decoded
+    """Checks every image once, in threads: the good ones with hash and size, the names of bad ones with the reason."""
+    # `checked_images.json` holds what earlier starts found, so that only new images are decoded
     file, policy, index, good, bad = cache_dir / "checked_images.json", f"decoder {DECODE_POLICY}", {}, {}, {}
     images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: begun anew
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: start a new one
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
         for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
-            mask = good.get(image.mask)  # before its image
+            mask = good.get(image.mask)  # masks come before their images
             if image.mask and mask and mask.size != (height, width):
                 reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
             if reason or (image.mask and not mask):
@@ -1657,7 +1657,7 @@ def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image
 
 
 def inspect_image(index: dict[str, list], image: Image) -> list:
-    """[sha256, height, width, reason of the refusal or None]; unchanged files are not read, known bytes not decoded."""
+    """[sha256, height, width, what is wrong or None]; unchanged files are not read, known content is not decoded."""
     try:
         stat = image.path.stat() if image.path else None
         stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
@@ -1678,16 +1678,16 @@ def inspect_image(index: dict[str, list], image: Image) -> list:
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
-    """Raises UserError with one list of all bad images, or says with --on_bad_image skip what is left out."""
+    """Raises UserError with a list of all bad images, or with --on_bad_image skip logs what is left out."""
     lines, count = as_lines([f"{name}: {reason}" for name, reason in bad.items()]), f"{len(bad)} image(s)"
     if bad and (args.on_bad_image == "error" or not good):
-        raise UserError(f"{count} cannot be trained on; mend or remove them, or --on_bad_image skip:{lines}")
+        raise UserError(f"{count} cannot be trained on; repair or remove them, or use --on_bad_image skip:{lines}")
     if bad:
         log.warning(f"data: {count} are skipped, and with them {listed - good} of {listed} rows:{lines}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary name beside it; makes the folder. Raises CannotWrite, and leaves nothing."""
+    """Writes a file under a temporary name, then renames it; makes the folder. Raises CannotWrite, leaving nothing."""
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(8), 'big')}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1701,7 +1701,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_left_overs(run: Run) -> None:
-    """Removes half-written files of killed runs; other runs may write to a cache, but not for an hour at one file."""
+    """Removes half-written files of killed runs; in a cache, which others may share, only those over an hour old."""
     for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
         age = 3600 if path.is_relative_to(run.cache_dir) else 0
         with contextlib.suppress(OSError):
@@ -1710,7 +1710,7 @@ def remove_left_overs(run: Run) -> None:
 
 
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
-    """A CPU generator for one purpose, the same on every machine and process."""
+    """A CPU generator for one purpose, the same on all machines and processes."""
     key = "\x1f".join(map(str, (seed, *purpose))).encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
 
@@ -1722,7 +1722,7 @@ def permutation(seed: int, stream: str, bucket: int, turn: int, length: int) -> 
 
 @functools.lru_cache(maxsize=4)
 def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bucket, j) of each micro-step of a cycle: a bucket with n of the shares comes at (j + offset) / n, j < n."""
+    """(bucket, j) for each micro-step of a cycle: a bucket with n shares comes at the times (j + offset) / n, j < n."""
     offsets = torch.rand(len(shares), generator=make_generator(seed, stream, "schedule", cycle)).tolist()
     turns = [((j + offsets[b]) / share, b, j) for b, share in enumerate(shares) for j in range(share)]
     return [(bucket, j) for _, bucket, j in sorted(turns)]
@@ -1731,12 +1731,12 @@ def bucket_schedule(seed: int, stream: str, cycle: int, shares: tuple[int, ...])
 class SampleStream:
     """Endless batch sampler: (sample index, position) pairs of this process; a function of (seed, step) alone.
 
-    Buckets come in proportion to their size. Each goes through permutation after permutation, and a batch may reach
-    into the next one: nothing is dropped. The position counts drawn samples.
+    Buckets come up in proportion to their size. Each is one permutation after another, and a batch may reach into the
+    next one, so nothing is dropped. The position counts visits over all processes.
     """
 
     def __init__(self, geometries: list, batch: int, seed: int, stream: str, first=0, process_index=0, processes=1):
-        """`geometries` are those of the samples, which sort: a batch holds samples of one geometry."""
+        """`geometries` (sortable) are those of the samples: a batch holds samples of one geometry."""
         order = sorted(range(len(geometries)), key=geometries.__getitem__)
         self.buckets = [list(group) for _, group in itertools.groupby(order, key=geometries.__getitem__)]
         common = math.gcd(*map(len, self.buckets))
@@ -1762,18 +1762,18 @@ class SampleStream:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, keeps the rest as lists."""
+    """Stacks tensors and keeps everything else as lists."""
     batch = {key: [item[key] for item in items] for key in items[0]}
     return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in batch.items()}
 
 
 def epoch_rounds(args: Args) -> int:
-    """How often the samples are gone through in an epoch: what --repeats have in common."""
+    """How many times an epoch goes through all samples: the common divisor of --repeats."""
     return math.gcd(*(args.repeats or [1]))
 
 
 def choose_buckets(run: Run) -> list[Size]:
-    """The (height, width) sizes trained at: the given list, a computed one, or the one square."""
+    """The (height, width) sizes to train at: the given list, a computed one, or the square of --resolution."""
     if run.args.aspect_ratio_buckets:
         return parse_sizes(run.args.aspect_ratio_buckets)
     if run.args.use_aspect_ratio_buckets:
@@ -1782,14 +1782,14 @@ def choose_buckets(run: Run) -> list[Size]:
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
-    """Logs captions and sizes; warns of captions that are cut, and of images that are much enlarged."""
-    if not run.args.remote_text_encoder:  # else the tokenizer is the server's
-        tokenizer, most = load_tokenizer(run), run.args.max_sequence_length
+    """Logs captions and sizes; warns about captions that are cut and images that are enlarged a lot."""
+    if not run.args.remote_text_encoder:  # which has its own tokenizer
+        tokenizer, limit = load_tokenizer(run), run.args.max_sequence_length
         texts = sorted({text for sample in samples for text in sample.captions})
         lengths = {text: len(token_ids(run.family, tokenizer, text)) for text in texts}
-        log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {most} tokens")
-        if long := [s.image.name for s in samples for text in s.captions if lengths[text] > most]:
-            log.warning(f"data: {len(long)} captions are cut at {most} tokens: {first_few(long)}")
+        log.info(f"data: {len(lengths)} different captions, the longest has {max(lengths.values())} of {limit} tokens")
+        if long := [s.image.name for s in samples for text in s.captions if lengths[text] > limit]:
+            log.warning(f"data: {len(long)} captions are cut at {limit} tokens: {first_few(long)}")
     images = [sample.image for sample in samples]
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
@@ -1807,15 +1807,15 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
 
 
 def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """What is trained on, and --validation_split samples that are not. Raises UserError if nothing is left."""
+    """The samples to train on, and --validation_split others that are held out. Raises UserError if none is left."""
     count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
     if count >= len(samples):
-        raise UserError(f"--validation_split {count}: only {len(samples)} images are there; hold out fewer")
+        raise UserError(f"--validation_split {count}: there are only {len(samples)} images; hold out fewer")
     held_out = [samples[index] for index in sorted(order[:count])]
     if held_out:
         log.info(f"data: {count} image(s) are held out: {first_few([sample.image.name for sample in held_out])}")
     rest = [samples[index] for index in sorted(order[count:])]
-    rounds = range(max(sample.repeats for sample in rest))  # the stream visits what stands here, as often as it does
+    rounds = range(max(sample.repeats for sample in rest))  # a sample is visited as often as it stands in the list
     return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
@@ -1824,7 +1824,7 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
 
 # differs: samples of the image-to-image script have references
 def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
-    """What is trained on and what is held out; every image decoded once, every caption final."""
+    """The samples to train on and those held out; every image has been decoded once, every caption is final."""
     samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
     report_samples(run, samples)
     folder, asked = run.args.class_data_dir, run.args.class_prompt
@@ -1838,7 +1838,7 @@ def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
 
 # differs: samples of the image-to-image script have references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
-    """The samples whose images are good, each in its bucket."""
+    """The samples with good images, each assigned to its bucket."""
     good, bad = inspect_images([sample.image for sample in listed], run.cache_dir)
     kept = [replace(sample, image=good[sample.image]) for sample in listed if sample.image in good]
     refuse_bad_images(run.args, bad, len(listed), len(kept))
@@ -1847,10 +1847,10 @@ def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sa
 
 # differs: samples of the image-to-image script have references
 class TrainingSet(Dataset):
-    """Turns (sample index, position) into the tensors of a visit; all that is random hangs on stream and position."""
+    """Turns (sample index, position) into the tensors of a visit; everything random depends on stream and position."""
 
     def __init__(self, run: Run, codec: LatentCodec, samples: list[Sample], stream: str) -> None:
-        self.run = replace(run, accelerator=None)  # spawned workers get a copy, and it cannot be pickled
+        self.run = replace(run, accelerator=None)  # spawned workers get a pickled copy, and it cannot be pickled
         self.codec, self.samples, self.stream, self.prompts = codec, samples, stream, open_prompts(run)
 
     def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
