@@ -2102,11 +2102,11 @@ def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
 # region shared: text
-# Each different prompt and image is encoded once, by one process, into a file named by all that it depends on; encoder
-# and VAE leave the device before the transformer is loaded. Of the encoder only the layers that are read are loaded.
-# Training reads the files in the loader's workers: kept in memory, an embedding of [dev] would take 15.7 MB.
+# Each distinct prompt and image is encoded once, by one process, into a file named after everything it depends on. Text
+# encoder and VAE leave the device before the transformer is loaded; of the encoder only the layers needed are loaded.
+# Training reads the files in the loader's workers. Rejected: keeping them in memory, 15.7 MB per embedding of [dev].
 class TensorCache:
-    """A folder of safetensors files, a tensor in each. A file has its name from all that the tensor depends on."""
+    """A folder of safetensors files with one tensor each; a file is named after everything the tensor depends on."""
 
     def __init__(self, folder: Path, *model: Any) -> None:
         self.folder, self.key = folder, digest(*model)
@@ -2115,7 +2115,7 @@ class TensorCache:
         return self.folder / f"{digest(self.key, *what)}.safetensors"
 
     def has(self, *what: Any) -> bool:
-        """Whether a whole file is there; one that a crash has damaged, or of another kind, is made anew."""
+        """Whether there is a complete file; one that a crash has damaged is written again."""
         try:
             with safe_open(self.path(*what), "pt"):
                 return True
@@ -2127,9 +2127,9 @@ class TensorCache:
         return tensor
 
     def put(self, tensor: torch.Tensor, name: str, *what: Any) -> None:
-        """Raises UserError with this name if the tensor is not finite: it would be read from there for ever."""
+        """Raises UserError with this name if the tensor is not finite, since every later run would read it."""
         if not tensor.isfinite().all():
-            raise UserError(f"{name}: its encoding is not finite; are the weights whole? If so, --mixed_precision no")
+            raise UserError(f"{name}: its encoding is not finite; check the model's weights, or --mixed_precision no")
         write_atomically(self.path(*what), save({"tensor": tensor.cpu().contiguous()}))
 
 
@@ -2142,7 +2142,7 @@ def open_prompts(run: Run) -> TensorCache:
 
 
 def load_tokenizer(run: Run) -> Any:
-    """The tokenizer, tried on a prompt: transformers makes an empty one in silence where the vocabulary is missing."""
+    """The tokenizer, tried on a prompt: if the vocabulary is missing, transformers silently makes an empty one."""
     config = run.model.config("text_encoder")
     known = config.get("text_config", config)["vocab_size"]
     try:
@@ -2153,12 +2153,12 @@ def load_tokenizer(run: Run) -> Any:
     except Exception as error:  # the libraries have no common base of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         advice = "download it again, or after a clone run `git lfs pull`"
-        raise UserError(f"{run.model.name}/tokenizer: is not the text encoder's ({reason}); {advice}") from None
+        raise UserError(f"{run.model.name}/tokenizer: does not fit the text encoder ({reason}); {advice}") from None
     return tokenizer
 
 
 def token_ids(family: ModelFamily, tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a prompt in the template of the family's pipeline, neither padded nor cut."""
+    """The tokens of a prompt in the chat template of the family's pipeline, not padded and not cut."""
     messages, options = [{"role": "user", "content": prompt}], {"add_generation_prompt": True, "enable_thinking": False}
     if family.pipeline == "Flux2Pipeline":
         [messages], options = format_input([prompt]), {}
@@ -2166,21 +2166,21 @@ def token_ids(family: ModelFamily, tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, **options)["input_ids"][0].tolist()
 
 
-UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.")  # of the layers, those cut off
+UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.")  # of the layers only the last ones
 
 
 def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, list]]:
-    """The text encoder with only the layers that are read, and what `refuse_misfits` has to know of its weights."""
+    """The text encoder with only the layers that are needed, and a report on its weights for `refuse_misfits`."""
     kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         text_config = getattr(config, "text_config", config)  # Mistral 3 nests it beside its vision tower
-        # one layer more than the last hidden state, for transformers puts the final norm on the last of all
+        # one layer more than the last hidden state, since transformers applies the final norm after the last layer
         keep = text_config.num_hidden_layers = min(max(run.text_layers) + 1, text_config.num_hidden_layers)
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:keep]
         if options.get("device_map") == "meta":
-            vars(config).pop("quantization_config", None)  # reading such weights takes more than their headers
+            vars(config).pop("quantization_config", None)  # else it would load such weights to check them
         options |= {"config": config, "dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
         encoder, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -2194,20 +2194,20 @@ def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, li
 
 
 def load_text_encoder(run: Run) -> nn.Module:
-    """The text encoder with only the layers that are read, frozen, in the compute dtype, on the device."""
+    """The text encoder with only the layers that are needed, frozen, in the compute dtype, on the device."""
     fetch_part(run, "text_encoder")
-    quantized = run.text_quantization is not None  # whole on the device: bitsandbytes' layers are not spread
+    quantized = run.text_quantization is not None  # then all of it is on the device
     spread = run.args.offload and run.device.type != "cpu" and not run.args.fsdp_text_encoder and not quantized
     options = {"device_map": "auto"} if spread else {}
     if quantized:
         settings = transformers.BitsAndBytesConfig(**run.text_quantization)
         options = {"device_map": {"": run.device}, "quantization_config": settings}
-    if spread and run.processes > 1:  # the other GPUs are the other processes'
+    if spread and run.processes > 1:  # the other GPUs belong to other processes
         options["max_memory"] = {run.device.index: free_memory(run) - 2**30, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
     refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
-    encoder.lm_head = nn.Identity()  # the head over the vocabulary and what would see images: 2 GB of [dev] in bf16
+    encoder.lm_head = nn.Identity()  # not needed, nor is what reads images: 2 GB of [dev] in bf16
     if hasattr(encoder.model, "vision_tower"):
         encoder.model.vision_tower = encoder.model.multi_modal_projector = None
     if run.args.fsdp_text_encoder:
@@ -2219,24 +2219,24 @@ def load_text_encoder(run: Run) -> nn.Module:
 
 @torch.no_grad()
 def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> torch.Tensor:
-    """Prompt embedding (L, D) by the family's pipeline: the chosen hidden states side by side, pads included."""
+    """Prompt embedding (L, D) from the family's pipeline: the chosen hidden states concatenated, with padding."""
     nothing = {"transformer": None, "vae": None, "scheduler": None}
     pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=encoder, tokenizer=tokenizer, **nothing)
     options = {"max_sequence_length": run.args.max_sequence_length, "text_encoder_out_layers": run.text_layers}
     return pipeline.encode_prompt(prompt, device=run.device, **options)[0][0].to(run.dtype)
 
 
-REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # most seconds without a byte, and for one answer or a wait for it
+REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # time limits in seconds: without a byte, and for a whole answer
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
     """Prompt embedding (L, D) from --remote_text_encoder_url. Raises UserError if the answer is not usable.
 
-    A busy server is asked again. Only the Hub's hosts and this machine see the token; a redirect is not followed, its
-    target would. The answer is a saved tensor, read with `weights_only`, capped in size packed and unpacked.
+    A busy server is asked again. The token is sent only to hosts of the Hub and to this machine; redirects are not
+    followed. The answer is a saved tensor, read with `weights_only`; its size is limited, also when unpacked.
     """
     expected = (1, run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
-    url, most, body = run.args.remote_text_encoder_url, 4 * math.prod(expected) + 1_000_000, bytearray()
+    url, limit, body = run.args.remote_text_encoder_url, 4 * math.prod(expected) + 1_000_000, bytearray()
     scheme, host = urllib.parse.urlsplit(url).scheme, str(urllib.parse.urlsplit(url).hostname)
     hub = scheme == "https" and host.endswith((".huggingface.co", ".hf.space", ".huggingface.cloud"))
     token = (run.args.hub_token or huggingface_hub.get_token()) if hub or host in LOOPBACK else None
@@ -2252,27 +2252,27 @@ def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
             end = time.monotonic() + REMOTE_PATIENCE
             while piece := response.raw.read1(2**20):
                 body += piece
-                if len(body) > most or time.monotonic() > end:
-                    raise ValueError(f"more than {most} bytes, or only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
+                if len(body) > limit or time.monotonic() > end:
+                    raise ValueError(f"more than {limit} bytes, or only {len(body)} bytes in {REMOTE_PATIENCE:g} s")
         with zipfile.ZipFile(io.BytesIO(body)) as archive:  # torch.load would unpack a thousand times the size
-            if (size := sum(entry.file_size for entry in archive.infolist())) > most:
-                raise ValueError(f"{size} bytes when unpacked, more than {most}")
+            if (size := sum(entry.file_size for entry in archive.infolist())) > limit:
+                raise ValueError(f"{size} bytes when unpacked, more than {limit}")
         embedding = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
         if not torch.is_tensor(embedding) or tuple(embedding.shape) != expected:
             raise ValueError(f"{getattr(embedding, 'shape', type(embedding))} is not a tensor of shape {expected}")
         if not embedding.is_floating_point() or not embedding.to(run.dtype).isfinite().all():
-            raise ValueError(f"{embedding.dtype} numbers, which are not floating point or not all finite")
+            raise ValueError(f"{embedding.dtype} values that are not floating point or not all finite")
     except Exception as error:  # connection, protocol and unpickling errors have no common base
-        advice = "to encode here, leave --remote_text_encoder out and add --offload"
+        advice = "to encode here, replace --remote_text_encoder with --offload"
         raise UserError(f"{url}: no usable answer ({type(error).__name__}: {error}); {advice}") from None
     return embedding[0].to(run.dtype)
 
 
 @contextlib.contextmanager
 def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[list[Any]]:
-    """This process's part of the work; nobody starts before all know what there is, and all end together.
+    """This process's share of the work; no process starts before all know what there is to do, and all end together.
 
-    In lock-step, for sharded models, the parts are equally long, and who fails does not wait: that has to end the run.
+    In lockstep, for sharded models, all shares are equally long, and a failure ends the run instead of waiting.
     """
     run.accelerator.wait_for_everyone()
     try:
@@ -2285,12 +2285,12 @@ def shared_out(run: Run, work: list[Any], lockstep: bool = False) -> Iterator[li
     run.accelerator.wait_for_everyone()
 
 
-def encode_prompts(run: Run, prompts: list[str], most: int | None = None) -> TensorCache:
-    """Encodes the prompts, or so many of them, that the cache lacks; the encoder is loaded, used once and freed."""
+def encode_prompts(run: Run, prompts: list[str], limit: int | None = None) -> TensorCache:
+    """Encodes the prompts missing in the cache, at most `limit`; the encoder is loaded, used once and freed."""
     cache = open_prompts(run)
     missing = [prompt for prompt in dict.fromkeys(prompts) if not cache.has(prompt)]
     log.info(f"text: {len(set(prompts))} different prompts, {len(missing)} to encode")
-    with shared_out(run, missing[:most], lockstep=run.args.fsdp_text_encoder) as mine:
+    with shared_out(run, missing[:limit], lockstep=run.args.fsdp_text_encoder) as mine:
         if mine:
             encode = functools.partial(encode_prompt_remotely, run)
             if not run.args.remote_text_encoder:
@@ -2305,7 +2305,7 @@ def encode_prompts(run: Run, prompts: list[str], most: int | None = None) -> Ten
 
 
 def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
-    """Every prompt of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
+    """All prompts of the run: captions, validation, and the empty one for caption dropout and klein's guidance."""
     prompts = [caption for sample in samples for caption in sample.captions]
     others = *final_prompts(run.args), *(run.args.validation_prompt or []), vars(run.args).get("class_prompt")
     prompts += [prompt for prompt in others if prompt is not None]
@@ -2315,10 +2315,10 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
 
 
 class LatentCodec:
-    """How images become tokens: the VAE's sizes, its batch-norm statistics, and the cache of encoded images."""
+    """What turns images into tokens, beside the VAE: its sizes and batch-norm statistics, and the cache of latents."""
 
     def __init__(self, run: Run) -> None:
-        """Reads the statistics from the VAE's weight files without loading the VAE."""
+        """Reads the statistics from the weight files, without loading the VAE."""
         fetch_part(run, "vae", announced=False)
         weights = {name: tensor for path in run.model.weight_files("vae") for name, tensor in load_file(path).items()}
         variance_C, epsilon = weights["bn.running_var"].float(), run.model.config("vae").get("batch_norm_eps", 1e-4)
@@ -2331,7 +2331,7 @@ class LatentCodec:
 
 
 def load_vae(run: Run) -> AutoencoderKLFlux2:
-    """The VAE, frozen, in fp32: it is small, and bf16 would cost up to 0.4 % in the statistics."""
+    """The VAE, frozen, in fp32: it is small, and bf16 would make its statistics up to 0.4 % wrong."""
     options = {"torch_dtype": torch.float32, "variant": run.model.variant, "use_safetensors": True}
     vae = AutoencoderKLFlux2.from_pretrained(fetch_part(run, "vae"), **options).eval().requires_grad_(False)
     vae.at_rest = vae.state_dict()  # on the CPU, for `rest_vae`
@@ -2339,13 +2339,13 @@ def load_vae(run: Run) -> AutoencoderKLFlux2:
 
 
 def rest_vae(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
-    """Takes the frozen VAE off the device without a copy: its weights on the CPU are still good."""
+    """Takes the frozen VAE off the device without copying: its weights are still on the CPU."""
     vae.load_state_dict(vae.at_rest, assign=True)
     return vae
 
 
 def position_ids(height: int, width: int, time: int = 0, length: int = 1, device: Any = None) -> torch.Tensor:
-    """(1, N, 4) coordinates (T, row, column, l) of tokens: of an image, whose T is 0 for the target, or of a text."""
+    """(1, N, 4) coordinates (T, row, column, l) of the tokens of an image, with T = 0 for the target, or of a text."""
     ends = ((time, time + 1), (0, height), (0, width), (0, length))
     return torch.cartesian_prod(*(torch.arange(*pair, device=device) for pair in ends))[None]
 
@@ -2353,7 +2353,7 @@ def position_ids(height: int, width: int, time: int = 0, length: int = 1, device
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] -> moments (B, 2, C, H, W) of the latent distribution: mean and log-variance, fp32."""
-    # in the memory format in which the pipelines hand it over
+    # the pipelines use this memory format
     posterior = vae.encode(pixels_BCHW.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
     return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
 
@@ -2361,11 +2361,11 @@ def encode_pixels(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.T
 def tokens_from_moments(
     codec: LatentCodec, moments_B2CHW: torch.Tensor, posterior_noise_BCHW: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Normalised clean tokens x_0 (B, L, C), fp32. Without noise the mean is taken (`--vae_encode_mode mode`)."""
+    """Normalised clean tokens x_0 (B, L, C), fp32; from the mean if there is no noise (`--vae_encode_mode mode`)."""
     mean, log_variance = moments_B2CHW.unbind(1)
     latents = mean if posterior_noise_BCHW is None else mean + torch.exp(0.5 * log_variance) * posterior_noise_BCHW
     mean_C, std_C = (each.to(latents.device, non_blocking=True) for each in (codec.mean_C, codec.std_C))
-    patches = F.pixel_unshuffle(latents, 2)  # each 2 x 2 of them becomes the channels of a token, W fastest
+    patches = F.pixel_unshuffle(latents, 2)  # 2 x 2 latents become the channels of one token
     return ((patches - mean_C.view(1, -1, 1, 1)) / std_C.view(1, -1, 1, 1)).flatten(2).transpose(1, 2)
 
 
@@ -2373,7 +2373,7 @@ def tokens_from_moments(
 def decode_tokens(
     codec: LatentCodec, vae: AutoencoderKLFlux2, tokens_BLC: torch.Tensor, height: int, width: int
 ) -> list[PIL.Image.Image]:
-    """Images from normalised tokens (B, height*width, C); the inverse of `tokens_from_moments` and the VAE."""
+    """Images from normalised tokens (B, height*width, C): undoes `tokens_from_moments` and the VAE's encoder."""
     tokens_BLC = tokens_BLC.float() * codec.std_C.to(tokens_BLC.device) + codec.mean_C.to(tokens_BLC.device)
     latents = F.pixel_shuffle(tokens_BLC.transpose(1, 2).unflatten(2, (height, width)), 2)
     # one at a time: at 1024 px the decoder's activations are several GB per image
@@ -2383,9 +2383,9 @@ def decode_tokens(
 
 
 def encode_images(run: Run, codec: LatentCodec, images: list[Image]) -> AutoencoderKLFlux2 | None:
-    """With --cache_latents encodes what is not cached, with --random_flip mirrored too. Only one image is in memory.
+    """With --cache_latents encodes what is not cached yet, one image at a time, with --random_flip mirrored as well.
 
-    Returns the VAE if training or drawing still needs it; it waits on the CPU, out of the way of the transformer.
+    Returns the VAE if it is still needed; it waits on the CPU, out of the transformer's way.
     """
     vae, flips = None, (False, True) if run.args.random_flip else (False,)
     wanted = {codec.key(image, flip): (image, flip) for image in images for flip in flips if run.args.cache_latents}
@@ -2410,7 +2410,7 @@ def encode_images(run: Run, codec: LatentCodec, images: list[Image]) -> Autoenco
 
 
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; the library puts metadata in random order, but equal runs must give equal files."""
+    """A safetensors file; equal runs must give equal files, but the library writes metadata in random order."""
     data = save(tensors)
     end = 8 + int.from_bytes(data[:8], "little")
     header = {"__metadata__": metadata} if metadata else {}
@@ -2420,7 +2420,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
 
 def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
-    """Raises UserError unless `need` bytes and a tenth more are free where `folder` is."""
+    """Raises UserError unless `need` bytes and 10 % more are free on the disk of `folder`."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     log.info(f"disk: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
     if need * 1.1 > free:
@@ -2432,18 +2432,18 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ Models and LoRA
 # region shared: lora
-# The base is frozen: loaded once, quantised block by block (FP8 here, NF4 and int8 by diffusers), whole on the device,
-# split over processes or streamed from the host. Only the LoRA is trained, in fp32. Rejected, as tried: torchao's FP8
-# layers, which keep a bf16 weight for the backward; PEFT's own cast, which makes fp32 copies of every layer's input;
-# accelerate's FSDP, which turns the LoRA into DTensors.
+# The base is frozen: loaded once, quantised block by block (FP8 here, NF4 and int8 by diffusers), then kept whole on
+# the device, split over processes, or streamed from the host. Only the LoRA is trained, in fp32. Tried and rejected:
+# torchao's FP8 layers, which keep a bf16 weight for the backward pass; PEFT's own cast, which copies the input of every
+# layer in fp32; accelerate's FSDP, which turns the LoRA into DTensors.
 ATTENTION = "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"
 TEXT_ATTENTION = "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out"
 FAL = f"{ATTENTION},{TEXT_ATTENTION},ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
 AI_TOOLKIT = f"{FAL},norm1_context.linear,norm1.linear,norm.linear,proj_mlp,proj_out"
 LORA_PRESETS = {"attention": ATTENTION, "fal": FAL, "ai-toolkit": AI_TOOLKIT}
 DEFAULT_LORA_LAYERS = f"{ATTENTION},{TEXT_ATTENTION},attn.to_qkv_mlp_proj,attn.to_out"
-# FLUX.1 names, which lists in circulation use, and what they are in FLUX.2: its modulation is shared by all blocks,
-# its single blocks fuse q, k, v and the MLP.
+# FLUX.1 names, which many published lists use, and their FLUX.2 counterparts: there, all blocks share the modulation,
+# and single blocks fuse q, k, v and the MLP.
 FLUX1_NAMES = (
     (r"(ff|ff_context)\.net\.0\.proj$", r"\1.linear_in"),
     (r"(ff|ff_context)\.net\.2$", r"\1.linear_out"),
@@ -2465,8 +2465,8 @@ def rename(name: str, patterns: Iterable[tuple[str, str]]) -> str:
 def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
     """Full names of the Linear modules that get a LoRA. Raises UserError for an entry that matches none.
 
-    `asked` is a preset or a comma separated list; an entry means every Linear module of that name or that path ending,
-    `final:proj_out` the last layer.
+    `asked` is a preset or a comma separated list. An entry stands for all Linear modules with that name or the end of
+    it, `final:proj_out` for the last layer.
     """
     text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
     chosen: set[str] = set()
@@ -2477,13 +2477,13 @@ def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]
         if not matches:
             endings = sorted({re.sub(r"^.*blocks\.\d+\.", "", full) for full in linear_names})
             near = difflib.get_close_matches(name, [*linear_names, *endings], n=4, cutoff=0.4) or endings
-            raise UserError(f"--lora_layers: '{entry}' is no Linear module; nearest: {', '.join(near)}")
+            raise UserError(f"--lora_layers: '{entry}' is not a Linear module; nearest: {', '.join(near)}")
         chosen.update(matches)
     return [full for full in linear_names if full in chosen]
 
 
 def linear_modules(config: dict[str, Any]) -> dict[str, nn.Linear]:
-    """All Linear modules of the architecture by name, from its config alone (meta device, no memory)."""
+    """All Linear modules of the architecture by name, from its config alone (meta device)."""
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel.from_config(config)
     return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
@@ -2500,16 +2500,16 @@ FP8 = torch.float8_e4m3fn
 
 
 def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(FP8 values, fp32 scales (rows, 1)) of a matrix, without temporaries of its size; an outlier spoils its row."""
+    """(FP8 values, fp32 scales (rows, 1)) of a matrix, without temporaries of its size; an outlier affects one row."""
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
     scales = largest.float().clamp(min=1e-12) / torch.finfo(FP8).max
     return torch.div(matrix, scales, out=torch.empty_like(matrix, dtype=FP8)), scales
 
 
 class FP8Gradient(torch.autograd.Function):
-    """Gives a product x W^T, computed without autograd, its backward: one more FP8 product; x is not kept for it.
+    """Gives a product x W^T, computed without autograd, its backward pass: another FP8 product, which needs no x.
 
-    The product is not computed in `forward`, where torch.compile would keep it, not recompute it (29 GB for [dev]).
+    The product is not computed in `forward`: torch.compile would keep it instead of recomputing it (29 GB for [dev]).
     """
 
     @staticmethod
@@ -2519,23 +2519,23 @@ class FP8Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradient of `hidden`. W's scales lie along the sum, so they go into the gradient before it is quantised."""
+        """Gradient of `hidden`. The sum runs over W's scales, so they are multiplied in before quantising."""
         weight, scales = context.saved_tensors
         rows, row_scales = to_fp8(gradient.flatten(0, -2) * scales.t().to(gradient.dtype))
-        # the tensor cores of Hopper take the second matrix column by column only
+        # Hopper's tensor cores need the second matrix in column-major order
         ones, columns = torch.ones_like(weight[:1], dtype=torch.float32), weight.t().contiguous().t()
         product = torch._scaled_mm(rows, columns, row_scales, ones, out_dtype=gradient.dtype)
         return product.unflatten(0, gradient.shape[:-1]), None, None, None
 
 
 class FP8Linear(nn.Linear):
-    """A frozen Linear without bias: its weight (out, in) in FP8 only, with fp32 scales (out, 1); half of bf16's memory.
+    """A frozen Linear without bias: the weight (out, in) is FP8 only, with fp32 scales (out, 1); half of bf16's memory.
 
-    `torch._scaled_mm` instead of `F.scaled_mm`, which Dynamo cannot trace on PyTorch 2.11.
+    Uses `torch._scaled_mm`, since Dynamo cannot trace `F.scaled_mm` on PyTorch 2.11.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        """Quantises `linear` on `device`, 1024 rows at a time: neither the model nor a layer lies there in bf16."""
+        """Quantises `linear` on `device`, 1024 rows at a time, so that no whole layer is there in bf16."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         assert linear.bias is None, "FLUX.2 has none"
         self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8, device=device), requires_grad=False)
@@ -2547,21 +2547,21 @@ class FP8Linear(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out) in the dtype of `hidden`."""
         rows, row_scales = to_fp8(hidden.detach().flatten(0, -2))
-        # fast accumulation costs no accuracy here (error 3.749 % and 3.752 % on an H200) and saves 8 % of the time
+        # fast accumulation costs no accuracy here (errors of 3.749 % and 3.752 % on an H200) and saves 8 % of the time
         options = {"out_dtype": hidden.dtype, "use_fast_accum": True}
         product = torch._scaled_mm(rows, self.weight.t(), row_scales, self.scales.t(), **options)
         return FP8Gradient.apply(hidden, product.unflatten(0, hidden.shape[:-1]), self.weight, self.scales)
 
 
 def quantize_block(run: Run, block: nn.Module) -> None:
-    """Replaces a block's Linear layers by FP8 ones, made on the device; what FSDP will split goes back to the CPU."""
+    """Replaces a block's Linear layers with FP8 ones, made on the device; for FSDP they go back to the CPU."""
     home = torch.device("cpu") if run.sharding else run.device
     for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
         block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError where a GPU has no FP8 matmuls; the CPU computes them by emulation, for tests and tries."""
+    """Raises UserError if a GPU has no FP8 matmuls; the CPU emulates them, for tests."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
@@ -2571,18 +2571,18 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:
-    """The parts of the transformer with Linear layers that are never quantised: embedders, modulation, last layer."""
+    """The modules of the transformer that are never quantised: embedders, modulation, last layer."""
     names = {name.partition(".")[0] for name in linear_modules(model.config("transformer"))}
     return sorted(name for name in names if not name.endswith("transformer_blocks"))
 
 
 def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Splits the frozen weights of `blocks` over the processes by FSDP2, as the accelerate config's fsdp_config says.
+    """Splits the frozen weights of `blocks` over the processes with FSDP2, following the accelerate config.
 
-    The LoRA, integer (bitsandbytes) weights and what lies outside the blocks stay whole, on every device.
+    The LoRA, integer (bitsandbytes) weights and everything outside the blocks stay whole on every device.
     """
     shape, names = (run.processes,), ("devices",)
-    if os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() in ("HYBRID_SHARD", "4"):  # every machine holds it all
+    if os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() in ("HYBRID_SHARD", "4"):  # each machine holds everything
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", run.processes))
         shape, names = (run.processes // on_machine, on_machine), ("machines", "devices")
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "shard_grad_op")
@@ -2593,7 +2593,7 @@ def shard(run: Run, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         whole = {p for p in block.parameters() if p.requires_grad or not p.is_floating_point()}
         fully_shard(block, ignored_params=whole, **options)
-    fully_shard(model, ignored_params=set(model.parameters()), **options)  # one root, so that blocks are prefetched
+    fully_shard(model, ignored_params=set(model.parameters()), **options)  # a common root lets blocks be prefetched
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(run.device)
@@ -2604,29 +2604,29 @@ def blocks_of(transformer: Flux2Transformer2DModel) -> list[nn.Module]:
 
 
 class BlockStream:
-    """Frozen blocks that live in pinned host memory and visit the device one by one (--stream_blocks).
+    """Frozen blocks that live in pinned host memory and are copied to the device one by one (--stream_blocks).
 
-    Two buffers take turns: while one block computes, the next one, in the backward pass the one before it, is copied
-    into the other buffer on a stream of its own. Blocks are recomputed in their backward, so that autograd keeps no
-    view of a buffer. Rejected: `fully_shard` with offload, which for one process copies on the compute stream (PyTorch
-    2.11 to 2.15), and diffusers' group offloading, which sends a block away before its backward.
+    Two buffers take turns: while one block computes, the next one (in the backward pass the one before) is copied into
+    the other buffer on its own CUDA stream. Blocks are recomputed in the backward pass, so autograd keeps no view of a
+    buffer. Rejected: `fully_shard` with offload, which in a single process copies on the compute stream (PyTorch 2.11
+    to 2.15), and diffusers' group offloading, which evicts a block before its backward pass.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.blocks = device, []
         self.pinned_blocks: list[torch.Tensor] = []  # the bytes of each block
-        self.tensors: list[list[tuple[torch.Tensor, int]]] = []  # of each block, with the offsets of their bytes
+        self.tensors: list[list[tuple[torch.Tensor, int]]] = []  # of each block, with their byte offsets
 
     def __del__(self) -> None:
         for home in self.pinned_blocks if self.device.type == "cuda" else ():
             torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
 
     def keep(self, block: nn.Module) -> None:
-        """Moves the weights of a block, from wherever they are, into pinned memory of just their size."""
+        """Moves a block's weights, wherever they are, into pinned memory of exactly their size."""
         tensors = [*block.parameters(), *block.buffers()]
         ends = list(itertools.accumulate((-(-tensor.nbytes // 256) * 256 for tensor in tensors), initial=0))
         home = torch.empty(ends.pop(), dtype=torch.uint8)
-        if self.device.type == "cuda":  # torch's own pinned allocator rounds up to a power of two
+        if self.device.type == "cuda":  # PyTorch's allocator of pinned memory rounds up to powers of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(home.data_ptr(), home.nbytes, 0))
         self.blocks.append(block)
         self.pinned_blocks.append(home)
@@ -2635,29 +2635,29 @@ class BlockStream:
             tensor.data = view_bytes(home, offset, tensor).copy_(tensor.data)
 
     def start(self) -> None:
-        """Makes the buffers, and each block's call fetch its weights first, outside of what torch.compile sees."""
+        """Makes the buffers; each block will fetch its weights before it runs, outside of what torch.compile sees."""
         largest = max(home.nbytes for home in self.pinned_blocks)
         self.buffers = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self.held: list[int | None] = [None, None]  # the block in each buffer
         self.side = None if self.device.type == "cpu" else torch.Stream(self.device)
         for buffer in self.buffers if self.side else ():
-            buffer.record_stream(self.side)  # freed at the end, the memory may not be used before the last copy is done
+            buffer.record_stream(self.side)  # so that its memory is not reused before the last copy has ended
         for number, block in enumerate(self.blocks):
             call = block._compiled_call_impl or block._call_impl
             block._compiled_call_impl = functools.partial(self.visit, number, call)
 
     def visit(self, number: int, call: Callable, *inputs: Any, **named_inputs: Any) -> Any:
-        """A block's forward with its weights on the device, where they come back to before its backward."""
-        training = torch.is_grad_enabled()  # if not, the next forward begins with the first block
+        """Runs a block with its weights on the device; a hook brings them back for its backward pass."""
+        training = torch.is_grad_enabled()  # otherwise the first block comes after the last
         self.fetch(number, number + 1 if training else (number + 1) % len(self.blocks))
         outputs = call(*inputs, **named_inputs)
         for output in (outputs,) if torch.is_tensor(outputs) else outputs:
-            if output.requires_grad:  # all of the later block's backward has been launched when its gradients come
+            if output.requires_grad:  # when its gradient arrives, the backward pass of the block after it is launched
                 output.register_hook(lambda _gradient: self.fetch(number, number - 1))
         return outputs
 
     def fetch(self, number: int, following: int) -> None:
-        """What is launched after this finds block `number` on the device; the copy of the `following` one begins."""
+        """Kernels launched after this find block `number` on the device; the copy of the `following` one starts."""
         if number not in self.held:
             self.copy(number, 0)
         buffer = self.held.index(number)
@@ -2667,7 +2667,7 @@ class BlockStream:
             self.copy(following, 1 - buffer)
 
     def copy(self, number: int, buffer: int) -> None:
-        """Copies a block into a buffer, as soon as all that was launched before, which may read there, is done."""
+        """Copies a block into a buffer once all kernels launched before, which may read from there, have ended."""
         self.held[buffer], home = number, self.pinned_blocks[number]
         if self.side:
             self.side.wait_stream(torch.accelerator.current_stream(self.device))
@@ -2682,13 +2682,13 @@ def view_bytes(memory: torch.Tensor, offset: int, like: torch.Tensor) -> torch.T
 
 
 def is_streamed(run: Run, number: int) -> bool:
-    """Whether --stream_blocks counts this block in: its share, spread evenly, so that the others give time to copy."""
+    """Whether --stream_blocks includes this block: its share, spread evenly, so that other blocks give time to copy."""
     before, after = (math.floor(round(run.args.stream_blocks * n, 6)) for n in (number, number + 1))
     return after > before
 
 
 def load_transformer(run: Run) -> Flux2Transformer2DModel:
-    """The frozen transformer in the compute dtype: on the CPU by memory map, or where bitsandbytes has quantised it."""
+    """The frozen transformer in the compute dtype: memory-mapped on the CPU, or on the device by bitsandbytes."""
     folder, stored = fetch_part(run, "transformer"), run.model.config("transformer").get("quantization_config")
     options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
     if run.quantization:
@@ -2712,7 +2712,7 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
 
 
 def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
-    """Brings the transformer to the device: whole, all but what streams, or under FSDP this process's part."""
+    """Brings the transformer to the device: all of it, all but streamed blocks, or with FSDP this process's share."""
     if run.sharding:
         shard(run, transformer, blocks_of(transformer))
     elif not transformer.stream.blocks:
@@ -2726,33 +2726,33 @@ def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Tr
 
 
 def checkpointed_share(run: Run) -> float:
-    """--gradient_checkpointing, or all blocks where the accelerate config's FSDP settings or streaming ask for it."""
+    """--gradient_checkpointing, or all blocks if streaming or the FSDP settings of the accelerate config need it."""
     asked = run.sharding and launched_with("FSDP_ACTIVATION_CHECKPOINTING")
     return 1.0 if asked or run.args.stream_blocks else run.args.gradient_checkpointing
 
 
 def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks: float) -> None:
-    """Keeps only the inputs of the first blocks; inside `forward`, so that torch.compile and FSDP go around it."""
+    """Gradient checkpointing of the first blocks, inside `forward`, so that torch.compile and FSDP wrap around it."""
     blocks = blocks_of(transformer)
     for block in blocks[: math.ceil(share_of_blocks * len(blocks))]:
         block.forward = functools.partial(recompute, block.forward)
 
 
-def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # Dynamo breaks at a bare `checkpoint`
+def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # a bare `checkpoint` breaks Dynamo's graph
     if not torch.is_grad_enabled():
         return forward(*inputs, **named_inputs)
     return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **named_inputs)
 
 
-def asked_to_compile(args: Args) -> bool | None:  # None: where it pays
+def asked_to_compile(args: Args) -> bool | None:  # None: only if it pays off
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no") or args.compile_blocks
 
 
 def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes: bool, steps: int) -> int:
-    """torch.compile of each block in place, if asked for or if it pays; how many, which `try_compiled` then tries."""
+    """Sets up torch.compile for each block, if asked for or if it pays off; returns how many. See `try_compiled`."""
     done, stored = (run.resume.state["step"], run.resume.state.get("compiled")) if run.resume else (0, None)
     pays = run.device.type == "cuda" and run.dtype == torch.bfloat16 and steps - done >= 500
-    pays = pays and not (run.args.do_fp8_training and several_sizes)  # which has crashed, see docs/memory.md
+    pays = pays and not (run.args.do_fp8_training and several_sizes)  # that has crashed, see docs/memory.md
     wanted = [choice for choice in (asked_to_compile(run.args), stored, pays) if choice is not None]
     if not wanted[0]:
         return 0
@@ -2765,21 +2765,21 @@ def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes
     elif backend == "inductor" and run.device.type == "cuda" and not importlib.util.find_spec("triton"):
         problem = "torch.compile needs the package triton"
     if problem and run.args.compile_blocks:
-        raise UserError(f"--compile_blocks: {problem}; leave it out")
+        raise UserError(f"--compile_blocks: {problem}; leave the flag out")
     if problem:
-        log.warning(f"compile: {problem}; this run is eager")
+        log.warning(f"compile: {problem}; this run is not compiled")
         return 0
-    log.info("compile: the blocks, before the first step: on an H200 93 s, paid back in 204 steps ([dev]) or 446 (9B)")
-    torch._dynamo.reset()  # graphs of an earlier run in this process
+    log.info("compile: before the first step; on an H200 it takes 93 s and pays off in 204 steps ([dev]) or 446 (9B)")
+    torch._dynamo.reset()  # forget an earlier run in this process
     torch.compiler.set_stance("default")
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what comes after it runs eager in silence
-    for block in blocks_of(transformer):  # diffusers' compile_repeated_blocks goes by class names, which FSDP changes
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of silently running eager from there on
+    for block in blocks_of(transformer):  # not diffusers' compile_repeated_blocks: FSDP changes the class names it uses
         block.compile(backend=backend, dynamic=several_sizes or None, mode=mode or None)
     return len(blocks_of(transformer))
 
 
 def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Parameter]:
-    """Puts the adapter, lora_A from N(0, 1/rank) keyed by its name, lora_B 0; its parameters by name in the file."""
+    """Adds the LoRA: lora_A from N(0, 1/rank), seeded by its name, lora_B 0. Returns its parameters by name."""
     rank, alpha, targets = run.lora.rank, run.lora.alpha, [*run.lora.targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=run.args.lora_dropout, target_modules=targets)
     transformer.add_adapter(config)
@@ -2794,37 +2794,37 @@ def add_lora(run: Run, transformer: Flux2Transformer2DModel) -> dict[str, nn.Par
                 start.normal_(std=1 / rank, generator=make_generator(run.seed, "lora", name))
             new.weight.data.copy_(start)
             getattr(layer, part)["default"], parameters[name] = new, new.weight
-    assert len(parameters) == 2 * len(targets), "the trainable set must be exactly the adapter"
+    assert len(parameters) == 2 * len(targets), "exactly the LoRA must be trainable"
     millions = sum(parameter.numel() for parameter in parameters.values()) / 1e6
     log.info(f"lora: {len(targets)} modules, rank {rank}, alpha {alpha:g}: {millions:.2f} M parameters in fp32")
     return parameters
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """(matrices by the names of our parameters, alpha) of a LoRA of ours, diffusers, PEFT, ai-toolkit or kohya."""
+    """(matrices by our parameter names, alpha) of a LoRA from this script, diffusers, PEFT, ai-toolkit or kohya."""
     try:
         with safe_open(path, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        beside = path.with_name("adapter_config.json")  # where PEFT keeps alpha
+        beside = path.with_name("adapter_config.json")  # where PEFT stores alpha
         if beside.is_file() and any(name.startswith("base_model.") for name in stored):
             header = {f"transformer.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
         if any("dora_scale" in name for name in stored) or header.get("transformer.use_rslora"):
             raise ValueError("it is a DoRA or rank-stabilised")
-        # kohya's alphas are multiplied into its matrices
+        # this multiplies kohya's alphas into the matrices
         converted = diffusers.Flux2Pipeline.lora_state_dict(stored)
         ranks = {matrix.shape[0] for name, matrix in converted.items() if name.endswith(".lora_A.weight")}
         if len(ranks) != 1 or header.get("transformer.alpha_pattern"):
             raise ValueError(f"the ranks of its modules are {sorted(ranks)}, or their alphas differ")
-    except Exception as error:  # what diffusers' converters raise at names that they do not know has no common base
-        raise UserError(f"{path}: not a plain LoRA for FLUX.2 of one rank and alpha ({error}); give another") from error
+    except Exception as error:  # diffusers' converters raise all kinds of errors at unknown names
+        raise UserError(f"{path}: not a plain FLUX.2 LoRA of one rank and alpha ({error}); give another") from error
     alpha = float(header.get("transformer.lora_alpha") or ranks.pop())
     return {name.removeprefix("transformer."): matrix for name, matrix in converted.items()}, alpha
 
 
 @dataclass(frozen=True)
 class LoraShape:
-    """`targets` are the Linear modules with a LoRA; the update of each is alpha / rank times lora_B times lora_A."""
+    """`targets` are the Linear modules with a LoRA; each is updated by alpha / rank times lora_B times lora_A."""
 
     rank: int
     alpha: float
@@ -2832,7 +2832,7 @@ class LoraShape:
 
 
 def find_lora(args: Args, model: ModelFiles) -> LoraShape:
-    """The LoRA that the flags ask for, or the one of --init_lora_from. Raises UserError where these differ."""
+    """The LoRA that the flags ask for, or that of --init_lora_from. Raises UserError if they differ."""
     linears, path = linear_modules(model.config("transformer")), args.init_lora_from
     if not path:
         rank = args.rank or 16
@@ -2844,7 +2844,7 @@ def find_lora(args: Args, model: ModelFiles) -> LoraShape:
     fitting |= {f"{name}.lora_B.weight": (linears[name].out_features, rank) for name in targets}
     found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
     if misfits := sorted(name for name, _ in found.items() ^ fitting.items()):
-        raise UserError(f"{path}: is for another model, its {misfits[0]} does not fit {model.name}")
+        raise UserError(f"{path}: is for another model; its {misfits[0]} does not fit {model.name}")
     layers = tuple(resolve_lora_layers([*linears], args.lora_layers)) if args.lora_layers else None
     given = {"rank": (args.rank, rank), "lora_alpha": (args.lora_alpha, alpha), "lora_layers": (layers, targets)}
     for name, (asked, there) in given.items():
@@ -2855,15 +2855,15 @@ def find_lora(args: Args, model: ModelFiles) -> LoraShape:
 
 
 def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies a LoRA file that fits, as `find_lora` has found, into the adapter."""
+    """Copies a LoRA file into the adapter; `find_lora` has found that it fits."""
     for name, matrix in read_lora(path)[0].items():
         parameters[name].data.copy_(matrix)
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_comfyui: bool = False) -> None:
-    """Writes the LoRA for diffusers, or for ComfyUI and others, which know BFL's names and read no alpha in a header.
+    """Writes the LoRA for diffusers, or for ComfyUI and others, which use BFL's names and ignore alpha in the header.
 
-    The adapter in the header is only what differs from PEFT's defaults: an older PEFT refuses keys it does not know.
+    The header holds only what differs from PEFT's defaults, since an older PEFT refuses keys it does not know.
     """
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
     header, lora = {"format": "pt", **describe_lora(run)}, run.lora
@@ -2872,7 +2872,7 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_c
         tensors = bfl_lora(tensors, lora.alpha / lora.rank)
     else:
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-        # diffusers 0.36 to 0.39 read rank_pattern without asking whether it is there
+        # diffusers 0.36 to 0.39 fail without rank_pattern
         adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "rank_pattern": {}, "target_modules": sorted(lora.targets)}
         header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": adapter[key] for key in adapter})
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
@@ -2880,7 +2880,7 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_c
 
 
 def describe_lora(run: Run) -> dict[str, str]:
-    """What user interfaces show of a LoRA file. No date, so that equal runs give equal files."""
+    """What user interfaces show about a LoRA file. Without a date, so that equal runs give equal files."""
     trigger, size = run.args.instance_prompt or "", run.args.resolution
     facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger}
     facts |= {"implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})"}
@@ -2888,7 +2888,7 @@ def describe_lora(run: Run) -> dict[str, str]:
     return {**facts, "base_model": run.model.public_name, "seed": str(run.seed)}
 
 
-BFL_NAMES = (  # of the modules, by diffusers' names; one after the other
+BFL_NAMES = (  # diffusers' module names and BFL's; applied one after the other
     ("^single_transformer_blocks", "single_blocks"), ("^transformer_blocks", "double_blocks"),
     (r"attn\.to_qkv_mlp_proj$", "linear1"), (r"^(single.*)attn\.to_out$", r"\1linear2"),
     (r"attn\.to_([qkv])$", r"img_attn.qkv.\1"), (r"attn\.add_([qkv])_proj$", r"txt_attn.qkv.\1"),
@@ -2903,11 +2903,11 @@ BFL_NAMES = (  # of the modules, by diffusers' names; one after the other
 
 
 def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A LoRA by the names of our parameters in those of BFL's own model, with `scale` multiplied into lora_B.
+    """The LoRA with the names of BFL's own model, `scale` multiplied into lora_B.
 
-    BFL's q, k and v are one module: their lora_A are stacked, and lora_B is block-diagonal.
+    There q, k and v are one module, so their lora_A are stacked and lora_B is block-diagonal.
     """
-    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}  # a module's q, k, v, or ""
+    modules: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}  # by module, then q, k, v or ""
     for name in sorted(name.removesuffix(".lora_A.weight") for name in matrices if name.endswith(".lora_A.weight")):
         down, up = matrices[f"{name}.lora_A.weight"], matrices[f"{name}.lora_B.weight"] * scale
         if name == "norm_out.linear":  # BFL's order is shift, scale
@@ -3779,7 +3779,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
     if run.args.remote_text_encoder:  # a server that is down shows before the output folder is begun
-        encode_prompts(run, prompts, most=1)
+        encode_prompts(run, prompts, limit=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
         done = f"{run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}"
