@@ -2929,7 +2929,8 @@ def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch
 
 # -------------------------------------------------------------------------------------------------------- Flow matching
 # region shared: flow-matching
-# Flow matching: x_t lies on the line from the image (sigma 0) to noise (sigma 1), and the model learns its direction.
+# Flow matching: x_t lies on the straight line from the image (sigma 0) to noise (sigma 1); the model learns to predict
+# the direction of that line, the velocity. `batch_losses` is all of it, from the data loader's tensors to the loss.
 def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
     """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
     density = args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale
@@ -2937,10 +2938,10 @@ def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
 
 
 def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Moves sigmas towards noise, as large images need: s*t / (1 + (s-1)*t) for a target of so many tokens.
+    """Shifts sigmas towards noise, as larger images need: s*t / (1 + (s-1)*t), with s from the target's `tokens`.
 
-    linear is FLUX.1's mu (0.5 at 256 tokens, 1.15 at 4096), with which FLUX.2 is reported to have been trained;
-    empirical is the mu of the pipelines at --num_inference_steps.
+    `linear` is FLUX.1's mu (0.5 at 256 tokens, 1.15 at 4096), with which FLUX.2 is reported to have been trained;
+    `empirical` is the mu of the pipelines at --num_inference_steps.
     """
     if args.timestep_shift == "linear":
         shift = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
@@ -2972,19 +2973,18 @@ def encode_references(run: Run, training: Training, views: list[list[torch.Tenso
 
 # differs: some samples have references
 def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses (B), sigmas (B)) of one micro-batch from the loader: what is minimised, from the cache to the number.
+    """(losses (B), sigmas (B)) of one micro-batch from the data loader: the quantity that is minimised.
 
-    x_t = (1 - sigma) x_0 + sigma noise, and the velocity wanted is noise - x_0. The loss of a sample is the mean of the
-    squared error over the tokens and channels of its target, not of its references. Everything is fp32 but the
-    transformer.
+    x_t = (1 - sigma) x_0 + sigma noise, and its velocity is noise - x_0. The loss of a sample is the mean squared error
+    over the tokens and channels of its target, not of its references. Everything but the transformer is fp32.
     """
-    # sigma: u is drawn in the loader; the more tokens, the further sigma is shifted towards noise
+    # sigma: u is drawn in the data loader; the more tokens, the further sigma is shifted towards noise
     height, width = (side // training.codec.token_size for side in batch["target"][0])  # in tokens
     sigmas_B = shift_sigmas(run.args, 1.0 - batch["u"], height * width).to(run.device, non_blocking=True)
     tensors = {key: value.to(run.device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
     noise_BLC, prompt_embeds_BLD = tensors["noise"], tensors["prompt_embeds"]
 
-    # x_0: the VAE's latents of the images, from the cache or encoded now, normalised and packed to tokens
+    # x_0: the VAE's latents of the images, cached or encoded now, normalised and packed into tokens
     if "moments" not in tensors:
         tensors["moments"] = encode_pixels(training.vae_on_device(run), tensors["pixels"])
     clean_BLC = tokens_from_moments(training.codec, tensors["moments"], tensors.get("posterior_noise"))
@@ -2992,8 +2992,8 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
     if not run.args.cache_latents:
         training.rest_vae(run.args)
 
-    # x_t, and the velocity there, by the very call of the pipelines' denoising loop: the timestep is rounded to the
-    # compute dtype as there, so that bf16 sees the same grid in training as at inference. The sequence is target,
+    # x_t and the predicted velocity, by the same call as in the pipelines' denoising loop; the timestep is rounded to
+    # the compute dtype as it is there. The sequence is target,
     # reference 1, reference 2, ...; what comes out at the references is of no meaning.
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
@@ -3017,9 +3017,9 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
             return_dict=False,
         )[0][:, : height * width]
 
-    # against what it should be
+    # the squared error against the true velocity
     errors_BLC = (velocity_BLC.float() - (noise_BLC - clean_BLC)).square()
-    if "weights" in tensors:  # of the loss masks
+    if "weights" in tensors:  # loss masks
         errors_BLC = errors_BLC * tensors["weights"][..., None]
     errors_B = errors_BLC.mean(dim=(1, 2))
     weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
@@ -3043,7 +3043,7 @@ def peak_learning_rate(run: Run) -> float:
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the fp32 adapter; the optional packages are imported when they are used."""
+    """AdamW, 8-bit AdamW or Prodigy for the fp32 LoRA; the optional packages are imported only when they are used."""
     options = {"lr": peak_learning_rate(run), "betas": (run.args.adam_beta1, run.args.adam_beta2)}
     options |= {"eps": run.args.adam_epsilon, "weight_decay": run.args.adam_weight_decay}
     if run.args.optimizer == "prodigy":
@@ -3062,18 +3062,18 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Opti
 def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any]:
     """One optimizer step over --gradient_accumulation_steps micro-batches; returns its metrics.
 
-    A loss or gradient that is not finite never reaches the weights: the step is skipped and the samples are named.
-    The host waits for the device once, before the update, for all that it wants to know. So `lora_norm` is the norm of
-    lora_B that gave this loss, and `update_ratio` the size of the last update relative to it.
+    A loss or gradient that is not finite never reaches the weights: the step is skipped and its samples are logged.
+    The host waits for the device only once, before the update. Therefore `lora_norm` is the norm of lora_B that gave
+    this loss, and `update_ratio` is the size of the previous update relative to it.
     """
     started, accumulation = time.perf_counter(), run.args.gradient_accumulation_steps
     parameters, per_sample, weights, names = list(training.parameters.values()), [], [], []
 
-    # the gradient of each stream's mean loss, summed over streams, averaged over micro-batches by accelerate's backward
+    # gradients: of each stream's mean loss, summed over streams; accelerate's backward averages over micro-batches
     for micro in range(accumulation):
         for stream, batch in zip(training.streams, next(batches), strict=True):
             if run.args.lora_dropout > 0:
-                # dropout is a function of (seed, micro-step, process): neither resume nor validation shifts it
+                # dropout depends on (seed, micro-step, process) alone, whatever resume or validation did before
                 key = (training.step * accumulation + micro, len(per_sample) * run.processes + run.process_index)
                 torch.manual_seed(make_generator(run.seed, "dropout", *key).initial_seed())
             losses_B, sigmas_B = batch_losses(run, training, batch)
@@ -3082,7 +3082,7 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
             weights += [stream.weight] * len(sigmas_B)
             names += batch["name"]
 
-    # averaged over processes, each of which learns (loss, sigma) of every sample, and whether one got a signal
+    # average over processes; each process gets (loss, sigma) of all samples and learns whether one got a signal
     samples_N3 = F.pad(torch.cat(per_sample), (0, 1), value=training.stop.received or 0)
     samples_N3 = average_over_processes(run, parameters, samples_N3)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
@@ -3091,7 +3091,7 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
     losses, sigmas, signals = numbers[0::3], numbers[1::3], numbers[2::3]
     training.signal = int(max(signals))
 
-    # what is minimised: the weighted mean over the global batch
+    # the loss that is minimised: the weighted mean over the global batch
     loss = sum(losses) / samples_per_step(run)
     values = {"step": training.step + 1, "loss": loss, "grad_norm": grad_norm, "lr": training.schedule.get_last_lr()[0]}
     values |= {"lora_norm": lora_norm, "update_ratio": last_update / lora_norm if lora_norm else 0.0}
@@ -3103,7 +3103,7 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
         training.update_norm = torch.stack(torch._foreach_norm(torch._foreach_sub(training.lora_B, before))).norm()
         training.skipped = 0
     else:
-        training.optimizer._opt_called = True  # torch warns of a schedule that moves before the optimizer; here it may
+        training.optimizer._opt_called = True  # stops PyTorch's warning about a schedule that is ahead of the optimizer
         training.skipped += 1
         name_bad_samples(run, training.step + 1, names, losses, sigmas)
     training.optimizer.zero_grad(set_to_none=True)
@@ -3116,7 +3116,7 @@ def train_step(run: Run, training: Training, batches: Iterator) -> dict[str, Any
 def average_over_processes(run: Run, parameters: list[nn.Parameter], per_sample: torch.Tensor) -> torch.Tensor:
     """Averages the LoRA's gradients, and returns `per_sample` (N, K) of all processes, in one all-reduce.
 
-    The LoRA is whole and the same everywhere, so nothing else has to be synchronised, under FSDP neither.
+    All processes hold the same whole LoRA, so nothing else has to be synchronised, even with FSDP.
     """
     if run.processes == 1:
         return per_sample
@@ -3133,18 +3133,18 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], per_sample:
 
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
-    """Logs a skipped step with this process's samples whose loss is not finite, or all if only the gradient is not."""
+    """Logs a skipped step and the samples of this process whose loss is not finite, or all of them."""
     own = slice(run.process_index * len(names), (run.process_index + 1) * len(names))
-    told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
-    bad = [name for name, loss in zip(told, losses[own], strict=True) if not math.isfinite(loss)]
-    bad = bad or told * all(map(math.isfinite, losses))
+    described = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
+    bad = [text for text, loss in zip(described, losses[own], strict=True) if not math.isfinite(loss)]
+    bad = bad or described * all(map(math.isfinite, losses))
     where = f" (process {run.process_index})" * (run.processes > 1)
     if bad or run.is_main:
-        log.error(f"step {step}: not finite, the weights stay as they are; samples{where}: {', '.join(bad) or 'none'}")
+        log.error(f"step {step}: not finite, the weights are not changed; samples{where}: {', '.join(bad) or 'none'}")
 
 
 def loss_by_sigma(losses: list[float], sigmas: list[float], weights: list[float]) -> dict[str, float]:
-    """Mean loss, without its weight, of the samples in each tenth of sigma: `loss_sigma_0.3` is 0.3 to 0.4."""
+    """Mean unweighted loss of the samples in each tenth of sigma: `loss_sigma_0.3` is from 0.3 to 0.4."""
     tenths: dict[int, list[float]] = {}
     for loss, sigma, weight in zip(losses, sigmas, weights, strict=True):
         if weight:
@@ -3157,9 +3157,9 @@ def loss_by_sigma(losses: list[float], sigmas: list[float], weights: list[float]
 
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 # region shared: checkpoints
-# A checkpoint is a folder of safetensors and JSON that has its name only when it is whole: written as .tmp-*, flushed,
-# renamed, read back against its manifest; only then older ones go. It holds what the optimizer's state_dict holds, for
-# any number of processes. Rejected: torch.distributed.checkpoint and accelerate's save_state, which pickle.
+# A checkpoint is a folder of safetensors and JSON that gets its name only when it is complete: it is written as .tmp-*,
+# flushed to disk, renamed, and verified against its manifest; only then older ones are deleted. It does not depend on
+# the number of processes. Rejected: torch.distributed.checkpoint and accelerate's save_state, which pickle.
 CHECKPOINT_FORMAT = 2
 
 
@@ -3175,7 +3175,7 @@ def file_stamp(path: Path) -> list[int | str]:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None when every file has the size and hash of the manifest."""
+    """What is wrong with a checkpoint, or None if every file has the size and hash in the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, stamp in {"state.json": None, **manifest}.items():
@@ -3196,7 +3196,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:  # oldest first
 
 
 def find_checkpoint(args: Args) -> Checkpoint | None:
-    """The checkpoint to resume from, verified; `latest` skips damaged ones with a warning and may find none."""
+    """The checkpoint to resume from, verified; `latest` skips damaged ones with a warning, and may find none."""
     target, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     if not target:
         return None
@@ -3205,21 +3205,21 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
         if (problem := verify_checkpoint(folder)) is None:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state.get("format") != CHECKPOINT_FORMAT:
-                raise UserError(f"{folder}: is of another script's format; start anew with --init_lora_from its LoRA")
+                raise UserError(f"{folder}: has an unknown format; start a new run with --init_lora_from its LoRA")
             return Checkpoint(folder, state)
         if target != "latest":
-            raise UserError(f"--resume_from_checkpoint {folder}: {problem}; take an older one or 'latest'")
+            raise UserError(f"--resume_from_checkpoint {folder}: {problem}; use an older one or 'latest'")
         log.warning(f"checkpoint: {folder} is skipped: {problem}")
     if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
-        raise UserError(f"there is no intact checkpoint in {output_dir}; --overwrite_output_dir starts anew")
+        raise UserError(f"there is no intact checkpoint in {output_dir}; --overwrite_output_dir starts over")
     log.info(f"checkpoint: none in {output_dir}, the run starts from step 0")
     return None
 
 
 def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run; class images are known later than the rest.
+    """What must not change for a resumed run to be the same run; class images are added later than the rest.
 
-    Values are the resolved ones: a default that is written out, or spelled otherwise, is the same run.
+    Values are resolved: a default that is written out, or written in another way, makes no difference.
     """
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
     result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {"seed": run.seed, "dtype": str(run.dtype)}
@@ -3236,38 +3236,38 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
     for stream in streams:
         result[f"{stream.name} captions"] = sorted({text for sample in stream.samples for text in sample.captions})[:5]
         result[f"{stream.name} data"] = digest(*(sample.content for sample in stream.samples))
-    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):  # these bend towards the end
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others depend on the number of steps
         result[f"steps of the {run.args.lr_scheduler} schedule"] = total_steps(run, len(streams[0].samples))
     return result
 
 
 def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
-    """Raises UserError naming every setting that differs from the checkpoint's, and the way to change it."""
+    """Raises UserError that lists every setting that differs from the checkpoint's, and how to use it anyway."""
     then, lines = checkpoint.state["fingerprint"], ""
     changed = [key for key in now if then.get(key) != now[key]]
     for key in changed:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
-        lines += f"\n    {key}: " + ("not what it was" if is_hash else f"was {then.get(key)}, is {now[key]}")
+        lines += f"\n    {key}: " + ("has changed" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += "\n  Or begin a new run from this LoRA: in place of --resume_from_checkpoint say\n    "
+        lines += "\n  Or start a new run from this LoRA: replace --resume_from_checkpoint with\n    "
         lines += shlex.join(new)
     if changed:
-        raise UserError(f"{checkpoint.folder}: not the same run. Set back, or start anew:{lines}")
+        raise UserError(f"{checkpoint.folder}: is of a run with other settings. Restore these:{lines}")
 
 
 def save_checkpoint(run: Run, training: Training) -> Path:
-    """Writes checkpoint-N under a temporary name, renames it, verifies it; only then older ones may go."""
+    """Writes checkpoint-N under a temporary name, renames and verifies it, and only then deletes older ones."""
     if bad := [name for name, parameter in training.parameters.items() if not parameter.isfinite().all()]:
-        raise NotFinite(f"step {training.step}: {bad[0]} is not finite, so it is not saved; what was saved stays")
+        raise NotFinite(f"step {training.step}: {bad[0]} is not finite and not saved; earlier checkpoints are kept")
     final = run.output_dir / f"checkpoint-{training.step}"
     if verify_checkpoint(final) is None:
-        return final  # a finished run was resumed: this is what it goes on from
+        return final  # a finished run was resumed, from this one
     tensors, scalars = {f"lora/{name}": parameter for name, parameter in training.parameters.items()}, {}
     for name, parameter in training.parameters.items():
         for key, value in training.optimizer.state[parameter].items():
             (tensors if torch.is_tensor(value) else scalars)[f"{name}/{key}"] = value
-    # cloned, since bitsandbytes' quantisation maps are shared by all parameters, which safetensors refuses
+    # cloned, since all parameters share bitsandbytes' quantisation maps, which safetensors refuses
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     groups = [{k: value for k, value in group.items() if k != "params"} for group in training.optimizer.param_groups]
     schedule = {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"}
@@ -3287,7 +3287,7 @@ def save_checkpoint(run: Run, training: Training) -> Path:
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
-        if final.exists():  # a damaged one, which was skipped
+        if final.exists():  # a damaged one that was skipped
             shutil.rmtree(final)
         temporary.rename(final)
     flush_to_disk(run.output_dir)
@@ -3300,7 +3300,7 @@ def save_checkpoint(run: Run, training: Training) -> Path:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder, as far as there is one: not of folders on Windows, not on some network drives."""
+    """fsync of a file or folder, where there is one: not on Windows, and not on some network drives."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -3314,14 +3314,14 @@ def flush_to_disk(path: Path) -> None:
 
 
 def rewind(run: Run) -> None:
-    """Takes the folder back to where a run goes on: `latest` must not find newer checkpoints, nor metrics twice."""
+    """Takes the output folder back to the step a run continues from: no newer checkpoints, no metrics twice."""
     step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
     for folder in reversed(list_checkpoints(run.output_dir)):
         if run.resume and step_of(folder) > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            log.warning(f"checkpoint: {folder.name} is newer than where the run goes on: it is now {aside}")
+            log.warning(f"checkpoint: {folder.name} is newer than the one resumed from: it is now {aside}")
     if path.is_file():
         for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -3330,7 +3330,7 @@ def rewind(run: Run) -> None:
 
 
 def restore(run: Run, training: Training) -> None:
-    """Brings weights, optimizer and schedule to the point of the run's checkpoint."""
+    """Loads weights, optimizer and schedule from the run's checkpoint."""
     tensors, stored = load_file(run.resume.folder / "training_state.safetensors"), run.resume.state
     for name, parameter in training.parameters.items():
         parameter.data.copy_(tensors.pop(f"lora/{name}"))
@@ -3350,13 +3350,13 @@ def restore(run: Run, training: Training) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ Images while training
-# The pipeline of diffusers around the transformer that is being trained: what you see is what its users get. An image
-# costs --num_inference_steps forward passes; the processes share the images out. Seeds are fixed, so that images differ
-# by training alone, and no random number of training moves. Images are not worth a run: a failure is a warning, except
-# under sharding, where the other processes wait for this one's part of the weights.
+# The pipeline of diffusers around the transformer in training, so that you see what users of the LoRA will get. One
+# image costs --num_inference_steps forward passes; processes share the images. Seeds are fixed, so images differ only
+# by training, and training itself is not affected. If images fail, the run goes on with a warning, except with
+# sharding, where the other processes wait for this one's part of the weights.
 # region shared: validation
 def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
-    """The installed pipeline around models that are on the device, without encoder; they stay as they are."""
+    """The installed pipeline around models that are on the device, without text encoder; it changes neither."""
     distilled = bool(run.model.index.get("is_distilled"))
     klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
@@ -3370,8 +3370,8 @@ def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> 
 def generate(
     run: Run, codec: LatentCodec, pipeline: Any, prompt: str, seeds: list[tuple], size: Size, **inputs: Any
 ) -> list[PIL.Image.Image]:
-    """Images of one prompt, one per seed, with the pipeline's own denoising loop; decoded by our VAE in fp32."""
-    prompts, dtype = open_prompts(run), pipeline.transformer.x_embedder.weight.dtype  # class images may have their own
+    """Images of one prompt, one per seed, by the pipeline's own denoising loop; decoded by the VAE in fp32."""
+    prompts, dtype = open_prompts(run), pipeline.transformer.x_embedder.weight.dtype  # which class images may choose
     options = {"height": size[0], "width": size[1], "num_inference_steps": run.args.num_inference_steps, **inputs}
     options |= {"guidance_scale": run.args.validation_guidance_scale, "output_type": "latent", "return_dict": False}
     if run.family.pipeline == "Flux2KleinPipeline":  # real guidance, against the empty prompt
@@ -3379,7 +3379,7 @@ def generate(
     prompt_embeds = torch.stack([prompts.get(prompt)] * len(seeds)).to(run.device, dtype)
     generators = [make_generator(run.seed, *seed) for seed in seeds]
     tokens_BLC = pipeline(prompt_embeds=prompt_embeds, generator=generators, **options)[0]
-    if tokens_BLC.dim() == 4:  # Flux2KleinPipeline hands out the VAE's latents (B, C, H, W) instead
+    if tokens_BLC.dim() == 4:  # Flux2KleinPipeline returns the VAE's latents (B, C, H, W) instead
         tokens_BLC = tokens_from_moments(codec, tokens_BLC.float()[:, None].expand(-1, 2, -1, -1, -1))
     return decode_tokens(codec, pipeline.vae, tokens_BLC, *(side // run.token_size for side in size))
 
@@ -3407,7 +3407,7 @@ def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
 
 # region shared: sheets
 def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
-    """Draws --num_validation_images of each prompt into `folder`, by all processes, in lock-step where they shard."""
+    """Generates --num_validation_images of each prompt in `folder`, by all processes, in lockstep if they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
     with shared_out(run, everything, lockstep=run.sharding) as todo:
         pipeline = make_pipeline(run, training.transformer, training.vae_on_device(run))
@@ -3421,7 +3421,7 @@ def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path)
 
 
 def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
-    """Writes a PNG that is there whole or not at all: in lock-step two processes may draw the same one."""
+    """Writes a PNG, completely or not at all: in lockstep two processes may write the same one."""
     buffer, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
     for name, text in facts.items():
         info.add_text(name, text)
@@ -3430,7 +3430,7 @@ def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
 
 
 def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) -> None:
-    """A contact sheet: a row per prompt, with its references and the first image that each folder has of it."""
+    """A contact sheet with a row per prompt: its references, and the first image of it in each folder."""
     given = [validation_inputs(run, row)[1].get("image", []) for row in range(len(prompts))]
     titles = [f"reference {number + 1}" for number in range(max(map(len, given)))]
     cells = {(x, y): image for y, images in enumerate(given) for x, image in enumerate(images)}
@@ -3447,13 +3447,13 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
     for (x, y), image in cells.items():
         sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
-    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the one below the cell
+    if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the previous one below the cell
         builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.said_once)
         run.said_once.add("contact sheet")
 
 
 def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> None:
-    """The first image of each prompt, to a tracker that takes images; TensorBoard and wandb get the prompt with it."""
+    """Sends the first image of each prompt to a tracker that takes images, to TensorBoard and wandb with the prompt."""
     for row, prompt in enumerate(prompts):
         name, image = f"validation/{row}", np.asarray(PIL.Image.open(folder / f"prompt-{row}_image-0.png"))
         if tracker.name == "wandb":
@@ -3469,9 +3469,9 @@ def send_images(prompts: list[str], folder: Path, step: int, tracker: Any) -> No
 
 @torch.no_grad()
 def validation_loss(run: Run, training: Training) -> dict[str, float]:
-    """Mean loss on the held-out samples, or else on four that are trained on, at fixed noise and sigmas; by sigma too.
+    """Mean loss, also by sigma, on the held-out samples or else on four training samples, at fixed noise and sigmas.
 
-    The sigmas are spread evenly over the densities' range, so that values of different steps can be compared.
+    u is spread evenly over [0, 1], so that the values of different steps can be compared.
     """
     samples = training.held_out or training.samples[:4]
     fixed, visits = TrainingSet(run, training.codec, samples, "validation"), max(8, 4 * len(samples))
@@ -3485,9 +3485,9 @@ def validation_loss(run: Run, training: Training) -> dict[str, float]:
 
 
 def validate(run: Run, training: Training) -> dict[str, float]:
-    """Images, contact sheet and validation loss at the present step, in eval mode; training is not touched by it.
+    """Images, contact sheet and validation loss at the current step, in eval mode; training is not affected.
 
-    A new low on held-out samples is kept in best/, as a LoRA; the base model's loss at step 0 is the first to beat.
+    At a new low on held-out samples the LoRA is saved to best/; the first value to beat is that of step 0.
     """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
@@ -3501,7 +3501,7 @@ def validate(run: Run, training: Training) -> dict[str, float]:
                 track(run, functools.partial(send_images, prompts, folder, training.step))
         values = validation_loss(run, training)
         lowest = training.best[0] if training.best else math.inf
-        if training.held_out and values["validation_loss"] < lowest:  # which is never so of a nan
+        if training.held_out and values["validation_loss"] < lowest:  # never true for nan
             training.best = values["validation_loss"], training.step
             if run.is_main and training.step:
                 save_lora(run, training.parameters, run.output_dir / "best")
@@ -3511,7 +3511,7 @@ def validate(run: Run, training: Training) -> dict[str, float]:
         log.error(f"validation: failed at step {training.step} ({type(error).__name__}: {error}); training goes on")
     training.transformer.train()
     training.rest_vae(run.args)
-    release_memory()  # training has the memory that it had before
+    release_memory()  # training needs the memory again
     return values
 
 
@@ -3522,16 +3522,16 @@ def validate(run: Run, training: Training) -> dict[str, float]:
 def make_streams(
     run: Run, codec: LatentCodec, samples: list[Sample], held_out: list[Sample]
 ) -> tuple[list[Stream], list[Image]]:
-    """What is learned, and all the images to encode: targets and references."""
+    """The stream of samples, and all images to encode: targets and references."""
     return [Stream("instance", samples)], [image for sample in samples + held_out for image in sample.images]
 
 
 # -------------------------------------------------------------------------------------------------------------- Results
-# What a run leaves: its settings, numbers and trackers on the way; then the LoRA, images drawn from the saved file, a
-# card whose snippet runs, and the upload. The LoRA is on disk first; what fails after that is a warning.
+# What a run leaves behind: settings, metrics and trackers on the way; then the LoRA, images generated from the saved
+# file, a model card whose snippets run, and the upload. The LoRA is saved first; what fails later is only a warning.
 # differs: the text-to-image script has no image to give
 def card_inputs(run: Run) -> tuple[str, str]:
-    """(import lines, arguments) of the card's snippet that are this script's."""
+    """(import lines, arguments) of the card's snippets that only this script has."""
     height, width = parse_sizes(run.args.validation_size)[0] if run.args.validation_size else choose_buckets(run)[0]
     image = 'image=[load_image("reference.png")]'
     if run.args.align_cond_image:  # trained at one size with its image
@@ -3541,7 +3541,7 @@ def card_inputs(run: Run) -> tuple[str, str]:
 
 # region shared: results
 def write_config(run: Run, basenames: bool = False) -> str:
-    """The resolved flags, one a line, no secrets; with `basenames`, to leave the machine, paths lose their folders."""
+    """The resolved flags, one per line, without secrets; with `basenames`, for uploads, paths lose their folders."""
     precision, lines = "bf16" if run.dtype == torch.bfloat16 else "no", [CONFIG_HEAD]
     left_out = (*SECRET_FLAGS, *ACCEPTED_NO_EFFECT, "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
     for name, value in {**vars(run.args), "seed": run.seed, "mixed_precision": precision}.items():
@@ -3559,7 +3559,7 @@ def write_config(run: Run, basenames: bool = False) -> str:
 
 
 def without_folders(path: str) -> str:
-    """The last part of a path, or of each of several with commas; a hub id stays whole."""
+    """The last part of a path, or of each of several separated by commas; a hub id is kept."""
     if "," in path and not os.path.exists(path):
         return ",".join(Path(part).name for part in path.split(","))
     return Path(path).name if os.path.exists(path) or path[:1] in "/.~" else path
@@ -3568,11 +3568,11 @@ def without_folders(path: str) -> str:
 def warn_once(run: Run, subject: str, problem: Any) -> None:
     if subject not in run.said_once:
         run.said_once.add(subject)
-        log.warning(f"{subject}: {problem}; the run goes on, and this is said once")
+        log.warning(f"{subject}: {problem}; the run goes on (further failures are not logged)")
 
 
 def track(run: Run, send: Callable) -> None:
-    """Calls `send` with each tracker; what one of them raises stops neither the run nor the others."""
+    """Calls `send` with each tracker; an error in one stops neither the run nor the others."""
     for tracker in run.accelerator.trackers:
         try:
             send(tracker)
@@ -3581,7 +3581,7 @@ def track(run: Run, send: Callable) -> None:
 
 
 def write_metrics(run: Run, values: dict[str, Any]) -> None:
-    """Adds a step to metrics.jsonl and to the trackers; a failure is a warning."""
+    """Adds a step to metrics.jsonl and the trackers; a failure is only a warning."""
     try:
         if run.is_main:
             with (run.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
@@ -3592,7 +3592,7 @@ def write_metrics(run: Run, values: dict[str, Any]) -> None:
 
 
 def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
-    """Images from the saved file, read back into the resident adapter: (prompt, path) of each for the card."""
+    """Generates images with the LoRA as saved, read back from its file; (prompt, path) of each, for the card."""
     prompts, final = final_prompts(run.args), run.output_dir / "samples" / "final"
     if run.args.skip_final_inference or not prompts or run.args.num_validation_images == 0:
         return []
@@ -3612,7 +3612,7 @@ def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
 
 
 def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
-    """README.md of the result: YAML head, gallery of (prompt, path), how to get and use it, what was trained."""
+    """Writes the model card, README.md: YAML head, gallery of (prompt, path), how to use the LoRA, and its training."""
     base, trigger, data = run.model.public_name, run.args.instance_prompt, run.args.dataset_name
     adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
     adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
@@ -3660,9 +3660,9 @@ A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the se
 
 
 def card_snippets(run: Run) -> str:
-    """Two ways to draw with the LoRA: in five lines, and with a model that is larger than the GPU.
+    """Two ways to use the LoRA: in a few lines, and with a model that is larger than the GPU.
 
-    The second encodes the text first, so that the encoder, of [dev] 48 GB, is gone before the transformer comes.
+    The second frees the text encoder, 48 GB for [dev], before it loads the transformer.
     """
     base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
     pipeline, encoder, (imports, inputs) = run.family.pipeline, run.family.text_encoder, card_inputs(run)
@@ -3696,7 +3696,7 @@ from transformers import {encoder}
 base, dtype = {base!r}, {run.dtype}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-# the text first: the encoder spreads over GPU and CPU if it must, and is gone before the transformer comes
+# first the text: the encoder is spread over GPU and CPU if necessary, and freed before the transformer is loaded
 encoder = {encoder}.from_pretrained(base, subfolder="text_encoder", dtype=dtype, device_map="auto")
 encode = {pipeline}.from_pretrained(base, text_encoder=encoder, transformer=None, vae=None).encode_prompt
 with torch.no_grad():
@@ -3715,8 +3715,8 @@ pipeline(**text, {inputs}, {steps}).images[0].save("image.png")
 
 
 def card_quantization(run: Run) -> str:
-    """Lines of the card's snippet for the base as it was trained on; a stored format needs none."""
-    if run.args.do_fp8_training:  # the weights alone: products are in the compute dtype there
+    """Lines of the card's snippet that quantise the base as in training; a checkpoint stored quantised needs none."""
+    if run.args.do_fp8_training:  # only the weights: there, products are computed in the compute dtype
         name, more = "TorchAoConfig", "from torchao.quantization import Float8WeightOnlyConfig\n"
         options = f"Float8WeightOnlyConfig(), modules_to_not_convert={outside_blocks(run.model)}"
     elif run.args.bnb_quantization_config_path:
@@ -3730,25 +3730,25 @@ def card_quantization(run: Run) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped; line breaks and the joiners of scripts that need them stay."""
+    """`text` with control characters escaped, except line breaks and the joiners that some scripts need."""
     kept = "\n\xa0\u200d\u3000"
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
-def escape_markdown(text: str) -> str:  # it cannot end a table cell, a line or a block
+def escape_markdown(text: str) -> str:  # so that it cannot end a table cell, a line or a block
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(printable(text).split()))
 
 
-HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again, a few times
+HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again
 
 
-def open_hub(args: Args) -> huggingface_hub.HfApi:  # by itself it would be waited for without an end
+def open_hub(args: Args) -> huggingface_hub.HfApi:  # with a time limit, which it does not have by itself
     huggingface_hub.get_session().timeout = HUB_SILENCE
     return huggingface_hub.HfApi(token=args.hub_token)
 
 
 def push(run: Run) -> None:
-    """Uploads settings, weights, card and images, no checkpoints or caches; a failure is a warning."""
+    """Uploads weights, card, images and settings, no checkpoints or caches; a failure is only a warning."""
     hub, wanted = open_hub(run.args), [LORA_FILE, COMFYUI_FILE, "README.md", "samples/*.png"]
     target = {"repo_id": run.hub_repo, "commit_message": "FLUX.2 LoRA"}
     try:
@@ -3756,34 +3756,34 @@ def push(run: Run) -> None:
         settings = write_config(run, basenames=True).encode()
         hub.upload_file(path_or_fileobj=settings, path_in_repo="config.args", **target)
         log.info(f"hub: uploaded: {url}")
-    except Exception as error:  # the network has no common base of errors, and the result must survive them all
+    except Exception as error:  # network errors have no common base
         included = [word for name in wanted for word in ("--include", name)]
         line = shlex.join(["hf", "upload", run.hub_repo, str(run.output_dir), *included])
         reason = f"{type(error).__name__}: {error}"
-        log.warning(f"hub: the upload failed ({reason}). The result is on disk; upload it with\n    {line}")
+        log.warning(f"hub: the upload failed ({reason}). The results are on disk; upload them with\n    {line}")
 
 
 # endregion shared: results
 
 
 # ----------------------------------------------------------------------------------------------------------------- Main
-# A run from its plan to its last line. A checkpoint that does not fit the disk on the way is tried again; when training
-# breaks off, the last whole step is saved; the last save must succeed. Nothing is tried again after a lack of memory:
-# a smaller batch is another run.
+# A run from its plan to its last line. If a checkpoint cannot be written, training goes on and tries again; if training
+# fails, the last complete step is saved; only the final save must succeed. Nothing is retried when memory runs out:
+# with a smaller batch it would be another run.
 # region shared: training
 def check_plan(run: Run, samples: list[Sample]) -> None:
-    """The last checks before anything heavy: resume, disk space, steps; with --dry_run this is the plan."""
+    """The last checks before anything heavy: resume, disk space, steps; all that --dry_run prints."""
     if run.resume:
         check_resume(run.resume, fingerprint(run, [Stream("instance", samples)]))
     prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
-    if run.args.remote_text_encoder:  # a server that is down shows before the output folder is begun
+    if run.args.remote_text_encoder:  # so that a server that is down is noticed at once
         encode_prompts(run, prompts, limit=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
     if run.resume and run.resume.state["step"] >= steps:
         done = f"{run.resume.folder.name} is already at step {run.resume.state['step']} of {steps}"
-        log.warning(f"plan: {done}, nothing is left to train; raise --max_train_steps")
+        log.warning(f"plan: {done}, there is nothing left to train; raise --max_train_steps")
     if run.args.lr_scheduler != "constant" and warm_up >= steps:
         share = f"the learning rate ends at {steps / warm_up:.0%} of its peak"
         log.warning(f"plan: --lr_warmup_steps {warm_up} in {steps} steps: {share}")
@@ -3791,11 +3791,11 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 
 
 def begin_output(run: Run) -> Run:
-    """Makes the repository, writes the settings, which make the rest ours, and starts the trackers with them.
+    """Creates the repository, writes the settings, starts the trackers. Returns the run with its repository.
 
-    What a killed run left goes, with --overwrite_output_dir all of an earlier one. Returns the run with its repository.
+    Removes what a killed run left half-written, and with --overwrite_output_dir everything of an earlier run.
     """
-    if run.is_main and run.args.push_to_hub:  # now, so that a missing permission shows before training
+    if run.is_main and run.args.push_to_hub:  # before training, so that a missing permission is noticed now
         name = run.args.hub_model_id or run.output_dir.absolute().name
         try:
             repo = open_hub(run.args).create_repo(name, private=run.args.hub_private, exist_ok=True)
@@ -3820,16 +3820,16 @@ def begin_output(run: Run) -> Run:
     try:
         run.accelerator.init_trackers("flux2-lora", {**settings, "seed": run.seed}, options)
     except Exception as error:  # whatever a tracker raises
-        raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in, or leave it out") from error
+        raise UserError(f"--report_to {run.args.report_to}: cannot start ({error}); log in or leave it out") from error
     if plain := [tracker.name for tracker in run.accelerator.trackers if not hasattr(tracker, "log_images")]:
-        log.info(f"trackers: {', '.join(plain)} get the numbers only; the images are in {run.output_dir / 'samples'}")
+        log.info(f"trackers: {', '.join(plain)} only get numbers; images are in {run.output_dir / 'samples'}")
     run.accelerator.wait_for_everyone()
     return run
 
 
 def check_agreement(run: Run, now: dict[str, Any]) -> None:
-    """Raises UserError unless all processes see the same: machines without a shared drive would go apart in silence."""
-    own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # which may differ, as --local_rank does
+    """Raises UserError unless all processes see the same; machines without a shared drive could silently differ."""
+    own = (*PATH_FLAGS, *SECRET_FLAGS, *ACCEPTED_NO_EFFECT)  # these may differ, such as --local_rank
     flags = {name: value for name, value in vars(run.args).items() if name not in own}
     seen = digest(json.dumps([now, flags]), run.resume.state["step"] if run.resume else 0)
     numbers = gather(torch.tensor([int(seen[:15], 16)], device=run.device)).tolist()
@@ -3841,7 +3841,7 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
 def prepare_training(
     run: Run, codec: LatentCodec, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
 ) -> Training:
-    """Adapter, optimizer and schedule: fresh, from --init_lora_from, or from the checkpoint."""
+    """Loads the transformer; makes LoRA, optimizer and schedule: new, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:
         check_resume(run.resume, now)
@@ -3855,7 +3855,7 @@ def prepare_training(
     compiled = compile_blocks(run, transformer, len(geometries) > 1, steps)
     place_transformer(run, transformer)
     optimizer = make_optimizer(run, list(parameters.values()))
-    schedule = get_scheduler(  # in optimizer steps; stepped by us, never prepared by accelerate
+    schedule = get_scheduler(  # counts optimizer steps; not prepared by accelerate
         run.args.lr_scheduler, optimizer, num_warmup_steps=run.args.lr_warmup_steps, num_training_steps=steps,
         num_cycles=run.args.lr_num_cycles, power=run.args.lr_power,
     )  # fmt: skip
@@ -3868,14 +3868,14 @@ def prepare_training(
 
 
 def start_worker(_worker: int) -> None:
-    """Workers log as we do, and outlive a signal to the process group: the main process answers it and ends them."""
+    """Sets up a worker's logging, and lets it ignore signals to the process group, which the main process handles."""
     set_up_logging()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
-    """Endless micro-batches from the present step on, each a tuple with one batch per stream."""
+    """Endless micro-batches from the current step on, each a tuple with one batch per stream."""
     loaders, first = [], training.step * run.args.gradient_accumulation_steps
     for stream in training.streams:
         geometries, place = [sample.geometry for sample in stream.samples], (run.process_index, run.processes)
@@ -3888,7 +3888,7 @@ def make_loaders(run: Run, training: Training) -> Iterator[tuple[dict, ...]]:
 
 
 def announce_training(run: Run, training: Training, steps: int) -> None:
-    """Prints the numbers of the run as equations, before the first step."""
+    """Logs the numbers of the run as equations, before the first step."""
     rounds, per_step = epoch_rounds(run.args), samples_per_step(run)
     epoch, groups = rounds * len(training.samples), Counter(Counter(training.samples).values())
     images = " + ".join(f"{count} images x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
@@ -3899,22 +3899,22 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
     rate = f"{run.args.optimizer}, learning rate {peak_learning_rate(run):g} {run.args.lr_scheduler}"
     log.info(f"train: {rate}, seed {run.seed}, base in {run.base_format} on {run.device}")
     if count := run.args.dataloader_num_workers * len(training.streams):
-        log.info(f"train: {count} worker processes start, which prepare batches")
+        log.info(f"train: starting {count} worker processes that prepare batches")
     if pinned_blocks := training.transformer.stream.pinned_blocks:
         pinned = sum(home.nbytes for home in pinned_blocks) / 1e9
         log.info(f"train: {len(pinned_blocks)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
     if run.sharding and run.quantization:
-        log.info("train: bitsandbytes' weights are not split: each device holds them whole; --do_fp8_training is split")
+        log.info("train: bitsandbytes' weights are not split, each device holds all; --do_fp8_training would be split")
     elif run.sharding:
         log.info(f"train: the frozen blocks are split over {run.processes} processes (FSDP2)")
     if steps < 100 and not run.args.max_train_steps:
-        log.warning(f"train: only {steps} steps, a LoRA needs some hundred: see --max_train_steps, --num_train_epochs")
+        log.warning(f"train: only {steps} steps; a LoRA needs hundreds: see --max_train_steps, --num_train_epochs")
 
 
 def peak_memory(run: Run) -> dict[str, float]:
-    """Peak memory so far in GB: of the device, or of this process on CPU where the system tells."""
+    """Peak memory so far in GB: of the device, or of this process on the CPU if the system says."""
     if run.device.type != "cpu":
-        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):  # not every backend counts
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):  # not all backends count it
             return {"peak_device_gb": torch.accelerator.max_memory_allocated(run.device) / 1e9}
     with contextlib.suppress(ImportError):
         import resource  # POSIX only
@@ -3925,7 +3925,7 @@ def peak_memory(run: Run) -> dict[str, float]:
 
 
 def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> None:
-    """Compiles each kind of block by a backward pass without a trace; if that fails, UserError or an eager run."""
+    """Compiles each kind of block with a forward and backward pass; if that fails, UserError or an eager run."""
     started, problem = time.perf_counter(), ""
     try:
         for batch in batches:
@@ -3935,18 +3935,18 @@ def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> Non
     except Exception as error:  # Dynamo, Inductor, Triton and the C compiler have no common base
         problem = " ".join(f"{type(error).__name__}: {error}".split()).partition(" Set TORCHDYNAMO")[0][:200]
     training.optimizer.zero_grad(set_to_none=True)
-    if not gather(torch.tensor([bool(problem)], device=run.device)).any():  # all processes do the same
-        log.info(f"compile: {training.compiled} blocks run compiled, after {time.perf_counter() - started:.0f} s")
+    if not gather(torch.tensor([bool(problem)], device=run.device)).any():  # all processes must do the same
+        log.info(f"compile: {training.compiled} blocks are compiled, after {time.perf_counter() - started:.0f} s")
         return
     if asked_to_compile(run.args):
         raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
     training.compiled = 0
     torch.compiler.set_stance("force_eager")
-    log.warning(f"compile: the trial failed ({problem}); this run is eager, also when it is resumed")
+    log.warning(f"compile: the trial failed ({problem}); this run is not compiled, nor is it when resumed")
 
 
 def train(run: Run, training: Training) -> None:
-    """The loop: step, metrics, validation, checkpoints; ends after the last step, by a signal or the time limit."""
+    """The loop: step, validation, metrics, checkpoint; ends after the last step, a signal or the time limit."""
     steps, stop = total_steps(run, len(training.samples)), training.stop
     announce_training(run, training, steps)
     epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
@@ -3974,7 +3974,7 @@ def train(run: Run, training: Training) -> None:
                 values |= validate(run, training)
             write_metrics(run, values | {"compiled_blocks": training.compiled} | peak_memory(run))
             if training.skipped >= 10:
-                advice = "look at the samples named above; if they are good, start anew with a lower --learning_rate"
+                advice = "check the samples listed above; if they are good, start over with a lower --learning_rate"
                 raise NotFinite(f"step {training.step}: ten steps in a row were not finite: {advice}")
             if training.step == 50 and values["lora_norm"] == 0.0:
                 log.warning("train: after 50 steps the LoRA is still ZERO: nothing is learned; check --learning_rate")
@@ -3984,10 +3984,10 @@ def train(run: Run, training: Training) -> None:
 
 
 def try_save_checkpoint(run: Run, training: Training) -> None:
-    """Saves the last whole step; if that fails, training goes on, and every tenth step tries again."""
+    """Saves the last complete step; if that fails, training goes on, and every tenth step tries again."""
     try:
         if run.is_main and training.consistent and training.step:
-            log.info(f"checkpoint: step {training.step} is kept in {save_checkpoint(run, training)}")
+            log.info(f"checkpoint: step {training.step} is saved in {save_checkpoint(run, training)}")
         training.unsaved = False
     except Exception as error:
         training.unsaved = True
@@ -3995,7 +3995,7 @@ def try_save_checkpoint(run: Run, training: Training) -> None:
 
 
 def save_results(run: Run, training: Training) -> None:
-    """Saves the last checkpoint; of a finished run also the LoRA and a card. Raises SaveFailed, or SystemExit."""
+    """Saves the last checkpoint, and if the run is finished LoRA and card. Raises SaveFailed, or SystemExit."""
     stopped, lora = training.stop.agreed, run.output_dir / LORA_FILE
     try:
         if run.is_main:
@@ -4010,19 +4010,19 @@ def save_results(run: Run, training: Training) -> None:
         with contextlib.suppress(OSError):  # the LoRA alone is a fraction of a checkpoint
             save_lora(run, training.parameters, run.output_dir)
         kept = [str(path) for path in (lora, *list_checkpoints(run.output_dir)[-1:]) if path.exists()]
-        told = f"the last save failed ({error}). What is kept: {', '.join(kept) or 'nothing'}"
-        raise SaveFailed(f"{told}. Free space in {run.output_dir}, then resume") from error
+        failed = f"the final save failed ({error}). What is on disk: {', '.join(kept) or 'nothing'}"
+        raise SaveFailed(f"{failed}. Free space in {run.output_dir}, then resume") from error
     run.accelerator.wait_for_everyone()
     track(run, lambda tracker: tracker.finish())
     if stopped is not None:
         if run.is_main:
-            log.info(f"stopped at step {training.step}, saved in {folder}. Go on with\n    {resume_line(run)}")
+            log.info(f"stopped at step {training.step}, saved in {folder}. Continue with\n    {resume_line(run)}")
         run.accelerator.state.destroy_process_group()
         raise SystemExit(128 + stopped)
 
 
 def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
-    """Card, upload and the last lines of a run: what it did, what it took, and where everything is."""
+    """Card, upload and the summary of a run: what it did, what it took, and where everything is."""
     run.accelerator.state.destroy_process_group()
     if run.is_main:
         write_card(run, training, gallery)
@@ -4032,7 +4032,7 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
     facts = {
         "steps": training.step,
         "time": timedelta(seconds=round(time.monotonic() - run.started)),
-        "seconds per step": f"{training.seconds / steps:.3g}" if steps else "none was left to do",
+        "seconds per step": f"{training.seconds / steps:.3g}" if steps else "no step was left",
         "loss, running mean": f"{training.smoothed_loss or math.nan:.4f}",
         **({"validation loss": "lowest {:.4f}, after step {}".format(*training.best)} if training.best else {}),
         "peak memory": f"{max(peak_memory(run).values(), default=math.nan):.2f} GB",
@@ -4047,9 +4047,9 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
 
 # region shared: main
 def main(args: Args) -> None:
-    """One run, from checked flags to the uploaded result. Encoder, VAE and transformer follow one another in memory."""
+    """One run, from checked flags to the uploaded result. Encoder, VAE and transformer are in memory one at a time."""
     with start_run(args) as run:
-        with run.accelerator.main_process_first():  # the others find the index of checked images
+        with run.accelerator.main_process_first():  # the others use its index of checked images
             samples, held_out = check_data(run)
         check_plan(run, samples)
         if args.dry_run:
@@ -4060,7 +4060,7 @@ def main(args: Args) -> None:
         streams, images = make_streams(run, codec, samples, held_out)
         vae = encode_images(run, codec, images)
         training = prepare_training(run, codec, streams, vae, held_out)
-        with training.stop:  # before and after, a signal acts at once: what is done is on disk
+        with training.stop:  # before and after, a signal ends the run at once: everything done is on disk
             try:
                 train(run, training)
             except Exception:
