@@ -7,7 +7,7 @@
 #     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2", "urllib3>=2.8.0",
 # ]
 # ///
-"""Train a FLUX.2 LoRA that edits images: reference image(s) and an instruction in, the edited image out.
+"""Train a FLUX.2 LoRA that edits images: reference images and an instruction in, the edited image out.
 
     python train_dreambooth_lora_flux2_img2img.py @configs/runs/demo_edit_cpu.args         CPU, embedded tiny model
     accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
@@ -278,14 +278,14 @@ TASK = "image-to-image"
 # differs: references are an image-to-image matter
 OWN_FLAGS = [
     "Data",
-    flag("cond_image_column", str, None, "column(s) with the references; None: found by usual names", nargs="+"),
-    flag("cond_data_dir", to_path, None, "folder(s) of references, matched by file name without ending", nargs="+"),
+    flag("cond_image_column", str, None, "column(s) with the references; None: those with usual names", nargs="+"),
+    flag("cond_data_dir", to_path, None, "folder(s) of references, matched by file name without suffix", nargs="+"),
     flag("cond_dropout", SHARE, 0.0, "probability of training a sample without its references", resume=True),
     "Image size",
-    flag("align_cond_image", bool, False, "references get the crop of their image", resume=True),
+    flag("align_cond_image", bool, False, "crop references like their target image", resume=True),
     "Validation",
-    flag("validation_image", to_path, None, "reference of the first prompt, of the second, ...; two of one prompt "
-         "are 'a.png,b.png'", nargs="+"),
+    flag("validation_image", to_path, None, "reference for the first prompt, for the second, ...; 'a.png,b.png' are "
+         "two for one prompt", nargs="+"),
 ]  # fmt: skip
 
 
@@ -485,17 +485,17 @@ def results_in(folder: Path) -> list[Path]:
 
 # differs: references are an image-to-image matter
 def check_own(args: Args) -> Iterator[str]:
-    """Problems of the flags that name references."""
+    """Problems with the flags that name references."""
     for folder in args.cond_data_dir or []:
         if not os.path.isdir(folder):
             yield f"--cond_data_dir {folder}: no such folder"
         elif os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
-            yield f"--cond_data_dir {folder}: is --instance_data_dir too; references need a folder of their own"
+            yield f"--cond_data_dir {folder}: is also --instance_data_dir; references need a folder of their own"
     if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
-        yield "--cond_data_dir: goes with one --instance_data_dir alone; else give metadata, see --cond_image_column"
+        yield "--cond_data_dir: needs exactly one --instance_data_dir; for others use metadata, see --cond_image_column"
     prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
     if len(images) > prompts:
-        yield f"--validation_image: {len(images)} for {prompts} prompt(s); those of one prompt are joined with a comma"
+        yield f"--validation_image: {len(images)} for {prompts} prompt(s); join those of one prompt with a comma"
     for path in itertools.chain(*map(split_paths, images)):
         if not os.path.isfile(path):
             yield f"--validation_image {path}: no such file"
@@ -504,7 +504,7 @@ def check_own(args: Args) -> Iterator[str]:
 
 
 def split_paths(text: str) -> list[str]:
-    """The files of one --validation_image: one path, several with commas between, or '' for none."""
+    """The files of one --validation_image: a path, several separated by commas, or '' for none."""
     return [text] if os.path.isfile(text) else list(filter(None, text.split(",")))
 
 
@@ -1334,8 +1334,8 @@ class Image:
 # endregion shared: data
 
 
-REFERENCE_AREA = 1024 * 1024  # pixels; what Flux2Pipeline brings a larger reference down to
-MIN_REFERENCE_SIDE, MAX_REFERENCE_ASPECT = 64, 8  # what it refuses
+REFERENCE_AREA = 1024 * 1024  # pixels; Flux2Pipeline shrinks larger references to this
+MIN_REFERENCE_SIDE, MAX_REFERENCE_ASPECT = 64, 8  # its limits
 
 
 def capped_size(size: Size) -> Size:
@@ -1347,12 +1347,12 @@ def capped_size(size: Size) -> Size:
 
 @dataclass(frozen=True)
 class Reference(Image):
-    """A reference as the pipelines prepare it at inference: its own shape, at most 1 MP, the centre in whole tokens."""
+    """A reference, prepared as the pipelines do: its own shape, at most 1 MP, the centre in whole tokens."""
 
-    pair_size: Size | None = None  # --align_cond_image: the size of its target image, whose crop it gets
+    pair_size: Size | None = None  # with --align_cond_image the size of its target image, whose crop it gets
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
-        """(3, H, W) in [-1, 1]; mirrored when its target is, so that mirroring is not learned."""
+        """(3, H, W) in [-1, 1]; mirrored like its target, so that mirroring is not learned."""
         image = self.decoded()
         if not self.pair_size:
             return image_to_pixels(image, self.target, None, flip, capped_size(self.size))
@@ -1645,7 +1645,7 @@ USUAL_REFERENCES = (
 
 
 def holds_images(table: Any, column: str) -> bool:
-    """Whether a column of a data set has the type of images, or one of a metadata file (a dict of rows) names some."""
+    """Whether a column of a data set is of type Image, or one of a metadata file (a dict of rows) names image files."""
     if not isinstance(table, dict):
         feature = table.features[column]
         return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
@@ -1656,7 +1656,7 @@ def holds_images(table: Any, column: str) -> bool:
 
 # differs: metadata files of the text-to-image script name no references
 def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
-    """The column of the targets and those of the references. Between two possible targets is not guessed."""
+    """The column of the targets and those of the references. Raises UserError if there are two possible targets."""
     in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
     for name in (*asked, args.image_column):
         endings = ["_file_name", "_file_names"] if in_metadata else []
@@ -1681,14 +1681,14 @@ def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> li
 
 # differs: data sets of the text-to-image script have no references
 def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
-    """The target of each row and its references: none where a cell is empty, several where it holds a list."""
+    """The target of each row and its references: none if a cell is empty, several if it holds a list."""
     rows = [[image] for image in column_images(args, table, columns[0])]
     for column in columns[1:]:
         lists, counts = hasattr(table.features[column], "feature"), []
-        for chunk in table.data.column(column).chunks:  # from the table itself: no image is read
+        for chunk in table.data.column(column).chunks:  # from the Arrow table, without reading images
             if lists:
                 counts += chunk.value_lengths().to_pylist()
-            else:  # some writers leave a struct of nulls, bytes and path, instead of none
+            else:  # some writers store a struct of two nulls instead of a null
                 fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
                 counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
         for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
@@ -1703,13 +1703,13 @@ def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Imag
 
 # differs: samples of the text-to-image script have no references
 def list_samples(args: Args) -> list[Sample]:
-    """Target, references and instructions of every row, wherever they come from, with the captions that are there."""
+    """Target, references and captions of every row, wherever they come from."""
     samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
     samples = add_references(args, samples) if args.cond_data_dir else samples
     counts = Counter(len(sample.references) for sample in samples)
     if len(counts) > 1:
         listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
-        log.info(f"data: references per row: {listed}; where one is missing the next takes its place")
+        log.info(f"data: references per row: {listed}; if one is missing, the next takes its place")
     if counts[0]:
         level = log.info if len(counts) > 1 else log.warning
         level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
@@ -1717,10 +1717,10 @@ def list_samples(args: Args) -> list[Sample]:
 
 
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
-    """Samples with the references of the same stem in each --cond_data_dir. Raises UserError where one has none."""
+    """Adds the references of the same stem in each --cond_data_dir. Raises UserError if a file has no partner."""
     listed, found = {sample.image.path: sample for sample in samples}, []
     if any(sample.references for sample in samples):
-        raise UserError("--cond_data_dir: the metadata name references too; leave one of them out")
+        raise UserError("--cond_data_dir: the metadata name references, too; leave one of them out")
     for folder in (Path(os.path.abspath(path)) for path in data_folders(args)):
         files, images = list_files(folder)
         if found:
@@ -1985,7 +1985,7 @@ def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
 
 
 def as_reference(image: Image, token_size: int, target: Image | None) -> Reference:
-    """A checked image as a reference: in its own shape, in whole tokens, or with the crop of its `target`."""
+    """Turns a checked image into a reference: with its own shape, in whole tokens, or with the crop of its `target`."""
     height, width = capped_size(image.size)
     fitted = {
         "target": (height // token_size * token_size, width // token_size * token_size),
@@ -1998,7 +1998,7 @@ def as_reference(image: Image, token_size: int, target: Image | None) -> Referen
 
 # differs: samples of the text-to-image script have no references
 def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
-    """The samples whose images are good: the target in its bucket, references as at inference."""
+    """The samples with good images: the target assigned to its bucket, references as at inference."""
     good, bad = inspect_images([image for sample in listed for image in sample.images], run.cache_dir)
     samples = []
     for sample in listed:
@@ -2062,7 +2062,7 @@ class TrainingSet(Dataset):
 
 
 def check_references(run: Run, samples: list[Sample]) -> None:
-    """Logs groups and lengths; warns of what would be learned by accident."""
+    """Logs groups and lengths; warns about what would be learned by accident."""
     batch, align = run.args.train_batch_size, run.args.align_cond_image
     paired = [sample for sample in samples if sample.references]
     if align and (large := [s.image.target for s in paired if math.prod(s.image.target) > REFERENCE_AREA]):
@@ -2070,7 +2070,7 @@ def check_references(run: Run, samples: list[Sample]) -> None:
         raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
         log.warning(
-            f"data: {len(same)} row(s) have their own target as a reference and teach no edit: {first_few(same)}"
+            f"data: {len(same)} row(s) have their own target as a reference and teach nothing: {first_few(same)}"
         )
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
@@ -2086,7 +2086,7 @@ def check_references(run: Run, samples: list[Sample]) -> None:
 
 
 def validation_references(args: Args, row: int) -> list[PIL.Image.Image]:
-    """The references of the prompt in this row, decoded. Raises UserError for one that the pipelines would refuse."""
+    """The references of this prompt, decoded. Raises UserError for one that the pipelines would refuse."""
     images = []
     for path in map(Path, split_paths(args.validation_image[row]) if row < len(args.validation_image or []) else []):
         try:
@@ -2958,7 +2958,7 @@ def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
 def encode_references(run: Run, training: Training, views: list[list[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
     """(tokens (B, L, C), position ids (1, L, 4)) of each reference; `views` holds those of every sample.
 
-    Tokens are clean, from the mean of the VAE's distribution; reference k = 1, 2, ... of a sample has T = 10 k.
+    The tokens have no noise and come from the mean of the VAE's distribution; reference k = 1, 2, ... has T = 10 k.
     """
     references = []
     for number, view in enumerate(zip(*views, strict=True), start=1):
@@ -2993,19 +2993,19 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
         training.rest_vae(run.args)
 
     # x_t and the predicted velocity, by the same call as in the pipelines' denoising loop; the timestep is rounded to
-    # the compute dtype as it is there. The sequence is target,
-    # reference 1, reference 2, ...; what comes out at the references is of no meaning.
+    # the compute dtype as it is there. The sequence is target, reference 1, reference 2, ...; what comes out at the
+    # references is not used
     sigmas_B11 = sigmas_B.view(-1, 1, 1)
     noisy_BLC = (1 - sigmas_B11) * clean_BLC + sigmas_B11 * noise_BLC
     timestep_B, guided = (sigmas_B * 1000).to(run.dtype) / 1000, training.transformer.config.guidance_embeds
     text_ids = position_ids(1, 1, length=prompt_embeds_BLD.shape[1], device=run.device)
     target_ids = position_ids(height, width, device=run.device)
     velocity_BLC = torch.empty_like(noise_BLC, dtype=run.dtype)
-    for given in (True, False):  # samples whose references are dropped have shorter sequences: a forward of their own
+    for given in (True, False):  # samples without references have shorter sequences: a second forward
         chosen = [place for place, views in enumerate(batch["references"]) if bool(views) == given]
         if not chosen:
             continue
-        chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # without an index to copy to the device
+        chosen = chosen if len(chosen) < len(sigmas_B) else slice(None)  # a slice needs no index on the device
         behind = references if given else []
         velocity_BLC[chosen] = training.transformer(
             hidden_states=torch.cat([noisy_BLC[chosen], *(tokens for tokens, _ in behind)], dim=1).to(run.dtype),
@@ -3389,10 +3389,10 @@ def generate(
 
 # differs: images of the text-to-image script have no references
 def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
-    """(height, width) of the images of the prompt in this row, and its references for the pipeline.
+    """(height, width) of the images of this prompt, and its references for the pipeline.
 
-    The size is as asked, or the trained one nearest in shape to the first reference. With --align_cond_image references
-    are brought to it, as in training.
+    The size is as asked, or the one trained at that is nearest in shape to the first reference. With --align_cond_image
+    references are brought to it, as in training.
     """
     images, buckets = validation_references(run.args, row), choose_buckets(run)
     size = buckets[0]
@@ -3534,7 +3534,7 @@ def card_inputs(run: Run) -> tuple[str, str]:
     """(import lines, arguments) of the card's snippets that only this script has."""
     height, width = parse_sizes(run.args.validation_size)[0] if run.args.validation_size else choose_buckets(run)[0]
     image = 'image=[load_image("reference.png")]'
-    if run.args.align_cond_image:  # trained at one size with its image
+    if run.args.align_cond_image:  # references were trained at the size of the target
         image = f'image=[load_image("reference.png").resize(({width}, {height}))], height={height}, width={width}'
     return "from diffusers.utils import load_image\n", image
 
