@@ -1515,7 +1515,7 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
         if odd := [name for name in inner if re.fullmatch(pattern, name, re.IGNORECASE)]:
-            log.warning(f"data: {len(odd)} {meaning} but are trained on like the others: {first_few(odd)}")
+            log.warning(f"data: {len(odd)} {meaning} but are trained on; move them away: {first_few(odd)}")
     for number, prompt in sorted({match for name in inner for match in re.findall(r"(?:^|/)(\d+)_(.+?)(?=/)", name)}):
         if int(number) != repeats:
             advice = f"give it to --instance_data_dir, with --repeats {number} and --instance_prompt '{prompt}'"

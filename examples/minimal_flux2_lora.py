@@ -95,7 +95,7 @@ def read_images(folder: Path, prompt: str, resolution: int) -> list[tuple[Tensor
         caption = text.read_text(encoding="utf-8-sig").strip() if text.exists() else ""
         samples.append((pixels, caption or prompt))
     if not samples:
-        raise SystemExit(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise SystemExit(f"--instance_data_dir {folder}: has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return samples
 
 

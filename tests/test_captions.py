@@ -65,7 +65,7 @@ def test_a_list_that_was_written_as_text_is_refused(script, tmp_path, text):
     fill(tmp_path, "a.jpg")
     cell = text.replace('"', '""')
     write(tmp_path, "metadata.csv", f'file_name,text\na.jpg,"{cell}"\n')
-    with pytest.raises(script.UserError, match="line 2: the caption is a list that was written as text"):
+    with pytest.raises(script.UserError, match="line 2: the caption is a list written as text"):
         listed(script, tmp_path)
 
 
@@ -474,7 +474,7 @@ def test_caption_files_in_a_data_set_are_told(script, tmp_path):
     write(fill(tmp_path / "d" / "train", "a.jpg", "b.jpg"), "a.txt", "x")
     with log_lines(logging.WARNING) as lines:
         table_rows(script, tmp_path, tmp_path / "d")
-    assert any("caption files are not read; they are with --instance_data_dir" in line for line in lines)
+    assert any("caption files are not read; use --instance_data_dir for that" in line for line in lines)
 
 
 def test_a_split_can_be_chosen_and_a_wrong_one_names_those_there_are(script, tmp_path, photos):

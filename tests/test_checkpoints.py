@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_way_that_works(scrip
     manifest["state.json"] = script.file_stamp(folder / "state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        script.UserError, match="checkpoint-6: is of another script's format; start anew with --init_lora_from its LoRA"
+        script.UserError, match="checkpoint-6: has an unknown format; start a new run with --init_lora_from its LoRA"
     ):
         quick(*SIX, *RESUME)
 
@@ -356,7 +356,7 @@ def test_several_changed_settings_and_other_images_are_named_together(script, qu
         quick(*SIX, *RESUME, *flags)
     message = str(caught.value)
     assert "rank: was 4, is 8" in message and "random_flip: was False, is True" in message
-    assert "instance data: not what it was" in message
+    assert "instance data: has changed" in message
 
 
 @pytest.mark.parametrize("script", ["i2i"], indirect=True)
@@ -473,7 +473,7 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_exact(
     assert caught.value.code == code
     assert checkpoints(folder) == [3] and not (folder / LORA).exists()
     line = f"main(parse_args(['@{folder / 'config.args'}', '--resume_from_checkpoint', 'latest']))"
-    assert f"Go on with\n    {line}\n" in capsys.readouterr().err
+    assert f"Continue with\n    {line}\n" in capsys.readouterr().err
     quick("--max_train_steps", "6", *RESUME)
     assert_same_run(six_steps, folder)
 
@@ -559,6 +559,9 @@ def test_a_resume_with_nothing_left_to_train_says_so(script, train, capsys):
     train("--max_train_steps", "2")
     capsys.readouterr()
     train("--resume_from_checkpoint", "latest", "--max_train_steps", "1", "--dry_run")
-    assert "WARNING plan: checkpoint-2 is already at step 2 of 1, nothing is left to train" in capsys.readouterr().err
+    assert (
+        "WARNING plan: checkpoint-2 is already at step 2 of 1, there is nothing left to train"
+        in capsys.readouterr().err
+    )
     train("--resume_from_checkpoint", "latest", "--max_train_steps", "3", "--dry_run")
     assert "nothing is left" not in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_trigger_without_an_instance_prompt_is_refused(refusal, flag):
 def test_a_text_without_quotes_is_one_error_that_says_so(refusal, flags):
     message = refusal(*flags)
     assert message.count("\n") == 1 and "unrecognized arguments" in message
-    assert "Quote a text with blanks: --instance_prompt 'a photo of sks dog'" in message
+    assert "Quote a text with spaces: --instance_prompt 'a photo of sks dog'" in message
 
 
 def test_an_unknown_flag_is_not_taken_for_a_text_without_quotes(refusal):
@@ -183,7 +183,7 @@ def test_two_numbers_for_the_resolution_are_led_to_the_buckets(refusal, size):
 
 def test_two_words_for_the_resolution_are_led_on_too(refusal):
     message = refusal("--resolution", "832", "1216")
-    assert "unrecognized arguments: 1216. For sizes that are no squares" in message and "Quote" not in message
+    assert "unrecognized arguments: 1216. For sizes that are not square" in message and "Quote" not in message
 
 
 @pytest.mark.parametrize("texts", [("",), ("a dog", " ")])

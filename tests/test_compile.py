@@ -75,7 +75,7 @@ def test_the_flag_compiles_and_a_resumed_run_does_as_its_checkpoint_did(script, 
     with monkeypatch.context() as patch:
         compile_with(patch, broken_backend)
         quick(*resume, "3", output="out")
-    assert re.search(r"the trial failed .*no such target\); this run is eager", capsys.readouterr().err)
+    assert re.search(r"the trial failed .*no such target\); this run is not compiled", capsys.readouterr().err)
     assert not stored_choice(folder, 3)
     with monkeypatch.context() as patch:
         asked = compile_with(patch, broken_backend)
@@ -129,7 +129,7 @@ def test_what_cannot_compile_is_told_and_is_an_error_where_it_was_asked_for(scri
         compiled_blocks(script, flag=True)
     with log_lines() as lines:
         assert compiled_blocks(script) == 0
-    assert any("needs a C compiler" in line and "this run is eager" in line for line in lines)
+    assert any("needs a C compiler" in line and "this run is not compiled" in line for line in lines)
 
 
 def test_beyond_the_recompile_limit_nothing_runs_eager_in_silence(script, monkeypatch):

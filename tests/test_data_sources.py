@@ -56,7 +56,7 @@ def test_the_drawn_photographs_are_all_listed_without_a_caption(script, photos):
 def test_an_empty_folder_is_an_error_that_names_the_suffixes(script, tmp_path):
     """Only hidden images are none."""
     fill(tmp_path, ".cache/a.jpg")
-    with pytest.raises(script.UserError, match=r"no image in it \(.*\.jpg.*\.png") as error:
+    with pytest.raises(script.UserError, match=r"has no image \(.*\.jpg.*\.png") as error:
         listed(script, tmp_path)
     assert str(tmp_path) in str(error.value)
 
@@ -196,7 +196,7 @@ def test_the_instance_prompt_is_the_caption_of_images_without_one(script):
 
 def test_a_missing_caption_without_an_instance_prompt_is_an_error_that_names_the_images(script):
     """And says the flag that helps."""
-    with pytest.raises(script.UserError, match=r"--instance_prompt: needed.*b\.jpg, c\.jpg"):
+    with pytest.raises(script.UserError, match=r"--instance_prompt: required.*b\.jpg, c\.jpg"):
         settled(script, {"a.jpg": "a cat", "b.jpg": None, "c.jpg": None})
 
 
@@ -217,7 +217,7 @@ def test_the_trigger_is_replaced_by_the_instance_prompt(script):
 
 def test_a_trigger_without_an_instance_prompt_is_an_error_that_names_the_image(script):
     """Otherwise the word [trigger] would be trained."""
-    with pytest.raises(script.UserError, match=r"--instance_prompt: needed.*\[trigger\].*a\.jpg"):
+    with pytest.raises(script.UserError, match=r"--instance_prompt: required.*\[trigger\].*a\.jpg"):
         settled(script, {"a.jpg": "[trigger] on a table"})
 
 
@@ -450,7 +450,7 @@ def test_class_images_among_the_images_are_told_by_their_folder(script, tmp_path
     with log_lines(logging.WARNING) as lines:
         listed(script, tmp_path)
     assert [line for line in lines if "class" in line] == [
-        "data: 1 image(s) lie in a folder for class images and are trained on as yours; "
+        "data: 1 image(s) lie in a folder for class images but are trained on; "
         f"move them away: {tmp_path.name}/{name}/b.jpg"
     ]
 

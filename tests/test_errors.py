@@ -686,9 +686,7 @@ def test_a_folder_of_the_run_inside_the_references_is_refused(refusal, tmp_path,
     assert has(message, own, "data folder")
 
 
-@pytest.mark.parametrize(
-    ("kind", "told"), [("mps", "Apple GPUs are not supported"), ("xpu", "on xpu nothing is tested")]
-)
+@pytest.mark.parametrize(("kind", "told"), [("mps", "Apple GPUs are not supported"), ("xpu", "xpu is untested")])
 def test_what_is_not_tested_is_told_and_what_fails_refused(script, train, monkeypatch, kind, told):
     """The backward pass of these models is reported to fail on Apple GPUs."""
     real = script.accelerate.Accelerator

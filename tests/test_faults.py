@@ -176,7 +176,7 @@ def test_a_run_that_breaks_off_keeps_its_last_whole_step_and_goes_on_from_it_exa
             quick("--max_train_steps", "5")
     folder = tmp_path / "out"
     assert checkpoints(folder) == [3] and script.verify_checkpoint(folder / "checkpoint-3") is None
-    assert "step 3 is kept in" in capsys.readouterr().err
+    assert "step 3 is saved in" in capsys.readouterr().err
     quick("--max_train_steps", "5", "--resume_from_checkpoint", "latest")
     assert [loss.hex() for loss in column(folder, "loss")] == [loss.hex() for loss in column(whole, "loss")]
     assert (folder / LORA).read_bytes() == (whole / LORA).read_bytes()
@@ -349,7 +349,7 @@ def test_a_last_checkpoint_without_room_ends_the_program_with_exit_code_4_and_wh
     ended = run_python("-c", limited, ROOT / Path(t2i.__file__).name, *words, timeout=120)
     assert ended.returncode == 4, ended.stderr
     last = ended.stderr.splitlines()[-1]
-    assert "the last save failed" in last and f"What is kept: {tmp_path / 'out' / LORA}" in last
+    assert "the final save failed" in last and f"What is on disk: {tmp_path / 'out' / LORA}" in last
     assert (tmp_path / "out" / LORA).read_bytes() == (tmp_path / "quiet" / LORA).read_bytes()
     assert checkpoints(tmp_path / "out") == [] and list((tmp_path / "out").glob(".tmp*")) == []
 
@@ -523,7 +523,7 @@ def test_a_download_that_breaks_off_is_one_message_that_says_to_start_again(scri
         pretrained_model_name_or_path="lab/tiny-flux2", revision=None, variant=None, cache_dir=None, hub_token=None
     ))  # fmt: skip
     hub.fault = "weights"
-    with pytest.raises(script.UserError, match="lab/tiny-flux2/vae: the download broke off .*Start again"):
+    with pytest.raises(script.UserError, match="lab/tiny-flux2/vae: the download failed .*Start again"):
         model.part("vae")
     hub.fault = None
     assert any(model.part("vae").glob("*.safetensors"))
@@ -546,7 +546,7 @@ def test_a_image_that_changes_while_training_is_named_and_the_steps_before_are_k
             path.unlink() if change == "gone" else path.write_bytes(path.read_bytes()[:500])
 
     before_step(script, monkeypatch, 2, spoil)
-    with pytest.raises(script.UserError, match=r"0\d\.jpg: was good at the start, and now: ") as caught:
+    with pytest.raises(script.UserError, match=r"0\d\.jpg: was good at the start, but now: ") as caught:
         train("--instance_data_dir", folder, "--max_train_steps", "5")
     assert ("No such file" if change == "gone" else "truncated") in str(caught.value)
     assert checkpoints(tmp_path / "out") == [2]

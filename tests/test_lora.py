@@ -169,7 +169,7 @@ def test_blanks_and_empty_entries_do_not_matter(script, linears):
 def test_a_name_that_matches_nothing_is_an_error_with_the_nearest_names(script, linears, asked, near):
     """Never a LoRA on less than was asked for."""
     with pytest.raises(
-        script.UserError, match=f"'{re.escape(asked.split(',')[-1])}' is no Linear module; nearest: .*{near}"
+        script.UserError, match=f"'{re.escape(asked.split(',')[-1])}' is not a Linear module; nearest: .*{near}"
     ):
         script.resolve_lora_layers(linears, asked)
 
@@ -182,7 +182,7 @@ NO_LINEAR_MODULES += ["final:attn.to_q", "transformer_blocks.3.attn.to_out"]
 @pytest.mark.parametrize("name", NO_LINEAR_MODULES)
 def test_only_whole_names_of_linear_modules_match(script, linears, name):
     """Neither a container nor a norm nor a part of a name: PEFT would raise on the first and match the last."""
-    with pytest.raises(script.UserError, match="is no Linear module"):
+    with pytest.raises(script.UserError, match="is not a Linear module"):
         script.resolve_lora_layers(linears, name)
 
 

@@ -99,7 +99,7 @@ def test_on_a_bf16_base_the_adapter_is_fp32_and_the_first_loss_that_of_the_full_
     assert {tensor.dtype for tensor in lora(tmp_path / "minimal").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("flags, said", [(("--resolution", "100"), "multiple of 16"), ((), "no image in it")])
+@pytest.mark.parametrize("flags, said", [(("--resolution", "100"), "multiple of 16"), ((), "has no image")])
 def test_the_minimal_file_refuses_what_it_cannot_train_on_before_it_loads_a_model(
     minimal, tmp_path, capsys, flags, said
 ):

@@ -210,7 +210,7 @@ def test_an_index_that_is_a_pointer_and_a_hole_in_a_shard_are_told(message, mode
     save_file(weights, shard)
     assert f"transformer: the weights do not fit the model (1 missing, such as {name})" in message(model)
     index.write_text(POINTER)
-    assert f"{index}: no JSON object" in message(model)
+    assert f"{index}: not a JSON object" in message(model)
 
 
 def test_a_variant_that_is_not_there_is_told(message, models):
@@ -265,7 +265,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_told(script, mode
     config = json.loads((model / "text_encoder" / "config.json").read_text())
     config["text_config"]["vocab_size"] = 100
     (model / "text_encoder" / "config.json").write_text(json.dumps(config))
-    assert "tokenizer: is not the text encoder's" in message(model) and "of 100 tokens" in message(model)
+    assert "tokenizer: does not fit the text encoder" in message(model) and "of 100 tokens" in message(model)
 
 
 def test_with_a_remote_encoder_neither_is_looked_at(script, models, tmp_path):
@@ -284,7 +284,7 @@ def test_a_config_that_is_missing_or_no_json_is_named(message, models, file):
     model = models("dev")
     for content in '{"_class_name": ', "[1]":
         (model / file).write_text(content)
-        assert f"{model / file}: no JSON object" in message(model)
+        assert f"{model / file}: not a JSON object" in message(model)
     if file != "model_index.json":  # that one is looked for on the command line
         (model / file).unlink()
         assert f"{model / file}: is missing" in message(model)

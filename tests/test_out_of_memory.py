@@ -61,7 +61,7 @@ def test_the_message_names_the_phase_the_memory_and_two_flags(script, train, mon
     said = str(ERRORS[error]).splitlines()
     assert told[0].startswith(f"out of memory in phase '{phase}' ({said[0] if said else 'MemoryError'})")
     assert "peak " in told[0] and "GB, free now " in told[0] and "nan" not in told[0]
-    assert told[1].startswith("  what helps and is not on, most first: ")
+    assert told[1].startswith("  what would help, most first: ")
     assert told[2:] == []
     assert [code for known, code in script.EXIT_CODES.items() if isinstance(caught.value, known)] == [6]
 
@@ -212,4 +212,4 @@ def test_a_program_that_gets_no_more_memory_ends_with_exit_code_6(t2i, tiny, pho
     assert ended.returncode == 6, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "error: out of memory in phase 'encode images'" in ended.stderr, ended.stderr
-    assert "what helps and is not on, most first: a smaller --resolution" in ended.stderr
+    assert "what would help, most first: a smaller --resolution" in ended.stderr

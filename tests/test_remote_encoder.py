@@ -13,7 +13,7 @@ from runs import files_of, forbid
 from servers import Loopback, RemoteEncoder
 
 TOKEN = "hf_canary_token_of_the_tests"
-LOCAL_ALTERNATIVE = "leave --remote_text_encoder out and add --offload"
+LOCAL_ALTERNATIVE = "replace --remote_text_encoder with --offload"
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_references_by_stem_go_with_one_folder(i2i, tiny, folders, tmp_path, cap
     flags = ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", *folders, "--cond_data_dir", tmp_path]
     with pytest.raises(SystemExit):
         i2i.parse_args([str(word) for word in flags])
-    assert "--cond_data_dir: goes with one --instance_data_dir alone" in capsys.readouterr().err
+    assert "--cond_data_dir: needs exactly one --instance_data_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("repeats", [("10", "1"), ("10", "2")])

@@ -92,7 +92,7 @@ def test_a_signal_that_reaches_only_the_launcher_or_everybody_ends_with_a_saved_
     start = "accelerate launch --config_file YOURS.yaml" if case.endswith("two") else "python"
     line = rf" +{start} \S*{program} @\S+config.args --resume_from_checkpoint latest\n"
     assert re.search(rf"stopped at step {steps}, .*\n{line}", said)
-    assert said.count("this step is finished and saved") == 1
+    assert said.count("finishing and saving this step") == 1
 
 
 def exit_code(pid: int, seconds: float) -> int | None:

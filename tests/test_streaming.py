@@ -94,7 +94,7 @@ def test_what_cannot_stream_is_refused_before_anything_is_loaded(script, capsys,
     flags = (*MINIMAL_ARGUMENTS, "--stream_blocks")
     with pytest.raises(SystemExit):
         script.parse_args([*flags, "--bnb_quantization_config_path", "configs/quantization/nf4.json"])
-    assert "--stream_blocks: the weights of bitsandbytes cannot be streamed" in capsys.readouterr().err
+    assert "--stream_blocks: bitsandbytes' weights cannot be streamed" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):

@@ -86,7 +86,7 @@ def test_a_drive_without_locks_is_a_warning(quick, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with log_lines(logging.WARNING) as warned:
         assert (quick("--max_train_steps", "1") / LORA).is_file()
-    assert any(".lock: cannot be locked" in line and "start no second run" in line for line in warned)
+    assert any(".lock: cannot be locked" in line and "do not start a second run" in line for line in warned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

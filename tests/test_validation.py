@@ -393,7 +393,7 @@ def test_a_tracker_that_fails_costs_the_others_nothing_and_is_told_once(quick, r
     assert [step for step, _ in broken.calls] == ["start", "settings", "finish"]
     said = capsys.readouterr().err
     assert said.count("tracker broken: failed (ConnectionError: no route to the recorder)") == 1
-    assert "trackers: broken, recorder get the numbers only; the images are in" in said
+    assert "trackers: broken, recorder only get numbers; images are in" in said
 
 
 def test_trackers_show_the_run_by_the_name_of_its_folder(quick, recorders):
