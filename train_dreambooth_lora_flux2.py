@@ -1166,10 +1166,10 @@ def check_part(run: Run, part: str) -> None:
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen (name, found shape, needed shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
-    told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
+    bad = [f"{len(names)} {kind}, such as {' and '.join(sorted(names)[:2])}" for kind, names in report.items() if names]
     advice = "it is incomplete, of another model, or in an unknown quantised format: choose another checkpoint"
-    if told:
-        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
+    if bad:
+        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(bad)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
@@ -1799,9 +1799,7 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         log.info(f"data: {len(masked)} of {len(images)} images have a mask; {outside:g} outside of it")
         black = [i.name for i in masked if outside == 0 and i.mask.decoded().convert("L").getextrema()[1] == 0]
         if black:
-            raise UserError(
-                f"--mask_suffix: {len(black)} mask(s) are black everywhere: {first_few(black)}; nothing is learned"
-            )
+            raise UserError(f"--mask_suffix: {len(black)} mask(s) are black all over: {first_few(black)}; remove them")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
 
@@ -1831,7 +1829,7 @@ def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
     for path in sorted(Path(folder).glob("class-*.png")) if folder else []:
         with contextlib.suppress(OSError), PIL.Image.open(path) as image:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
-                was = f"{path.name} was drawn from '{prompt}', not from --class_prompt '{asked}'"
+                was = f"{path.name} was generated from '{prompt}', not from --class_prompt '{asked}'"
                 raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
     return split_samples(run, samples)
 
@@ -2351,9 +2349,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
-        raise UserError(
-            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
-        )
+        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher, {found}")
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:
@@ -3283,7 +3279,9 @@ def make_streams(
         files, images = list_files(folder)
         report_unused(folder, files, images)
         listed = [Sample(Image(printable(path.name), path), (run.args.class_prompt,)) for path in images]
-        streams.append(Stream("class", make_samples(run, listed, choose_buckets(run)), run.args.prior_loss_weight))
+        with run.accelerator.main_process_first():  # the others use its index of checked images
+            classes = make_samples(run, listed, choose_buckets(run))
+        streams.append(Stream("class", classes, run.args.prior_loss_weight))
     learned = [sample for stream in streams for sample in stream.samples]
     return streams, [sample.image for sample in learned + held_out]
 

@@ -1184,10 +1184,10 @@ def check_part(run: Run, part: str) -> None:
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen (name, found shape, needed shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
-    told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
+    bad = [f"{len(names)} {kind}, such as {' and '.join(sorted(names)[:2])}" for kind, names in report.items() if names]
     advice = "it is incomplete, of another model, or in an unknown quantised format: choose another checkpoint"
-    if told:
-        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
+    if bad:
+        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(bad)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
@@ -1948,9 +1948,7 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         log.info(f"data: {len(masked)} of {len(images)} images have a mask; {outside:g} outside of it")
         black = [i.name for i in masked if outside == 0 and i.mask.decoded().convert("L").getextrema()[1] == 0]
         if black:
-            raise UserError(
-                f"--mask_suffix: {len(black)} mask(s) are black everywhere: {first_few(black)}; nothing is learned"
-            )
+            raise UserError(f"--mask_suffix: {len(black)} mask(s) are black all over: {first_few(black)}; remove them")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
 
@@ -2069,9 +2067,7 @@ def check_references(run: Run, samples: list[Sample]) -> None:
         reason = f"{len(large)} targets are trained at more than {REFERENCE_AREA} pixels, such as {large[0]}"
         raise UserError(f"--align_cond_image: {reason}; the pipelines shrink such references: choose smaller sizes")
     if same := [s.image.name for s in paired if s.image.sha256 in {image.sha256 for image in s.references}]:
-        log.warning(
-            f"data: {len(same)} row(s) have their own target as a reference and teach nothing: {first_few(same)}"
-        )
+        log.warning(f"data: {len(same)} rows have their own target as a reference and teach nothing: {first_few(same)}")
     groups = Counter(sample.geometry for sample in samples)
     log.info(f"data: {len(groups)} groups of equal geometry (sizes of target and references); a batch holds one group")
     target, *references = max(([math.prod(size) // run.token_size**2 for size in sizes] for sizes in groups), key=sum)
@@ -2565,9 +2561,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
         found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
-        raise UserError(
-            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
-        )
+        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher, {found}")
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:

@@ -68,7 +68,7 @@ def test_class_images_are_generated_the_same_way_every_time(quick, ready, tmp_pa
 def test_class_images_that_were_drawn_from_another_prompt_are_refused_at_the_start(script, quick, class_dir, flags):
     """They would be trained on as what they do not show; your own images know no prompt."""
     with pytest.raises(
-        script.UserError, match="class-00000.png was drawn from 'a photo of a toy', not from .* '一 cat'"
+        script.UserError, match="class-00000.png was generated from 'a photo of a toy', not from .* '一 cat'"
     ):
         quick("--class_prompt", "一 cat", *flags, class_dir=class_dir)
     for path in class_dir.glob("*.png"):

@@ -692,7 +692,7 @@ def test_a_row_whose_target_is_its_own_reference_is_told(i2i, tiny, folders, tmp
     target, first, _ = folders
     shutil.copy(target / "a.jpg", first / "a.jpeg")
     _, _, lines = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first)
-    assert any("1 row(s) have their own target as a reference and teach nothing: a.jpg" in line for line in lines)
+    assert any("1 rows have their own target as a reference and teach nothing: a.jpg" in line for line in lines)
 
 
 def test_an_empty_reference_is_named_and_its_row_can_be_skipped(i2i, tiny, folders, tmp_path):
