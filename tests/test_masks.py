@@ -103,9 +103,7 @@ def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tm
         path.write_bytes(path.read_bytes()[:60])
     else:
         Image.new("L", (width + (fault == "size"), height), 0).save(path)
-    words = {"black": "black all over", "size": f"is {width + 1} x {height}, the image", "damaged": "truncated"}[
-        fault
-    ]
+    words = {"black": "black all over", "size": f"is {width + 1} x {height}, the image", "damaged": "truncated"}[fault]
     run = start_run(script, tiny, tmp_path, "--instance_data_dir", masked, *MASKS)
     with pytest.raises(script.UserError, match=words) as refusal:
         script.check_data(run)
