@@ -268,7 +268,7 @@ def test_without_a_gpu_a_base_of_bitsandbytes_is_refused_at_start(script, tiny, 
 
 
 def test_two_quantisations_are_one_too_many(script, capsys):
-    assert "give one of them" in refused(script, capsys, *flags_of("nf4"), "--do_fp8_training")
+    assert "give only one" in refused(script, capsys, *flags_of("nf4"), "--do_fp8_training")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -367,7 +367,7 @@ def test_an_encoder_that_is_stored_quantised_goes_with_a_transformer_that_is_not
 
 @pytest.mark.parametrize("flags", [flags_of("nf4"), ("--do_fp8_training",)])
 def test_a_stored_checkpoint_is_not_quantised_again(script, stored_models, tmp_path, flags):
-    with pytest.raises(script.UserError, match=f"{flags[0]}: leave it out.*stored quantised already"):
+    with pytest.raises(script.UserError, match=f"{flags[0]}: leave it out.*stored quantised"):
         start_run(script, stored_models["nf4"], tmp_path, *flags)
 
 
@@ -418,11 +418,12 @@ def encoder_flag(kind: str) -> tuple[str, str]:
 
 
 # Relative error of an embedding against bf16. Seen with the trained encoder of the embedded model, whose layers are 32
-# wide: NF4 0.23 to 0.28, 8 bits 0.010 to 0.014; with [klein]'s, whose weights are random here: 0.65 to 0.81, 0.03.
+# wide: NF4 0.07 to 0.28, 8 bits 0.010 to 0.014; with [klein]'s, whose weights are random here: 0.30 to 0.81, 0.03.
+# NF4's depends on which kernel bitsandbytes has for the CPU.
 EMBEDDING_ERRORS = {
-    ("tiny", "nf4"): (0.15, 0.35),
+    ("tiny", "nf4"): (0.03, 0.35),
     ("tiny", "int8"): (0.005, 0.02),
-    ("tiny_klein", "nf4"): (0.5, 0.9),
+    ("tiny_klein", "nf4"): (0.15, 0.9),
     ("tiny_klein", "int8"): (0.01, 0.05),
 }
 
@@ -475,9 +476,7 @@ def test_a_run_with_a_quantised_encoder_trains_a_plain_base_and_is_not_resumed_w
 
 
 def test_an_encoder_that_is_stored_quantised_is_not_quantised_again(script, stored_models, tmp_path):
-    with pytest.raises(
-        script.UserError, match="--text_encoder_bnb_config_path: leave it out.*stored quantised already"
-    ):
+    with pytest.raises(script.UserError, match="--text_encoder_bnb_config_path: leave it out.*stored quantised"):
         start_run(script, stored_models["nf4"], tmp_path, *encoder_flag("nf4"))
 
 
@@ -493,7 +492,7 @@ def test_no_encoder_is_quantised_that_is_sharded_or_somewhere_else(script, tiny,
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         start_run(script, tiny, tmp_path, *encoder_flag("nf4"), other)
-    assert "--text_encoder_bnb_config_path: not with" in capsys.readouterr().err
+    assert "--text_encoder_bnb_config_path: cannot be used with" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- the card

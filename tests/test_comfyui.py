@@ -142,5 +142,5 @@ def test_the_tool_converts_the_lora_of_a_checkpoint(script, quick):
 
 def test_the_tool_says_what_it_cannot_convert(script, tmp_path):
     save_file({"some.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(convert_lora.script.UserError, match=r"other\.safetensors: not a plain LoRA"):
+    with pytest.raises(convert_lora.script.UserError, match=r"other\.safetensors: not a plain FLUX.2 LoRA"):
         convert_lora.convert(tmp_path / "other.safetensors", tmp_path / "converted.safetensors")

@@ -145,7 +145,7 @@ def test_trigger_is_replaced_in_a_class_prompt_too(good):
 
 def test_trigger_in_the_instance_prompt_is_refused(refusal):
     message = refusal("--instance_prompt", "a photo of [trigger] dog", "--validation_prompt", "[trigger]")
-    assert "--instance_prompt: [trigger] stands for --instance_prompt" in message and "has it in itself" in message
+    assert "--instance_prompt: [trigger] stands for --instance_prompt" in message and "contains it" in message
 
 
 @pytest.mark.parametrize("flag", ["--validation_prompt", "--final_validation_prompt"])

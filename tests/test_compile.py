@@ -125,7 +125,7 @@ def test_what_cannot_compile_is_told_and_is_an_error_where_it_was_asked_for(scri
         compiled_blocks(script, flag=True, bits8=True)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(script.shutil, "which", lambda _: None)
-    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; leave it out"):
+    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; leave the flag out"):
         compiled_blocks(script, flag=True)
     with log_lines() as lines:
         assert compiled_blocks(script) == 0

@@ -207,7 +207,7 @@ def test_the_folder_of_the_targets_cannot_be_that_of_the_references(refusal, tmp
 
 MISSING_FILES = {
     "--bnb_quantization_config_path": ["nf4.json: cannot be used", "configs/quantization/"],
-    "--init_lora_from": ["nf4.json: not a plain LoRA", "No such file"],
+    "--init_lora_from": ["nf4.json: not a plain FLUX.2 LoRA", "No such file"],
     "--resume_from_checkpoint": ["--resume_from_checkpoint nf4.json", "latest"],
 }
 
@@ -277,7 +277,7 @@ def test_report_to_all_means_the_installed_trackers(parse, good, monkeypatch):
 @pytest.mark.parametrize("flag", ["--push_to_hub", "--remote_text_encoder"])
 def test_the_hub_and_the_public_remote_encoder_without_a_token_are_refused_at_start(failure, monkeypatch, flag):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert has(failure(flag), flag, "no token", "hf auth login", "HF_TOKEN")
+    assert has(failure(flag), flag, "need a token", "hf auth login", "HF_TOKEN")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])

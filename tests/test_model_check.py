@@ -287,7 +287,7 @@ def test_a_config_that_is_missing_or_no_json_is_named(message, models, file):
         assert f"{model / file}: not a JSON object" in message(model)
     if file != "model_index.json":  # that one is looked for on the command line
         (model / file).unlink()
-        assert f"{model / file}: is missing" in message(model)
+        assert f"{model / file}: missing" in message(model)
 
 
 # ------------------------------------------------------------------------------------------------------------- when

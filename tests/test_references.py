@@ -590,7 +590,7 @@ def test_folders_are_matched_in_any_case_and_unicode_form(i2i, tmp_path):
 def test_references_from_metadata_and_from_folders_at_once_are_refused(i2i, folders):
     target, first, _ = folders
     write_metadata(target, {"file_name": "a.jpg", "before_file_name": "b.jpg", "text": "x"})
-    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata name references too"):
+    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata name references, too"):
         listed(i2i, target, "--cond_data_dir", first)
 
 
