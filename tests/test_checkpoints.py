@@ -359,7 +359,7 @@ def test_several_changed_settings_and_other_images_are_named_together(script, qu
     assert "instance data: not what it was" in message
 
 
-@pytest.mark.parametrize("script", ["i2i"], indirect=True)
+@pytest.mark.scripts("i2i")
 def test_another_dropout_of_references_and_other_references_are_refused_by_name(
     script, quick, finished, square_references
 ):

@@ -270,6 +270,7 @@ def test_a_part_is_downloaded_when_it_is_needed_and_only_it(script, hub, tiny, c
     assert "lab/tiny-flux2/vae" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "before"), [("vae", []), ("text_encoder", ["vae"])])
 def test_a_part_is_checked_right_after_its_download_and_at_the_next_start(
     script, train, hub, tiny, tmp_path, part, before

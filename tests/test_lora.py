@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit_parts import log_lines, start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 # The transformer of FLUX.2 [dev].
 DEV = {
     "num_layers": 8,

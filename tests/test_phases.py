@@ -176,6 +176,7 @@ def test_with_several_processes_each_spreads_its_encoder_over_its_own_gpu(script
     assert given[1]["max_memory"][3] == 19 * 2**30 and set(given[1]["max_memory"]) == {3, "cpu"}
 
 
+@pytest.mark.slow
 def test_an_encoder_whose_layers_lie_elsewhere_gives_the_same_embedding(script, tiny, tmp_path, monkeypatch):
     """Dispatched by accelerate, as with --offload: here half of the layers come from disk when they compute."""
     run = start_run(script, tiny, tmp_path)
@@ -225,6 +226,7 @@ def resident() -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 def test_nothing_of_the_encoder_is_left_when_the_prompts_are_encoded(script, wide, tiny, tmp_path, monkeypatch):
     """Neither a tensor nor memory of the process; while it is there, both are seen."""

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import LORA, around_updates, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
 
 # Class images are the text-to-image script's alone.
-pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indirect=True)]
+pytestmark = [pytest.mark.e2e, pytest.mark.scripts("t2i")]
 
 COUNT = 4
 

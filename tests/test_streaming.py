@@ -35,7 +35,7 @@ def test_a_streamed_run_resumes_and_draws_as_one_that_stays(script, quick, valid
     assert names and all((images[0] / name).read_bytes() == (images[1] / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_class_images_are_drawn_by_streamed_blocks_too(t2i, quick, tmp_path):
     prior = ("--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "2")
     prior += ("--num_inference_steps", "2", "--max_train_steps", "1", "--class_data_dir")

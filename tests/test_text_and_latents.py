@@ -15,6 +15,8 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from safetensors.torch import load_file, save_file
 from unit_parts import log_lines, start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 PROMPTS = {
     "empty": "",
     "short": "a photo of sks toy on the beach",
