@@ -81,7 +81,7 @@ def load_script(name: str) -> ModuleType:
 
     torch.set_num_threads(1)  # bit-exact comparisons, and faster on a model this small
     module = importlib.import_module(SCRIPTS[name])
-    gc.freeze()  # a third of a second at each of the script's collections, which else go through all of the libraries
+    gc.freeze()  # as `few_objects_to_collect`
     return module
 
 
@@ -98,6 +98,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = filter(runs, items)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect() -> None:
+    """A script's collections do not go through what the libraries of earlier files have left: half of a short run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)

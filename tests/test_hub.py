@@ -8,6 +8,8 @@ import yaml
 from servers import Hub, point_to
 from unit_parts import start_run
 
+pytestmark = pytest.mark.scripts("i2i")
+
 TOKEN = "hf_canary_token_of_the_tests"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DRAWS = ("--validation_prompt", "a toy on grass", "--num_validation_images", "1", "--num_inference_steps", "1")

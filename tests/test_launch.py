@@ -19,7 +19,7 @@ from conftest import ROOT, draw_photos
 from helpers import TEXT_TO_IMAGE
 from servers import Hub, Loopback, RemoteEncoder
 
-pytestmark = [pytest.mark.launch, pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.e2e, pytest.mark.slow, pytest.mark.scripts("i2i")]
 
 TOKEN = "hf_canary_token_of_the_tests"
 WEIGHTS = "pytorch_lora_weights.safetensors"

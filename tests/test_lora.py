@@ -536,6 +536,7 @@ FLAGS_OF_FILES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS_OF_FILES, ids=" ".join)
 def test_rank_alpha_and_modules_come_from_the_file(script, tiny, tmp_path, start_from, flags):
     """Without a flag, and with those that say the same."""
