@@ -9,8 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
-# Two processes with one thread each: the tiny models gain nothing from more threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two processes with one thread each: the tiny models gain nothing from more threads. The slow files begin (conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # test-oldest has an environment of its own: every lower bound of requirements_flux.txt, exactly.
 OLDEST_VENV ?= .venv-oldest

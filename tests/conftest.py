@@ -88,7 +88,8 @@ def load_script(name: str) -> ModuleType:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out a test of the fixture `script` on a script that its nearest mark `scripts` does not name.
 
-    A test that is parametrised over the scripts itself keeps them.
+    A test that is parametrised over the scripts itself keeps them. Files with slow tests come first: of two processes
+    that take a file after the other, none is then left alone with a long one.
     """
 
     def runs(item: pytest.Item) -> bool:
@@ -97,7 +98,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return marker is None or own or parameters.get("script", marker.args[0]) in marker.args
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
-    items[:] = filter(runs, items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items[:] = sorted(filter(runs, items), key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

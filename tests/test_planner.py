@@ -200,8 +200,8 @@ def gpu_benchmark(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
-def test_a_row_of_the_gpu_benchmark_trains_the_real_step(bnb_on_cpu, gpu_benchmark, small, base):
-    row = dict(zip(gpu_benchmark.KEYS, (small, base, 1.0, 128, 0, False, 0.0), strict=True))
+def test_a_row_of_the_gpu_benchmark_trains_the_real_step(bnb_on_cpu, gpu_benchmark, tiny, base):
+    row = dict(zip(gpu_benchmark.KEYS, (str(tiny), base, 1.0, 128, 0, False, 0.0), strict=True))
     values = gpu_benchmark.measure(row, seconds=0)
     assert values["steps"] == 1 and values["seconds_per_step"] > 0 and values["tflops"] > 0
     assert "peak_gb" not in values  # there is no GPU
@@ -237,13 +237,13 @@ def test_the_rows_of_the_gpu_benchmark_are_few_and_different(gpu_benchmark):
 
 
 @pytest.mark.slow
-def test_a_compiled_row_runs_in_a_process_of_its_own_and_says_what_was_compiled(gpu_benchmark, small, monkeypatch):
+def test_a_compiled_row_runs_in_a_process_of_its_own_and_says_what_was_compiled(gpu_benchmark, tiny, monkeypatch):
     """On the CPU with a backend that only traces; the row that fails there is told by its last line."""
     run = gpu_benchmark.subprocess.run
     traced = lambda *words, env, **options: run(*words, env={**env, "ACCELERATE_DYNAMO_BACKEND": "eager"}, **options)  # noqa: E731
     monkeypatch.setattr(gpu_benchmark.subprocess, "run", traced)
     monkeypatch.setattr(gpu_benchmark, "__file__", str(plan_memory.ROOT / "benchmarks" / "gpu.py"))
-    row = dict(zip(gpu_benchmark.KEYS, (str(small), "fp8", 1.0, 128, 0, True, 1.0), strict=True))
+    row = dict(zip(gpu_benchmark.KEYS, (str(tiny), "fp8", 1.0, 128, 0, True, 1.0), strict=True))
     monkeypatch.setattr(gpu_benchmark, "COMPILE_SECONDS", 0.0)
     values = gpu_benchmark.measure_alone(row)
     assert values["graphs"] >= 2 and values["steps"] >= 1
