@@ -242,6 +242,7 @@ def test_every_command_of_the_pages_is_parsed_by_its_script(line, tmp_path, monk
     assert args.cache_latents and args.pretrained_model_name_or_path == "black-forest-labs/FLUX.2-dev"
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.e2e
 def test_every_metric_that_a_run_writes_is_explained(train):
     """Of a run with validation; `peak_device_gb` is a GPU's."""

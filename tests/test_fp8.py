@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unit_parts import start_run
 
 FP8 = ("--do_fp8_training",)
-pytestmark = needs_fp8
+pytestmark = [needs_fp8, pytest.mark.scripts("t2i")]
 # Row-wise e4m3 of 3 bits of mantissa; 3.3 to 3.7 % were seen at these widths.
 FORMAT_ERROR = 0.045
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit_parts import log_lines, start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 # The transformer of FLUX.2 [dev].
 DEV = {
     "num_layers": 8,
@@ -534,6 +536,7 @@ FLAGS_OF_FILES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS_OF_FILES, ids=" ".join)
 def test_rank_alpha_and_modules_come_from_the_file(script, tiny, tmp_path, start_from, flags):
     """Without a flag, and with those that say the same."""

@@ -94,6 +94,7 @@ def test_masks_are_no_images_and_an_image_without_one_counts_as_a_whole(script, 
     assert torch.equal(training_set(script, run, samples)[bare, 0]["weights"], torch.ones(16))
 
 
+@pytest.mark.scripts("i2i")
 @pytest.mark.parametrize("fault", ["black", "size", "damaged"])
 def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tmp_path, fault):
     path = sorted(masked.glob("*-mask.png"))[1]
@@ -110,6 +111,7 @@ def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tm
     assert path.stem.removesuffix("-mask") in str(refusal.value)
 
 
+@pytest.mark.scripts("i2i")
 def test_another_mask_is_another_run(script, train, masked):
     flags = ("--instance_data_dir", masked, *MASKS, "--checkpointing_steps", "1")
     folder = train(*flags, "--max_train_steps", "1")

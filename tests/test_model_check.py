@@ -11,6 +11,8 @@ from runs import spy
 from safetensors.torch import load_file, save_file
 from unit_parts import start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",

@@ -91,6 +91,7 @@ def check_parity(i2i, run, paths: list[Path], family: str) -> None:
     assert tokens.shape == theirs["hidden_states"][:, 15:].shape and difference == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_SIZES)
 def test_a_reference_of_any_size_gives_the_pipelines_tokens_and_ids(i2i, tiny, tmp_path, name):
     """From the decoded image on: area cap, floor to whole tokens, centre crop, encoding, normalisation, packing."""

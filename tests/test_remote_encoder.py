@@ -12,6 +12,8 @@ import torch
 from runs import files_of, forbid
 from servers import Loopback, RemoteEncoder
 
+pytestmark = pytest.mark.scripts("t2i")
+
 TOKEN = "hf_canary_token_of_the_tests"
 LOCAL_ALTERNATIVE = "replace --remote_text_encoder with --offload"
 
