@@ -291,7 +291,9 @@ def test_shift_weighting_and_guidance_each_run_and_are_compared(t2i, tiny, subje
 def test_overfitting_shows_on_held_out_images_and_best_is_of_the_low(t2i, tiny, tmp_path, monkeypatch, figures):
     """The loss on eight held-out photos falls, then rises, while that on the four that are learned goes on falling.
 
-    A low is the mean of three validations, an end that of five. Seen: OVERFIT
+    A low is the mean of three validations, an end that of five, of training losses of 40 steps.
+
+    Seen: 0.350 before the first step, 0.252 at the low after step 40, 0.402 at the end; training 0.288, then 0.154.
     """
     rng, period = random.Random("photos of the toy"), 10
     data = tmp_path / "data"
@@ -320,9 +322,10 @@ def test_overfitting_shows_on_held_out_images_and_best_is_of_the_low(t2i, tiny, 
 
 @pytest.mark.learning
 def test_masked_backgrounds_are_not_learned_along_with_the_subject(t2i, tiny, tmp_path, figures):
-    """Photos before one background, with masks and without, then other backgrounds are asked for: what the frame shows.
+    """Trained on photos before one background; other ones are asked for, and the frame around the toy is compared.
 
-    Seen: MASKS
+    Seen: 0.160 from the toy with and without masks (the base 0.215); the frame with masks 0.129 from the background
+    that is asked for and 0.244 from that of the photos, without 0.179 and 0.178.
     """
     photos, masked = tmp_path / "without", tmp_path / "with"
     for folder in (photos, masked):
