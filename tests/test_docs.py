@@ -65,7 +65,7 @@ def is_said(words: str, texts: set[str]) -> bool:
 
 
 def test_the_messages_of_the_troubleshooting_page_stand_in_the_scripts():
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Messages of others")[0]
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Messages of other programs")[0]
     quoted = re.findall(r"^\| `([^|]+)` \|", text, re.M)
     texts = set().union(*map(texts_of, existing_scripts()))
     assert len(quoted) > 60 and [words for words in quoted if not is_said(words, texts)] == []
