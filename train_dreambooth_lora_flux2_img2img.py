@@ -2450,14 +2450,14 @@ def rename(name: str, patterns: Iterable[tuple[str, str]]) -> str:
 def resolve_lora_layers(linear_names: list[str], asked: str | None) -> list[str]:
     """Full names of the Linear modules that get a LoRA. Raises UserError for an entry that matches none.
 
-    `asked` is a preset or a comma separated list. An entry stands for all Linear modules with that name or the end of
-    it, `final:proj_out` for the last layer.
+    `asked` is a preset or a comma separated list of names or their ends; `final:proj_out` is the last layer.
     """
     text = LORA_PRESETS.get((asked or "").strip().lower(), asked or DEFAULT_LORA_LAYERS)
-    chosen: set[str] = set()
-    for entry in [part.strip() for part in text.split(",") if part.strip()] or [text]:
-        if (name := rename(entry, FLUX1_NAMES)) != entry:
-            log.info(f"lora: FLUX.1 name {entry} is {name} in FLUX.2")
+    entries = [part.strip() for part in text.split(",") if part.strip()] or [text]
+    names, chosen = {entry: rename(entry, FLUX1_NAMES) for entry in entries}, set()
+    if renamed := [f"{entry} is {name}" for entry, name in names.items() if name != entry]:
+        log.info(f"lora: FLUX.1 names in FLUX.2: {', '.join(renamed)}")
+    for entry, name in names.items():
         matches = [full for full in linear_names if f"final:{full}" == name or f".{full}".endswith(f".{name}")]
         if not matches:
             endings = sorted({re.sub(r"^.*blocks\.\d+\.", "", full) for full in linear_names})
