@@ -367,7 +367,7 @@ def test_another_dropout_of_references_and_other_references_are_refused_by_name(
     """What is trained on are pairs: the same targets with other references are other data."""
     with pytest.raises(script.UserError) as caught:
         quick(*SIX, *RESUME, "--cond_dropout", "0.5", "--cond_data_dir", square_references)
-    assert "cond_dropout: was 0.0, is 0.5" in str(caught.value) and "instance data: not what" in str(caught.value)
+    assert "cond_dropout: was 0.0, is 0.5" in str(caught.value) and "instance data: has changed" in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------- rotation and disks
