@@ -1,6 +1,6 @@
 # Needs make and Python >= 3.11; everything else is installed into $(VENV) on first use and re-used afterwards.
 #   make demo           train a LoRA on the CPU on the embedded tiny model; demo-edit: the same for an edit
-#   make check          lint, format, static and unit tests
+#   make check          lint, format, static and quick unit tests
 #   make test           every test that needs no GPU; test-learning: the longer proofs that training learns; test-soak:
 #                       hundreds of kills and faults; test-oldest: the core of it on the oldest versions that are promised
 # Another interpreter: make demo PYTHON=python3.12. An environment that exists already: make test VENV=path/to/venv.
@@ -9,8 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
-# Two processes with one thread each: the tiny models gain nothing from more threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two processes with one thread each: the tiny models gain nothing from more threads. The slow files begin (conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # test-oldest has an environment of its own: every lower bound of requirements_flux.txt, exactly.
 OLDEST_VENV ?= .venv-oldest
@@ -67,7 +67,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/sync_regions.py
-	$(PYTEST) -m "not e2e and not launch and not gpu" tests
+	$(PYTEST) -m "not e2e and not launch and not slow and not gpu" tests
 
 test: $(DEV_STAMP)
 	$(PYTEST) --durations=25 -m "not gpu and not learning and not soak" tests

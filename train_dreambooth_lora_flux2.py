@@ -387,17 +387,6 @@ def check_values(args: Args) -> Iterator[str]:
         yield f"--{name}: [trigger] stands for --instance_prompt, which is missing or contains it"
 
 
-def read_quantization(flag: str, path: str) -> dict[str, Any]:
-    """The bitsandbytes settings in the file that this flag names. Raises UserError."""
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
-            raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--{flag} {path}: cannot be used ({error}); see configs/quantization/nf4.json") from None
-    return settings
-
-
 def launched_with(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
@@ -1116,8 +1105,14 @@ def find_quantization(args: Args, model: ModelFiles, dtype: torch.dtype, part: s
     for name in (own_flag, *(("do_fp8_training", "stream_blocks") if part == "transformer" else ())):
         if stored and getattr(args, name):
             raise UserError(f"--{name}: leave it out, {where}")
-    settings, known = stored or read_quantization(own_flag, path), diffusers.BitsAndBytesConfig().to_dict()
+    settings, known = stored, diffusers.BitsAndBytesConfig().to_dict()
     if not stored:
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+            if sum(settings.get(f"load_in_{bits}bit") is True for bits in (4, 8)) != 1:
+                raise ValueError('one of "load_in_4bit" and "load_in_8bit" must be true')
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: cannot be used ({error}); see configs/quantization/nf4.json") from None
         for name, value in settings.items():
             usable = BNB_VALUES.get(name, (value,) if name in known else ())  # diffusers would ignore another name
             if value not in usable:
@@ -1166,10 +1161,10 @@ def check_part(run: Run, part: str) -> None:
 def refuse_misfits(run: Run, part: str, report: dict[str, list]) -> None:
     """Raises UserError if weights are missing, unexpected or misshapen (name, found shape, needed shape)."""
     report["misshapen"] = [f"{name} {tuple(found)} for {tuple(needed)}" for name, found, needed in report["misshapen"]]
-    told = [f"{len(bad)} {kind}, such as {' and '.join(sorted(bad)[:2])}" for kind, bad in report.items() if bad]
+    bad = [f"{len(names)} {kind}, such as {' and '.join(sorted(names)[:2])}" for kind, names in report.items() if names]
     advice = "it is incomplete, of another model, or in an unknown quantised format: choose another checkpoint"
-    if told:
-        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(told)}); {advice}")
+    if bad:
+        raise UserError(f"{run.model.name}/{part}: the weights do not fit the model ({'; '.join(bad)}); {advice}")
 
 
 def check_parts(run: Run) -> None:
@@ -1470,18 +1465,15 @@ def list_rows(args: Args) -> list[Row]:
     return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
 
 
-def is_mask(args: Args, path: Path) -> bool:
-    return bool(args.mask_suffix) and path.stem.endswith(args.mask_suffix)
-
-
 def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
     """The rows of the metadata in an --instance_data_dir, or its images; names what is not used."""
     folder, every = Path(os.path.abspath(path)), [Path(os.path.abspath(path)) for path in data_folders(args)]
     root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
     others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
-    masks = {p.with_name(p.stem.removesuffix(args.mask_suffix)): p for p in images if is_mask(args, p)}
-    images = [path for path in images if not is_mask(args, path)]
+    found = {path for path in images if args.mask_suffix and path.stem.endswith(args.mask_suffix)}
+    masks = {path.with_name(path.stem.removesuffix(args.mask_suffix)): path for path in found}
+    images = [path for path in images if path not in found]
     names = {key: path for path in reversed(files) for key in (path, folded(path))}
     metadata = {path.parent: path for name in METADATA for path in files if folded(path.name) == name}
     tables = {path: table for path in metadata.values() if (table := list_metadata(args, path, names))[0]}
@@ -1799,9 +1791,7 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         log.info(f"data: {len(masked)} of {len(images)} images have a mask; {outside:g} outside of it")
         black = [i.name for i in masked if outside == 0 and i.mask.decoded().convert("L").getextrema()[1] == 0]
         if black:
-            raise UserError(
-                f"--mask_suffix: {len(black)} mask(s) are black everywhere: {first_few(black)}; nothing is learned"
-            )
+            raise UserError(f"--mask_suffix: {len(black)} mask(s) are black all over: {first_few(black)}; remove them")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
 
@@ -1831,7 +1821,7 @@ def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
     for path in sorted(Path(folder).glob("class-*.png")) if folder else []:
         with contextlib.suppress(OSError), PIL.Image.open(path) as image:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
-                was = f"{path.name} was drawn from '{prompt}', not from --class_prompt '{asked}'"
+                was = f"{path.name} was generated from '{prompt}', not from --class_prompt '{asked}'"
                 raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
     return split_samples(run, samples)
 
@@ -2292,6 +2282,18 @@ def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.div(matrix, scales, out=torch.empty_like(matrix, dtype=FP8)), scales
 
 
+def fp8_matmul(rows: torch.Tensor, columns: torch.Tensor, scales: tuple, **options: Any) -> torch.Tensor:
+    """rows @ columns in FP8, times `scales` (M, 1) and (1, N), or only (M, 1): inside the product or after it."""
+    if FP8Linear.row_wise:
+        scales = scales if len(scales) == 2 else (*scales, scales[0].new_ones(1, columns.shape[1]))
+        return torch._scaled_mm(rows, columns, *scales, **options)
+    one = scales[0].new_ones(())
+    product = torch._scaled_mm(rows, columns, one, one, **options)
+    for each in scales:
+        product.mul_(each)
+    return product
+
+
 class FP8Gradient(torch.autograd.Function):
     """Gives a product x W^T, computed without autograd, its backward pass: another FP8 product, which needs no x.
 
@@ -2308,9 +2310,8 @@ class FP8Gradient(torch.autograd.Function):
         """Gradient of `hidden`. The sum runs over W's scales, so they are multiplied in before quantising."""
         weight, scales = context.saved_tensors
         rows, row_scales = to_fp8(gradient.flatten(0, -2) * scales.t().to(gradient.dtype))
-        # Hopper's tensor cores need the second matrix in column-major order
-        ones, columns = torch.ones_like(weight[:1], dtype=torch.float32), weight.t().contiguous().t()
-        product = torch._scaled_mm(rows, columns, row_scales, ones, out_dtype=gradient.dtype)
+        columns = weight.t().contiguous().t()  # Hopper's tensor cores need the second matrix in column-major order
+        product = fp8_matmul(rows, columns, (row_scales,), out_dtype=gradient.dtype)
         return product.unflatten(0, gradient.shape[:-1]), None, None, None
 
 
@@ -2319,6 +2320,8 @@ class FP8Linear(nn.Linear):
 
     Uses `torch._scaled_mm`, since Dynamo cannot trace `F.scaled_mm` on PyTorch 2.11.
     """
+
+    row_wise = True  # whether products take the scales of rows and columns; see `check_fp8`
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         """Quantises `linear` on `device`, 1024 rows at a time, so that no whole layer is there in bf16."""
@@ -2335,7 +2338,7 @@ class FP8Linear(nn.Linear):
         rows, row_scales = to_fp8(hidden.detach().flatten(0, -2))
         # fast accumulation costs no accuracy here (errors of 3.749 % and 3.752 % on an H200) and saves 8 % of the time
         options = {"out_dtype": hidden.dtype, "use_fast_accum": True}
-        product = torch._scaled_mm(rows, self.weight.t(), row_scales, self.scales.t(), **options)
+        product = fp8_matmul(rows, self.weight.t(), (row_scales, self.scales.t()), **options)
         return FP8Gradient.apply(hidden, product.unflatten(0, hidden.shape[:-1]), self.weight, self.scales)
 
 
@@ -2347,13 +2350,30 @@ def quantize_block(run: Run, block: nn.Module) -> None:
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError if a GPU has no FP8 matmuls; the CPU emulates them, for tests."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if device.type != "cpu" and (capability < (8, 9) or dtype != torch.bfloat16):
-        found = f"this is {dtype} on {capability[0]}.{capability[1]}; see --bnb_quantization_config_path"
-        raise UserError(
-            f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher (from Ada), {found}"
-        )
+    """Raises UserError if a GPU has no FP8 matmuls, and chooses the faster kind; the CPU emulates them, for tests.
+
+    Products with row-wise scales are faster on Hopper (measured), but are reported to be three to four times slower on
+    Ada, and are not built on Windows. The others need another pass over the product, hence the factor of 1.5.
+    """
+    seconds = [time_fp8(device, row_wise) for row_wise in (False, True)] if device.type == "cuda" else [math.inf] * 2
+    if device.type != "cpu" and (dtype != torch.bfloat16 or min(seconds) == math.inf):
+        found = f"this is {dtype} on {device}; see --bnb_quantization_config_path"
+        raise UserError(f"--do_fp8_training: needs bf16 and a CUDA GPU of compute capability 8.9 or higher, {found}")
+    FP8Linear.row_wise = device.type == "cpu" or seconds[1] < 1.5 * seconds[0]
+
+
+def time_fp8(device: torch.device, row_wise: bool) -> float:
+    """Seconds of a square product, the fastest of three; infinite if this GPU or PyTorch has none."""
+    matrix, scales = torch.ones(4096, 4096, device=device).to(FP8), torch.ones(4096, 1, device=device)
+    FP8Linear.row_wise, times = row_wise, [math.inf]
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        for _ in range(3):
+            torch.accelerator.synchronize(device)
+            started = time.perf_counter()
+            fp8_matmul(matrix, matrix.t(), (scales, scales.t()), out_dtype=torch.bfloat16)
+            torch.accelerator.synchronize(device)
+            times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def outside_blocks(model: ModelFiles) -> list[str]:
@@ -2515,13 +2535,6 @@ def checkpointed_share(run: Run) -> float:
     """--gradient_checkpointing, or all blocks if streaming or the FSDP settings of the accelerate config need it."""
     asked = run.sharding and launched_with("FSDP_ACTIVATION_CHECKPOINTING")
     return 1.0 if asked or run.args.stream_blocks else run.args.gradient_checkpointing
-
-
-def recompute_in_backward(transformer: Flux2Transformer2DModel, share_of_blocks: float) -> None:
-    """Gradient checkpointing of the first blocks, inside `forward`, so that torch.compile and FSDP wrap around it."""
-    blocks = blocks_of(transformer)
-    for block in blocks[: math.ceil(share_of_blocks * len(blocks))]:
-        block.forward = functools.partial(recompute, block.forward)
 
 
 def recompute(forward: Callable, *inputs: Any, **named_inputs: Any) -> Any:  # a bare `checkpoint` breaks Dynamo's graph
@@ -3283,7 +3296,9 @@ def make_streams(
         files, images = list_files(folder)
         report_unused(folder, files, images)
         listed = [Sample(Image(printable(path.name), path), (run.args.class_prompt,)) for path in images]
-        streams.append(Stream("class", make_samples(run, listed, choose_buckets(run)), run.args.prior_loss_weight))
+        with run.accelerator.main_process_first():  # the others use its index of checked images
+            classes = make_samples(run, listed, choose_buckets(run))
+        streams.append(Stream("class", classes, run.args.prior_loss_weight))
     learned = [sample for stream in streams for sample in stream.samples]
     return streams, [sample.image for sample in learned + held_out]
 
@@ -3326,18 +3341,12 @@ def write_config(run: Run, basenames: bool = False) -> str:
             lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is not False)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
-        if basenames and name in PATH_FLAGS:
-            words = [without_folders(word) for word in words]
+        if basenames and name in PATH_FLAGS:  # a hub id is kept
+            parts = [[Path(part) for part in word.split(",")] for word in words]
+            words = [",".join(p.name if p.exists() or str(p)[0] in "/.~" else str(p) for p in each) for each in parts]
         between = "=" if len(words) == 1 and words[0].startswith("-") else " "
         lines.append(f"--{name}{between}{shlex.join(words)}\n")
     return "".join(lines)
-
-
-def without_folders(path: str) -> str:
-    """The last part of a path, or of each of several separated by commas; a hub id is kept."""
-    if "," in path and not os.path.exists(path):
-        return ",".join(Path(part).name for part in path.split(","))
-    return Path(path).name if os.path.exists(path) or path[:1] in "/.~" else path
 
 
 def warn_once(run: Run, subject: str, problem: Any) -> None:
@@ -3625,7 +3634,9 @@ def prepare_training(
     parameters = add_lora(run, transformer)
     if run.args.init_lora_from:
         load_lora(parameters, Path(run.args.init_lora_from))
-    recompute_in_backward(transformer, checkpointed_share(run))
+    blocks = blocks_of(transformer)
+    for block in blocks[: math.ceil(checkpointed_share(run) * len(blocks))]:
+        block.forward = functools.partial(recompute, block.forward)  # inside, so that compile and FSDP wrap around it
     geometries = {sample.geometry for stream in streams for sample in stream.samples}
     compiled = compile_blocks(run, transformer, len(geometries) > 1, steps)
     place_transformer(run, transformer)

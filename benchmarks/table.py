@@ -52,7 +52,7 @@ def print_measured() -> None:
 
 
 SETTINGS = {
-    "shift linear": "the defaults: `--timestep_shift linear`, uniform density, `--guidance_scale 1`",
+    "shift linear": "the defaults: `--timestep_shift linear`, uniform density, `--guidance_scale 1`; base in fp32",
     "shift none": "`--timestep_shift none`",
     "shift empirical": "`--timestep_shift empirical`",
     "logit_normal": "`--weighting_scheme logit_normal`",
@@ -65,6 +65,27 @@ BASES = {
     "nf4": "`configs/quantization/nf4.json`",
     "int8": "`configs/quantization/int8.json`",
 }
+
+
+def proof_rows(found: dict) -> dict[str, tuple]:
+    """Overfitting, masks and streamed FP8."""
+    over, masks = found["overfitting"], found["masks"]
+    streamed = found["streamed FP8 from FP8, largest difference"]
+    steps = f"step {over['best_step']:.0f}, which `best/` keeps, and step {over['last_step']:.0f}"
+    photos = "photos before one background, other ones asked for"
+    fp8 = "`--do_fp8_training --stream_blocks` from `--do_fp8_training`"
+    return {
+        "four photos, `--validation_split 8`, validation loss: base, low": (over["base"], over["low"]),
+        f"the same: {steps}": (over["low"], over["end"]),
+        "the same: training loss around these steps": (over["training_at_low"], over["training_at_end"]),
+        f"{photos}, distance to the toy: base, LoRA": (masks["toy_base"], masks["toy_without"]),
+        "the same: a LoRA trained with `--mask_suffix=-mask`": ("", masks["toy_with"]),
+        "frame of these to the background asked for: without masks, with": (
+            masks["asked_without"], masks["asked_with"]),
+        "frame of these to the photos' background: without masks, with": (
+            masks["learned_without"], masks["learned_with"]),
+        f"{fp8}, largest difference: losses, LoRA": (streamed["loss"], streamed["lora"]),
+    }  # fmt: skip
 
 
 def print_learning() -> None:
@@ -95,6 +116,7 @@ def print_learning() -> None:
     what = "at a learning rate of 2e-5, adapter in bf16 (the reference's way), in fp32"
     rows[f"share of `lora_A`'s numbers that moved {what}"] = (moved["bf16"], moved["fp32"])
     rows["the same: loss over the last 50 steps"] = (moved["loss_bf16"], moved["loss_fp32"])
+    rows |= proof_rows(found)
     for what, values in rows.items():
         cells = [value if isinstance(value, str) else f"{value:.3f}" for value in (*values, "")][:2]
         print(f"| {what} | {' | '.join(cells)} |")

@@ -1,7 +1,8 @@
 """What every test gets: a hermetic environment, both scripts as modules, the tiny models, drawn images.
 
-A test of the fixture `script` runs on both scripts: what they share is promised of both. `t2i` and `i2i` are for what
-is one script's own.
+A test of the fixture `script` runs on both scripts, unless it or its file is marked `scripts("t2i")`: what it is about
+stands in shared regions then, which are the same bytes in both (`test_sync.py`). `t2i` and `i2i` are for what is one
+script's own.
 """
 
 import functools
@@ -80,8 +81,32 @@ def load_script(name: str) -> ModuleType:
 
     torch.set_num_threads(1)  # bit-exact comparisons, and faster on a model this small
     module = importlib.import_module(SCRIPTS[name])
-    gc.freeze()  # a third of a second at each of the script's collections, which else go through all of the libraries
+    gc.freeze()  # as `few_objects_to_collect`
     return module
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out a test of the fixture `script` on a script that its nearest mark `scripts` does not name.
+
+    A test that is parametrised over the scripts itself keeps them. Files with slow tests come first: of two processes
+    that take a file after the other, none is then left alone with a long one.
+    """
+
+    def runs(item: pytest.Item) -> bool:
+        marker, parameters = item.get_closest_marker("scripts"), getattr(getattr(item, "callspec", None), "params", {})
+        own = any("script" in mark.args[0] for mark in item.iter_markers("parametrize"))
+        return marker is None or own or parameters.get("script", marker.args[0]) in marker.args
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items[:] = sorted(filter(runs, items), key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect() -> None:
+    """A script's collections do not go through what the libraries of earlier files have left: half of a short run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)

@@ -25,7 +25,7 @@ from unit_parts import start_run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quantization"
 KINDS = ("nf4", "int8")
-pytestmark = pytest.mark.usefixtures("bnb_on_cpu")
+pytestmark = [pytest.mark.usefixtures("bnb_on_cpu"), pytest.mark.scripts("t2i")]
 # Relative error of a layer's output and input gradient against fp32. Seen: NF4 0.09; 8 bit 0.0074 to 0.0108,
 # the most where an image is drawn and activations are 8 bit too.
 ERRORS = {"nf4": (0.08, 0.1), "int8": (0.005, 0.012)}
@@ -138,6 +138,7 @@ def test_frozen_blocks_take_the_share_of_bf16_that_the_format_promises(script, t
     assert low < sizes[1] / sizes[0] < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "worst", "cosine"), [("nf4", 0.12, 0.95), ("int8", 0.02, 0.999)])
 def test_the_whole_model_is_near_the_unquantised_one_in_output_and_lora_gradient(
     script, tiny, tmp_path, kind, worst, cosine
@@ -258,6 +259,7 @@ def test_a_wrong_setting_is_refused_by_name_and_value_before_anything_is_loaded(
         start_run(script, tiny, tmp_path, "--bnb_quantization_config_path", path)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_a_base_of_bitsandbytes_is_refused_at_start(script, tiny, stored_models, tmp_path, monkeypatch):
     """In one sentence, whether the flag asks for it or the checkpoint is stored so."""
     monkeypatch.undo()
@@ -268,7 +270,7 @@ def test_without_a_gpu_a_base_of_bitsandbytes_is_refused_at_start(script, tiny, 
 
 
 def test_two_quantisations_are_one_too_many(script, capsys):
-    assert "give one of them" in refused(script, capsys, *flags_of("nf4"), "--do_fp8_training")
+    assert "give only one" in refused(script, capsys, *flags_of("nf4"), "--do_fp8_training")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -367,7 +369,7 @@ def test_an_encoder_that_is_stored_quantised_goes_with_a_transformer_that_is_not
 
 @pytest.mark.parametrize("flags", [flags_of("nf4"), ("--do_fp8_training",)])
 def test_a_stored_checkpoint_is_not_quantised_again(script, stored_models, tmp_path, flags):
-    with pytest.raises(script.UserError, match=f"{flags[0]}: leave it out.*stored quantised already"):
+    with pytest.raises(script.UserError, match=f"{flags[0]}: leave it out.*stored quantised"):
         start_run(script, stored_models["nf4"], tmp_path, *flags)
 
 
@@ -418,15 +420,17 @@ def encoder_flag(kind: str) -> tuple[str, str]:
 
 
 # Relative error of an embedding against bf16. Seen with the trained encoder of the embedded model, whose layers are 32
-# wide: NF4 0.23 to 0.28, 8 bits 0.010 to 0.014; with [klein]'s, whose weights are random here: 0.65 to 0.81, 0.03.
+# wide: NF4 0.07 to 0.28, 8 bits 0.010 to 0.014; with [klein]'s, whose weights are random here: 0.30 to 0.81, 0.03.
+# NF4's depends on which kernel bitsandbytes has for the CPU.
 EMBEDDING_ERRORS = {
-    ("tiny", "nf4"): (0.15, 0.35),
+    ("tiny", "nf4"): (0.03, 0.35),
     ("tiny", "int8"): (0.005, 0.02),
-    ("tiny_klein", "nf4"): (0.5, 0.9),
+    ("tiny_klein", "nf4"): (0.15, 0.9),
     ("tiny_klein", "int8"): (0.01, 0.05),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, kind", EMBEDDING_ERRORS)
 def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(script, request, tmp_path, kind, model):
     """Every layer that is read is quantised, the head is gone, nothing is trained; the error is printed (pytest -s)."""
@@ -475,9 +479,7 @@ def test_a_run_with_a_quantised_encoder_trains_a_plain_base_and_is_not_resumed_w
 
 
 def test_an_encoder_that_is_stored_quantised_is_not_quantised_again(script, stored_models, tmp_path):
-    with pytest.raises(
-        script.UserError, match="--text_encoder_bnb_config_path: leave it out.*stored quantised already"
-    ):
+    with pytest.raises(script.UserError, match="--text_encoder_bnb_config_path: leave it out.*stored quantised"):
         start_run(script, stored_models["nf4"], tmp_path, *encoder_flag("nf4"))
 
 
@@ -493,7 +495,7 @@ def test_no_encoder_is_quantised_that_is_sharded_or_somewhere_else(script, tiny,
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         start_run(script, tiny, tmp_path, *encoder_flag("nf4"), other)
-    assert "--text_encoder_bnb_config_path: not with" in capsys.readouterr().err
+    assert "--text_encoder_bnb_config_path: cannot be used with" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- the card

@@ -13,6 +13,8 @@ from PIL import Image
 from test_data_sources import arguments, fill, listed, write_jsonl
 from unit_parts import caption_of, check_samples, log_lines, start_run, training_set
 
+pytestmark = pytest.mark.scripts("i2i")
+
 datasets = pytest.importorskip("datasets")
 
 
@@ -32,6 +34,7 @@ def warned(script, folder: Path, *flags) -> list[str]:
 # ---- several captions of one image ----
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_list_and_several_rows_are_several_captions_of_one_image(script, tmp_path):
     """In the order they are written; empty ones are none."""
     fill(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
@@ -196,6 +199,7 @@ def test_a_link_to_a_missing_caption_is_told(script, tmp_path):
 # ---- metadata ----
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("column", ["Caption", "description", " text", "TEXT ", "captions", "Prompt"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_usual_columns_are_found_in_any_case_and_with_blanks(script, tmp_path, column, kind):
@@ -238,6 +242,7 @@ def test_an_image_that_metadata_names_is_trained_on_whatever_its_ending(script, 
     assert listed(script, tmp_path) == {"a.jpg": None, "b": "yes"}
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("prompt", [(), ("--instance_prompt", "sks")])
 @pytest.mark.parametrize("row", [{"label": "x", "style": "y"}, {"text": "", "style": "y"}, {}])
 def test_metadata_that_gives_no_caption_ends_the_run_with_its_columns(script, tmp_path, row, prompt):
@@ -318,6 +323,7 @@ def test_two_columns_of_one_name_are_an_error(script, tmp_path):
         listed(script, tmp_path)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("flags", [("--image_column", "photo"), ("--caption_column", "text")])
 def test_a_column_without_metadata_is_an_error(script, tmp_path, flags):
     fill(tmp_path, "a.jpg")
@@ -325,6 +331,7 @@ def test_a_column_without_metadata_is_an_error(script, tmp_path, flags):
         listed(script, tmp_path, *flags)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize(
     ("header", "flags"),
     [("image,text", ()), ("image,text", ("--image_column", "image")), ("photo,text", ("--image_column", "photo"))],

@@ -17,7 +17,7 @@ from runs import LORA, assert_same_run, column, command_line, files_of, forbid, 
 from safetensors.torch import load_file
 from unit_parts import start_run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.scripts("i2i")]
 
 RESUME = ("--resume_from_checkpoint", "latest")
 SIX = ("--max_train_steps", "6", "--checkpointing_steps", "2")
@@ -60,6 +60,7 @@ def nothing_temporary_in(folder: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------- exact resume
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -359,7 +360,7 @@ def test_several_changed_settings_and_other_images_are_named_together(script, qu
     assert "instance data: has changed" in message
 
 
-@pytest.mark.parametrize("script", ["i2i"], indirect=True)
+@pytest.mark.scripts("i2i")
 def test_another_dropout_of_references_and_other_references_are_refused_by_name(
     script, quick, finished, square_references
 ):

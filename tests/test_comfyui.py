@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import convert_lora
 from bare_training import read_architecture
 
+pytestmark = pytest.mark.scripts("t2i")
+
 PRESETS = (None, "attention", "fal", "ai-toolkit")
 
 
@@ -106,6 +108,7 @@ def test_it_merges_to_the_same_weights_as_the_main_file(script, tiny, tiny_klein
         assert torch.allclose(found[name], weight, rtol=1e-5, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_run_writes_it_beside_the_main_file_unless_it_is_not_wanted(script, quick):
     """Checkpoints have the main file only."""
     folder = quick("--max_train_steps", "1", "--lora_alpha", "6")
@@ -142,5 +145,5 @@ def test_the_tool_converts_the_lora_of_a_checkpoint(script, quick):
 
 def test_the_tool_says_what_it_cannot_convert(script, tmp_path):
     save_file({"some.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(convert_lora.script.UserError, match=r"other\.safetensors: not a plain LoRA"):
+    with pytest.raises(convert_lora.script.UserError, match=r"other\.safetensors: not a plain FLUX.2 LoRA"):
         convert_lora.convert(tmp_path / "other.safetensors", tmp_path / "converted.safetensors")

@@ -145,7 +145,7 @@ def test_trigger_is_replaced_in_a_class_prompt_too(good):
 
 def test_trigger_in_the_instance_prompt_is_refused(refusal):
     message = refusal("--instance_prompt", "a photo of [trigger] dog", "--validation_prompt", "[trigger]")
-    assert "--instance_prompt: [trigger] stands for --instance_prompt" in message and "has it in itself" in message
+    assert "--instance_prompt: [trigger] stands for --instance_prompt" in message and "contains it" in message
 
 
 @pytest.mark.parametrize("flag", ["--validation_prompt", "--final_validation_prompt"])
@@ -260,6 +260,7 @@ def test_a_type_that_refuses_says_so_by_argparses_own_error(parse):
         parse.FLAGS["learning_rate"]["type"]("0")
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine", "polynomial", "cosine_with_restarts"])
 def test_a_warm_up_longer_than_the_run_is_told_with_where_the_rate_ends(
     script, tiny, photos, tmp_path, capsys, schedule
@@ -277,6 +278,7 @@ def test_a_warm_up_longer_than_the_run_is_told_with_where_the_rate_ends(
 # ---- log lines ----
 
 
+@pytest.mark.scripts("t2i")
 def test_log_lines_carry_their_level(script, capsys):
     script.set_up_logging()
     for level in ("info", "warning", "error"):
@@ -303,6 +305,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.slow
 def test_a_warning_of_a_spawned_worker_carries_its_level(script, tmp_path):
     """As Windows and macOS start the loader's workers: they inherit nothing."""

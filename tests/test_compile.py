@@ -15,7 +15,7 @@ SHAPES = "64,64;64,96;96,64;96,96"
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what is compiled is the same in both
+@pytest.mark.scripts("t2i")  # what is compiled is the same in both
 @pytest.mark.parametrize("checkpointing", [(), ("--gradient_checkpointing",)], ids=["kept", "checkpointed"])
 def test_compiled_blocks_train_alike_and_another_shape_does_not_compile_for_ever(
     t2i, train, monkeypatch, checkpointing
@@ -60,7 +60,7 @@ def stored_choice(folder, step: int) -> bool:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what is compiled is the same in both
+@pytest.mark.scripts("t2i")  # what is compiled is the same in both
 def test_the_flag_compiles_and_a_resumed_run_does_as_its_checkpoint_did(script, quick, monkeypatch, capsys):
     """Compiled as asked; when the trial fails after that, eager, which is said and kept."""
     eager = quick("--max_train_steps", "2", output="eager")
@@ -84,7 +84,7 @@ def test_the_flag_compiles_and_a_resumed_run_does_as_its_checkpoint_did(script, 
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_a_failure_of_what_was_asked_for_is_an_error(script, quick, monkeypatch):
     compile_with(monkeypatch, broken_backend)
     with pytest.raises(script.UserError, match="--compile_blocks: the trial failed .*no such target"):
@@ -125,7 +125,7 @@ def test_what_cannot_compile_is_told_and_is_an_error_where_it_was_asked_for(scri
         compiled_blocks(script, flag=True, bits8=True)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(script.shutil, "which", lambda _: None)
-    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; leave it out"):
+    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; leave the flag out"):
         compiled_blocks(script, flag=True)
     with log_lines() as lines:
         assert compiled_blocks(script) == 0

@@ -77,7 +77,7 @@ def test_a_caption_that_is_not_utf8_is_an_error_with_its_path(script, tmp_path):
     """Latin-1 from an old editor."""
     fill(tmp_path, "a.jpg")
     (tmp_path / "a.txt").write_bytes("Hündchen".encode("latin-1"))
-    with pytest.raises(script.UserError, match=r"a\.txt: not UTF-8"):
+    with pytest.raises(script.UserError, match=r"a\.txt: cannot be read as UTF-8"):
         listed(script, tmp_path)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+pytestmark = pytest.mark.scripts("t2i")
+
 Array = np.ndarray
 
 # `--aspect_ratio_buckets` of the README.

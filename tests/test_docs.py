@@ -65,7 +65,9 @@ def is_said(words: str, texts: set[str]) -> bool:
 
 
 def test_the_messages_of_the_troubleshooting_page_stand_in_the_scripts():
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Messages of other programs")[0]
+    text = (
+        (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Messages of other programs")[0]
+    )
     quoted = re.findall(r"^\| `([^|]+)` \|", text, re.M)
     texts = set().union(*map(texts_of, existing_scripts()))
     assert len(quoted) > 60 and [words for words in quoted if not is_said(words, texts)] == []
@@ -240,6 +242,7 @@ def test_every_command_of_the_pages_is_parsed_by_its_script(line, tmp_path, monk
     assert args.cache_latents and args.pretrained_model_name_or_path == "black-forest-labs/FLUX.2-dev"
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.e2e
 def test_every_metric_that_a_run_writes_is_explained(train):
     """Of a run with validation; `peak_device_gb` is a GPU's."""

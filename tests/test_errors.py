@@ -13,6 +13,8 @@ from helpers import load_arguments, run_python
 from PIL import Image
 from runs import command_line
 
+pytestmark = pytest.mark.scripts("t2i")
+
 LOADERS = ("load_text_encoder", "load_vae", "load_transformer")
 
 
@@ -207,7 +209,7 @@ def test_the_folder_of_the_targets_cannot_be_that_of_the_references(refusal, tmp
 
 MISSING_FILES = {
     "--bnb_quantization_config_path": ["nf4.json: cannot be used", "configs/quantization/"],
-    "--init_lora_from": ["nf4.json: not a plain LoRA", "No such file"],
+    "--init_lora_from": ["nf4.json: not a plain FLUX.2 LoRA", "No such file"],
     "--resume_from_checkpoint": ["--resume_from_checkpoint nf4.json", "latest"],
 }
 
@@ -217,16 +219,19 @@ def test_a_file_of_a_flag_that_is_not_there_is_an_error_before_anything_is_loade
     assert has(failure(flag, "nf4.json"), *MISSING_FILES[flag])
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_command_line_without_a_mistake_passes(parse, good):
     assert parse.parse_args(good).resolution == 64
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_all_problems_that_the_script_finds_are_told_in_one_message(refusal):
     message = refusal("--resolution", "500", "--mixed_precision", "fp16", "--fsdp_text_encoder", "--report_to", "x")
     assert has(message, "500", "fp16", "--fsdp_text_encoder", "--report_to x", "4 problem(s) on the command line")
     assert message.count("\n  - ") == 4
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_missing_required_flags_are_told_together(parse, capsys):
     with pytest.raises(SystemExit) as stop:
         parse.parse_args([])
@@ -277,7 +282,7 @@ def test_report_to_all_means_the_installed_trackers(parse, good, monkeypatch):
 @pytest.mark.parametrize("flag", ["--push_to_hub", "--remote_text_encoder"])
 def test_the_hub_and_the_public_remote_encoder_without_a_token_are_refused_at_start(failure, monkeypatch, flag):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert has(failure(flag), flag, "no token", "hf auth login", "HF_TOKEN")
+    assert has(failure(flag), flag, "need a token", "hf auth login", "HF_TOKEN")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])
@@ -409,6 +414,7 @@ def test_a_folder_with_only_hidden_files_counts_as_empty(failure, tmp_path):
     assert has(failure("--instance_data_dir", folder), "no image")
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_all_corrupt_images_are_listed_with_their_reasons(failure, tmp_path):
     folder = draw_photos(tmp_path / "bad", 4)
     data = (folder / "01.jpg").read_bytes()
@@ -435,6 +441,7 @@ def test_images_without_captions_need_a_prompt(script, good, monkeypatch):
     assert has(str(error.value), "--instance_prompt", "no caption", "00.jpg")
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_missing_caption_column_of_a_metadata_file_names_those_there_are(failure, tmp_path):
     folder = draw_photos(tmp_path / "meta", 2)
     rows = [{"file_name": f"{number:02d}.jpg", "text": "a toy"} for number in range(2)]
@@ -454,6 +461,7 @@ def test_a_bad_metadata_file_is_an_error_that_says_why(failure, tmp_path, conten
     assert has(failure("--instance_data_dir", folder), "meta", named)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_metadata_file_without_a_column_of_images_says_what_is_looked_for(failure, tmp_path):
     folder = draw_photos(tmp_path / "meta", 1)
     (folder / "metadata.jsonl").write_text('{"text": "a toy"}')
@@ -477,6 +485,7 @@ def local_dataset(tmp_path, monkeypatch) -> Path:
     return folder.parent
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize(("flag", "column"), [("--image_column", "photo"), ("--caption_column", "captoin")])
 def test_a_wrong_column_of_a_data_set_names_those_there_are(script, good, local_dataset, tmp_path, flag, column):
     words = [word for word in good if word not in ("--instance_data_dir", str(tmp_path / "photos"))]
@@ -639,6 +648,7 @@ def test_a_flag_without_effect_is_said_so_in_one_line(parse, good, case):
     assert_one_note(parse, good, NOTES[case])
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_command_line_in_which_every_flag_counts_gets_no_note(parse, good):
     assert parse.flag_notes(parse.parse_args(good)) == []
 

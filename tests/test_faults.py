@@ -20,7 +20,7 @@ from runs import LORA, column, command_line, lora, metrics, sha256
 from safetensors.torch import load_file, save_file
 from servers import Hub, point_to
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.scripts("t2i")]
 
 
 def checkpoints(folder: Path) -> list[int]:

@@ -70,6 +70,7 @@ def test_the_prediction_is_exactly_what_the_denoising_call_computes(script, mode
         assert (actual - output).abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_input_of_the_transformer_is_the_pipelines(script, models, family, precision, tmp_path):
@@ -198,6 +199,7 @@ def shift_of(script, tokens: int, *flags: str) -> float:
     return sigma / (1 - sigma)
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("tokens", SHIFTS)
 def test_the_shift_has_the_known_values(script, tokens):
     """Linear and empirical, for 512 to 2048 pixels square."""
@@ -209,6 +211,7 @@ def test_the_shift_has_the_known_values(script, tokens):
         assert math.log(shift_of(script, tokens, *flags)) == pytest.approx(expected, abs=6e-4)
 
 
+@pytest.mark.scripts("t2i")
 def test_linear_is_half_at_256_tokens_and_the_shift_can_be_off_or_a_number(script):
     """--timestep_shift none is 1, 3 is 3."""
     assert shift_of(script, 256) == pytest.approx(math.exp(0.5))
@@ -216,6 +219,7 @@ def test_linear_is_half_at_256_tokens_and_the_shift_can_be_off_or_a_number(scrip
     assert shift_of(script, 4096, "--timestep_shift", "3") == pytest.approx(3.0)
 
 
+@pytest.mark.scripts("t2i")
 def test_shifted_sigmas_follow_the_schedulers_formula(script, tiny):
     """And keep 0, 1 and their order; without a shift nothing changes."""
     sigmas = torch.linspace(0, 1, 101)
@@ -236,6 +240,7 @@ def drawn(script, count: int, *flags: str) -> torch.Tensor:
     return torch.stack([script.draw_u(args, script.make_generator(0, "sigma", position)) for position in range(count)])
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_u_stays_between_0_and_1_and_comes_from_the_generator(script, scheme):
     """Under every scheme; the global generator has no say."""
@@ -246,18 +251,21 @@ def test_u_stays_between_0_and_1_and_comes_from_the_generator(script, scheme):
     assert first.min() >= 0 and first.max() <= 1 and first.std() > 0.1 and first.dtype == torch.float32
 
 
+@pytest.mark.scripts("t2i")
 def test_u_is_clamped_where_the_mode_density_leaves_the_interval(script):
     """A large --mode_scale makes u negative in diffusers: sigma would be above 1."""
     u = drawn(script, 300, "--weighting_scheme", "mode", "--mode_scale", "20")
     assert u.min() == 0 and u.max() == 1
 
 
+@pytest.mark.scripts("t2i")
 def test_uniform_is_the_default_density(script):
     """Mean 1/2, variance 1/12."""
     u = drawn(script, 2000)
     assert abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.01
 
 
+@pytest.mark.scripts("t2i")
 def test_a_negative_logit_mean_trains_more_on_noise(script):
     """sigma is 1 - u: the sign that the help text states."""
     flags = ("--weighting_scheme", "logit_normal", "--logit_mean")
@@ -272,6 +280,7 @@ def weights_of(script, scheme: str, sigmas: torch.Tensor) -> torch.Tensor:
     return losses_of(script, args, Knows(noise - clean + 1), clean, noise, sigmas, 2, 5)
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_is_finite_and_positive_from_sigma_0_to_1(script, scheme):
     """sigma_sqrt would be infinite at 0."""
@@ -279,6 +288,7 @@ def test_every_weight_is_finite_and_positive_from_sigma_0_to_1(script, scheme):
     assert weights.shape == (1001,) and weights.isfinite().all() and (weights > 0).all() and weights.max() <= 100.001
 
 
+@pytest.mark.scripts("t2i")
 def test_the_weights_have_their_formulas(script):
     """sigma_sqrt is 1 / sigma^2 capped at 100, cosmap 2 / (pi (1 - 2 sigma + 2 sigma^2)), the others 1."""
     sigmas = torch.tensor([0.0, 0.001, 0.1, 0.5, 1.0])

@@ -1,15 +1,14 @@
 """--do_fp8_training: frozen weights in FP8 alone, one scaled matmul each way, training that follows fp32."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from runs import assert_same_run, column, lora, needs_fp8, spy
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit_parts import start_run
 
 FP8 = ("--do_fp8_training",)
-pytestmark = needs_fp8
+pytestmark = [needs_fp8, pytest.mark.scripts("t2i")]
 # Row-wise e4m3 of 3 bits of mantissa; 3.3 to 3.7 % were seen at these widths.
 FORMAT_ERROR = 0.045
 
@@ -206,24 +205,83 @@ def test_checkpointing_recomputes_the_same_products(transformers_of):
     assert recomputed.counts["scaled"] == plain.counts["scaled"] + 32
 
 
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_both_kinds_of_product_compile_to_one_graph(script, monkeypatch, row_wise):
+    """Forward and backward, with the values of the eager ones."""
+    monkeypatch.setattr(script.FP8Linear, "row_wise", row_wise)
+    layer = script.FP8Linear(outlier_linear(128, 64), torch.device("cpu"))
+    inputs = [torch.randn(1, 6, 128, generator=torch.Generator().manual_seed(0)).requires_grad_(True) for _ in "ab"]
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    outputs = [layer(inputs[0]), compiled(inputs[1])]
+    for output in outputs:
+        output.square().sum().backward()
+    torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(given.grad for given in inputs))
+
+
+NONE = float("inf")  # seconds of a product that this GPU or PyTorch does not have
+
+
 @pytest.mark.parametrize(
-    ("device", "capability", "dtype", "refused"),
+    ("device", "dtype", "seconds", "row_wise"),
     [
-        ("cuda", (8, 0), torch.bfloat16, True),
-        ("cuda", (8, 9), torch.bfloat16, False),
-        ("cuda", (9, 0), torch.bfloat16, False),
-        ("cuda", (9, 0), torch.float32, True),
-        ("mps", None, torch.bfloat16, True),
-        ("cpu", None, torch.float32, False),
+        ("cuda", torch.bfloat16, {False: 1.0, True: 1.2}, True),
+        ("cuda", torch.bfloat16, {False: 1.0, True: 3.0}, False),
+        ("cuda", torch.bfloat16, {False: 1.0, True: NONE}, False),
+        ("cuda", torch.bfloat16, {False: NONE, True: 1.0}, True),
+        ("cuda", torch.bfloat16, {False: NONE, True: NONE}, None),
+        ("cuda", torch.float32, {False: 1.0, True: 1.0}, None),
+        ("mps", torch.bfloat16, {}, None),
+        ("cpu", torch.float32, {}, True),
     ],
 )
-def test_a_gpu_without_fp8_is_refused_with_the_alternatives(script, monkeypatch, device, capability, dtype, refused):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    if not refused:
-        return script.check_fp8(SimpleNamespace(type=device), dtype)
+def test_the_faster_product_is_chosen_and_a_gpu_without_any_is_refused(
+    script, monkeypatch, device, dtype, seconds, row_wise
+):
+    """With the alternatives."""
+    monkeypatch.setattr(script.FP8Linear, "row_wise", None)
+    monkeypatch.setattr(script, "time_fp8", lambda _, kind: seconds[kind])
+    if row_wise is not None:
+        script.check_fp8(torch.device(device), dtype)
+        assert script.FP8Linear.row_wise is row_wise
+        return
     with pytest.raises(script.UserError, match=r"8\.9 or higher") as error:
-        script.check_fp8(SimpleNamespace(type=device), dtype)
+        script.check_fp8(torch.device(device), dtype)
     assert "--bnb_quantization_config_path" in str(error.value)
+
+
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_a_product_is_timed_and_one_that_fails_takes_for_ever(script, monkeypatch, row_wise):
+    """Row-wise kernels are not built everywhere."""
+
+    def multiply(*_, **__):
+        if script.FP8Linear.row_wise:
+            raise RuntimeError("not built")
+
+    monkeypatch.setattr(script.FP8Linear, "row_wise", True)
+    monkeypatch.setattr(script, "fp8_matmul", multiply)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
+    found = script.time_fp8(torch.device("cpu"), row_wise)
+    assert found == NONE if row_wise else 0 < found < 1
+
+
+def test_scales_after_the_product_give_the_same_to_rounding(script, monkeypatch):
+    """Forward and backward, with outliers; in fp32, where the product is not rounded before it is scaled."""
+    linear = outlier_linear(128, 384)
+    hidden, gradient = torch.randn(2, 50, 128), torch.randn(2, 50, 384)
+    found = []
+    for row_wise in (True, False):
+        monkeypatch.setattr(script.FP8Linear, "row_wise", row_wise)
+        given = hidden.clone().requires_grad_(True)
+        output = script.FP8Linear(linear, torch.device("cpu"))(given)
+        output.backward(gradient)
+        found.append((output.detach(), given.grad))
+    assert all(0 <= relative_error(a, b) < 1e-6 for a, b in zip(*found, strict=True))
+    assert not all(a.equal(b) for a, b in zip(*found, strict=True)), "the second way was not taken"
 
 
 @pytest.mark.e2e

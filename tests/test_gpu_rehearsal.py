@@ -31,6 +31,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bare_training  # noqa: E402
 import plan_memory  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 FP8, CHECKPOINTING = ("--do_fp8_training",), ("--gradient_checkpointing",)
 NF4 = ("--bnb_quantization_config_path", ROOT / "configs/quantization/nf4.json")
 INT8 = ("--bnb_quantization_config_path", ROOT / "configs/quantization/int8.json")
@@ -164,12 +166,12 @@ def test_a_step_of_klein_does_too(rehearse):
     check(rehearse(*FP8, model="klein-9B"))
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_a_step_with_class_images_does_too(rehearse):
     check(rehearse(streams=2))
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_int8_stays_on_the_gpu_but_waits_twice_for_each_product(rehearse):
     """bitsandbytes asks the device whether a layer's input has outliers, and which: 16 layers, once more recomputed."""
     watch = rehearse(*INT8, *CHECKPOINTING)
@@ -235,7 +237,7 @@ def copy_without_waiting(script: ModuleType, monkeypatch: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("fault", [fetch_late, wait_for_nothing, copy_without_waiting])
 def test_blocks_that_come_late_or_are_not_waited_for_are_found(script, tmp_path, monkeypatch, fault):
     fault(script, monkeypatch)
@@ -270,7 +272,7 @@ def encode(script: ModuleType, folder: Path, model: str) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what encodes is shared
+@pytest.mark.scripts("t2i")  # what encodes is shared
 @pytest.mark.parametrize("model", ["dev", "klein-9B"])
 def test_a_prompt_is_encoded_on_the_gpu(script, tmp_path, model):
     watch = encode(script, tmp_path, model)
@@ -278,7 +280,7 @@ def test_a_prompt_is_encoded_on_the_gpu(script, tmp_path, model):
     assert all(size <= 2048 for _, size in watch.blocking), "token ids and such only"
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_an_encoder_that_is_left_on_the_cpu_is_found(script, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.Mistral3ForConditionalGeneration, "to", lambda encoder, *_: encoder)
     with pytest.raises((RuntimeError, AssertionError)):
@@ -337,7 +339,7 @@ def wait_in_each_step(script: ModuleType, monkeypatch: Any) -> None:
     monkeypatch.setattr(script.Flux2Transformer2DModel, "forward", slow)
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("fault", [leave_the_vae, wait_in_each_step])
 def test_a_fault_of_drawing_is_found(script, tmp_path, monkeypatch, fault):
     fault(script, monkeypatch)
@@ -373,7 +375,7 @@ def resume(script: ModuleType, folder: Path, *flags: Any) -> Watch:
 OPTIMIZERS = {"adamw": (), "prodigy": ("--optimizer", "prodigy")}
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # checkpoints are shared
+@pytest.mark.scripts("t2i")  # checkpoints are shared
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_a_checkpoint_brings_back_is_on_the_gpu(script, tmp_path, name):
     """The step after it is as any other; Prodigy has waits of its own."""
@@ -386,7 +388,7 @@ def test_what_a_checkpoint_brings_back_is_on_the_gpu(script, tmp_path, name):
     check(watch)
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_moments_that_stay_on_the_cpu_are_found(script, tmp_path, monkeypatch):
     def put_back(optimizer: Any, stored: dict) -> None:
         for parameter, values in zip(optimizer.param_groups[0]["params"], stored["state"].values(), strict=True):
@@ -426,7 +428,7 @@ FAULTS = (read_a_number, copy_pageable_memory, multiply_on_the_host, ask_for_ind
           multiply_two_dtypes)  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(script, rehearse, monkeypatch, fault):
     """Each of them in the loss: what would cost time on a GPU fails the check, what would break there raises."""

@@ -8,6 +8,8 @@ import yaml
 from servers import Hub, point_to
 from unit_parts import start_run
 
+pytestmark = pytest.mark.scripts("i2i")
+
 TOKEN = "hf_canary_token_of_the_tests"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DRAWS = ("--validation_prompt", "a toy on grass", "--num_validation_images", "1", "--num_inference_steps", "1")
@@ -270,6 +272,7 @@ def test_a_part_is_downloaded_when_it_is_needed_and_only_it(script, hub, tiny, c
     assert "lab/tiny-flux2/vae" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "before"), [("vae", []), ("text_encoder", ["vae"])])
 def test_a_part_is_checked_right_after_its_download_and_at_the_next_start(
     script, train, hub, tiny, tmp_path, part, before

@@ -19,7 +19,7 @@ from conftest import ROOT, draw_photos
 from helpers import TEXT_TO_IMAGE
 from servers import Hub, Loopback, RemoteEncoder
 
-pytestmark = [pytest.mark.launch, pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.e2e, pytest.mark.slow, pytest.mark.scripts("i2i")]
 
 TOKEN = "hf_canary_token_of_the_tests"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -279,7 +279,7 @@ def compiled(tmp_path_factory, program, dog, reference_flags):
     return launch(*words, home=tmp / "home", **says_what_it_compiles), tmp / "out"
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what is compiled is the same in both
+@pytest.mark.scripts("t2i")  # what is compiled is the same in both
 def test_a_compiled_run_has_the_losses_of_a_plain_one(compiled, train, dog, reference_flags):
     process, folder = compiled
     assert process.returncode == 0, process.stdout
@@ -288,7 +288,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(compiled, train, dog, refe
     assert losses_of(folder) == pytest.approx(plain, rel=1e-4) and len(plain) == 3
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)  # what is compiled is the same in both
+@pytest.mark.scripts("t2i")  # what is compiled is the same in both
 def test_a_compiled_run_saves_the_names_of_a_plain_one(compiled, train, dog):
     _, folder = compiled
     plain = tensor_names(train("--instance_data_dir", dog, "--max_train_steps", 1) / WEIGHTS)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit_parts import log_lines, start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 # The transformer of FLUX.2 [dev].
 DEV = {
     "num_layers": 8,
@@ -534,6 +536,7 @@ FLAGS_OF_FILES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS_OF_FILES, ids=" ".join)
 def test_rank_alpha_and_modules_come_from_the_file(script, tiny, tmp_path, start_from, flags):
     """Without a flag, and with those that say the same."""
@@ -629,11 +632,11 @@ def test_a_lora_of_another_trainer_is_started_from_with_the_same_numbers(
 
 
 BAD_STARTS = {
-    "a page that was downloaded instead": (lambda t: None, "not a plain LoRA"),
+    "a page that was downloaded instead": (lambda t: None, "not a plain FLUX.2 LoRA"),
     "a LoRA of FLUX.1": (
         lambda t: {"transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": torch.ones(4, 32),
                    "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": torch.ones(32, 4)},
-        "is for another model, its single_transformer_blocks.0.proj_mlp",
+        "is for another model; its single_transformer_blocks.0.proj_mlp",
     ),
     "a LoRA of a larger model": (
         lambda t: {name: torch.cat([m, m], dim=1 if "lora_A" in name else 0) for name, m in t.items()},
@@ -646,7 +649,7 @@ BAD_STARTS = {
     "a DoRA": (lambda t: {**t, "transformer.x.dora_scale": torch.ones(1)}, "DoRA"),
     "no lora_B": (lambda t: {n: m for n, m in t.items() if "lora_A" in n}, "is for another model"),
     "LoKr": (lambda t: {"diffusion_model.single_blocks.0.linear1.lokr_w1": torch.ones(2, 2),
-                        "diffusion_model.single_blocks.0.linear1.lokr_w2": torch.ones(2, 2)}, "not a plain LoRA"),
+                        "diffusion_model.single_blocks.0.linear1.lokr_w2": torch.ones(2, 2)}, "not a plain FLUX"),
 }  # fmt: skip
 
 

@@ -94,6 +94,7 @@ def test_masks_are_no_images_and_an_image_without_one_counts_as_a_whole(script, 
     assert torch.equal(training_set(script, run, samples)[bare, 0]["weights"], torch.ones(16))
 
 
+@pytest.mark.scripts("i2i")
 @pytest.mark.parametrize("fault", ["black", "size", "damaged"])
 def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tmp_path, fault):
     path = sorted(masked.glob("*-mask.png"))[1]
@@ -103,15 +104,14 @@ def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tm
         path.write_bytes(path.read_bytes()[:60])
     else:
         Image.new("L", (width + (fault == "size"), height), 0).save(path)
-    words = {"black": "black everywhere", "size": f"is {width + 1} x {height}, the image", "damaged": "truncated"}[
-        fault
-    ]
+    words = {"black": "black all over", "size": f"is {width + 1} x {height}, the image", "damaged": "truncated"}[fault]
     run = start_run(script, tiny, tmp_path, "--instance_data_dir", masked, *MASKS)
     with pytest.raises(script.UserError, match=words) as refusal:
         script.check_data(run)
     assert path.stem.removesuffix("-mask") in str(refusal.value)
 
 
+@pytest.mark.scripts("i2i")
 def test_another_mask_is_another_run(script, train, masked):
     flags = ("--instance_data_dir", masked, *MASKS, "--checkpointing_steps", "1")
     folder = train(*flags, "--max_train_steps", "1")

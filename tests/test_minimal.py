@@ -56,6 +56,7 @@ def both(request, t2i, minimal, captioned, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(model=model, losses=losses, minimal=outputs / "minimal", full=outputs / "full")
 
 
+@pytest.mark.slow
 def test_the_minimal_file_has_the_losses_of_the_full_script_to_the_last_bit(both):
     """Images, captions, order, noise, sigma, start of the LoRA, loss and update: all of it is the same."""
     assert [loss.hex() for loss in both.losses] == [loss.hex() for loss in column(both.full, "loss")]
@@ -84,6 +85,7 @@ def test_the_file_that_the_minimal_file_saves_loads_in_diffusers_with_rank_and_a
     assert all(torch.equal(loaded[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_on_a_bf16_base_the_adapter_is_fp32_and_the_first_loss_that_of_the_full_script(
     t2i, minimal, tiny, captioned, tmp_path, monkeypatch
 ):

@@ -11,6 +11,8 @@ from runs import spy
 from safetensors.torch import load_file, save_file
 from unit_parts import start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
@@ -287,7 +289,7 @@ def test_a_config_that_is_missing_or_no_json_is_named(message, models, file):
         assert f"{model / file}: not a JSON object" in message(model)
     if file != "model_index.json":  # that one is looked for on the command line
         (model / file).unlink()
-        assert f"{model / file}: is missing" in message(model)
+        assert f"{model / file}: missing" in message(model)
 
 
 # ------------------------------------------------------------------------------------------------------------- when

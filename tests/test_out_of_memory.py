@@ -13,6 +13,8 @@ from helpers import run_python
 from runs import assert_same_run, column, command_line, lora
 from unit_parts import start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nmore of it")
 HOST = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ..."

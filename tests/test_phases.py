@@ -134,6 +134,7 @@ def test_class_images_leave_nothing_on_the_device(monkeypatch, t2i, tiny, photos
 # ---- the encoder ----
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("family", ["dev", "klein"])
 def test_the_encoder_has_neither_head_nor_eyes_and_gives_the_same_embedding(script, tiny, tiny_klein, tmp_path, family):
     """No logits over the vocabulary, 131,072 numbers per token of [dev], and no weights for them on the device."""
@@ -147,6 +148,7 @@ def test_the_encoder_has_neither_head_nor_eyes_and_gives_the_same_embedding(scri
     assert script.encode_prompt(run, tokenizer, encoder, "a toy").equal(expected)
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("offload", [True, False])
 def test_offload_lets_accelerate_spread_the_encoder_over_gpu_and_cpu(script, tiny, tmp_path, monkeypatch, offload):
     """It is not moved afterwards; without the flag it goes to the GPU whole."""
@@ -176,6 +178,8 @@ def test_with_several_processes_each_spreads_its_encoder_over_its_own_gpu(script
     assert given[1]["max_memory"][3] == 19 * 2**30 and set(given[1]["max_memory"]) == {3, "cpu"}
 
 
+@pytest.mark.scripts("t2i")
+@pytest.mark.slow
 def test_an_encoder_whose_layers_lie_elsewhere_gives_the_same_embedding(script, tiny, tmp_path, monkeypatch):
     """Dispatched by accelerate, as with --offload: here half of the layers come from disk when they compute."""
     run = start_run(script, tiny, tmp_path)
@@ -225,6 +229,8 @@ def resident() -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+@pytest.mark.scripts("t2i")
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 def test_nothing_of_the_encoder_is_left_when_the_prompts_are_encoded(script, wide, tiny, tmp_path, monkeypatch):
     """Neither a tensor nor memory of the process; while it is there, both are seen."""

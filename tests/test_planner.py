@@ -44,6 +44,7 @@ def allocated_peak(action) -> tuple[int, int]:
     return counter.peak, peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--gradient_checkpointing",)], ids=str)
 def test_on_real_tensors_the_counter_agrees_with_the_allocator_to_one_percent(t2i, small, tmp_path, flags):
     """A step of a small transformer on the CPU, from its frozen weights to the updated adapter.
@@ -72,6 +73,7 @@ def test_a_storage_counts_once_until_its_last_view_is_gone():
     assert (counter.now, counter.peak) == (0, 1024)
 
 
+@pytest.mark.slow
 def test_the_weights_of_klein_are_those_that_its_checkpoint_has():
     """3,875,544,576 parameters in bf16, and the adapter with two moments in fp32; blocks as their Linears say."""
     training = count_training(Job("klein-4B", 512), "bf16", 1.0)
@@ -81,6 +83,7 @@ def test_the_weights_of_klein_are_those_that_its_checkpoint_has():
     assert training.resident < training.peak < training.resident + 2e9
 
 
+@pytest.mark.slow
 def test_the_peak_falls_with_the_share_of_blocks_that_are_recomputed(small):
     peaks = [count_training(Job(small, 512), "bf16", share_of(count, BLOCKS)).peak for count in range(BLOCKS + 1)]
     # the last block is recomputed at the peak itself: that one saves nothing
@@ -94,6 +97,7 @@ def test_a_printed_share_means_that_number_of_blocks(t2i, blocks):
         assert t2i.math.ceil(share_of(count, blocks) * blocks) == count
 
 
+@pytest.mark.slow
 def test_the_share_that_is_printed_fits_and_the_next_one_does_not(small):
     job, fits = Job(small, 512), []
     peaks = [count_training(job, "bf16", share).peak for share in (0.0, 1.0)]
@@ -125,6 +129,7 @@ def test_a_stand_in_stores_what_a_layer_of_bitsandbytes_stores(t2i, kind):
     assert ours == sum(tensor.nbytes for tensor in (weight.data, *scales))
 
 
+@pytest.mark.slow
 def test_each_base_needs_less_than_the_one_before(small):
     peaks = {base: count_training(Job(small, 512), base, 1.0) for base in ("bf16", "fp8", "int8", "nf4")}
     blocks = {base: training.blocks for base, training in peaks.items()}
@@ -133,6 +138,7 @@ def test_each_base_needs_less_than_the_one_before(small):
     assert peaks["bf16"].resident > peaks["fp8"].resident > peaks["nf4"].resident
 
 
+@pytest.mark.slow
 def test_int8_keeps_its_inputs_where_others_are_recomputed(small):
     """As bitsandbytes does: beside a step of NF4, which keeps none, the bf16 inputs of all layers."""
     steps = {base: count_training(Job(small, 512), base, 1.0) for base in ("nf4", "int8")}
@@ -143,12 +149,14 @@ def test_int8_keeps_its_inputs_where_others_are_recomputed(small):
     assert kept > 0.4 * 2 * width * tokens * inputs  # some of them are gone, or there anyway, at the peak
 
 
+@pytest.mark.slow
 def test_a_reference_costs_what_its_tokens_cost(small):
     alone, beside = (count_training(Job(small, 512, references), "bf16", 1.0) for references in (0, 1))
     assert (alone.tokens, beside.tokens) == (512 + 1024, 512 + 1024 + 4096)
     assert beside.peak - beside.resident > 2 * (alone.peak - alone.resident)
 
 
+@pytest.mark.slow
 def test_sharding_adds_up(small):
     """On one GPU of many the rest, its part, and two blocks on the move; nodes send each other the LoRA's gradient."""
     job, training = Job(small, 512), count_training(Job(small, 512), "bf16", 1.0)
@@ -160,6 +168,7 @@ def test_sharding_adds_up(small):
     assert sharded(job, "nf4", 1.0, 8, 1)["gathered_gb_per_step"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "references"), [("bf16", 0), ("fp8", 0), ("nf4", 0), ("nf4", 1)])
 def test_the_command_that_is_printed_is_one_that_the_script_takes(small, base, references, tmp_path, monkeypatch):
     job = Job(small, 512, references, ("--rank", "8"))
@@ -172,6 +181,7 @@ def test_the_command_that_is_printed_is_one_that_the_script_takes(small, base, r
     assert args.do_fp8_training == (base == "fp8") and bool(args.bnb_quantization_config_path) == (base == "nf4")
 
 
+@pytest.mark.slow
 def test_the_tables_mark_what_is_predicted_and_what_was_not_measured(small, capsys):
     plan_memory.main(["--model", small, "--resolution", "256", "--references", "0", "--", "--rank", "4"])
     shown = capsys.readouterr().out
@@ -188,9 +198,10 @@ def gpu_benchmark(monkeypatch):
     return gpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
-def test_a_row_of_the_gpu_benchmark_trains_the_real_step(bnb_on_cpu, gpu_benchmark, small, base):
-    row = dict(zip(gpu_benchmark.KEYS, (small, base, 1.0, 128, 0, False, 0.0), strict=True))
+def test_a_row_of_the_gpu_benchmark_trains_the_real_step(bnb_on_cpu, gpu_benchmark, tiny, base):
+    row = dict(zip(gpu_benchmark.KEYS, (str(tiny), base, 1.0, 128, 0, False, 0.0), strict=True))
     values = gpu_benchmark.measure(row, seconds=0)
     assert values["steps"] == 1 and values["seconds_per_step"] > 0 and values["tflops"] > 0
     assert "peak_gb" not in values  # there is no GPU
@@ -225,13 +236,14 @@ def test_the_rows_of_the_gpu_benchmark_are_few_and_different(gpu_benchmark):
     assert all(row[5] for row in first) and seconds * 4 <= 500, "a call of 500 s measures four compiled rows"
 
 
-def test_a_compiled_row_runs_in_a_process_of_its_own_and_says_what_was_compiled(gpu_benchmark, small, monkeypatch):
+@pytest.mark.slow
+def test_a_compiled_row_runs_in_a_process_of_its_own_and_says_what_was_compiled(gpu_benchmark, tiny, monkeypatch):
     """On the CPU with a backend that only traces; the row that fails there is told by its last line."""
     run = gpu_benchmark.subprocess.run
     traced = lambda *words, env, **options: run(*words, env={**env, "ACCELERATE_DYNAMO_BACKEND": "eager"}, **options)  # noqa: E731
     monkeypatch.setattr(gpu_benchmark.subprocess, "run", traced)
     monkeypatch.setattr(gpu_benchmark, "__file__", str(plan_memory.ROOT / "benchmarks" / "gpu.py"))
-    row = dict(zip(gpu_benchmark.KEYS, (str(small), "fp8", 1.0, 128, 0, True, 1.0), strict=True))
+    row = dict(zip(gpu_benchmark.KEYS, (str(tiny), "fp8", 1.0, 128, 0, True, 1.0), strict=True))
     monkeypatch.setattr(gpu_benchmark, "COMPILE_SECONDS", 0.0)
     values = gpu_benchmark.measure_alone(row)
     assert values["graphs"] >= 2 and values["steps"] >= 1
@@ -261,6 +273,7 @@ def test_a_machine_without_bitsandbytes_loses_no_row(gpu_benchmark, small, tmp_p
     assert ["failed" in row for row in again] == [False, False], "what was refused is tried again"
 
 
+@pytest.mark.slow
 def test_what_streams_on_a_small_gpu_is_counted_and_the_line_is_parsed(small, capsys, t2i):
     """Device memory falls by the streamed blocks and rises by two buffers; the least share that fits is told."""
     job, base = Job(small, 256, flags=("--rank", "4")), "bf16"
@@ -281,6 +294,7 @@ def test_what_streams_on_a_small_gpu_is_counted_and_the_line_is_parsed(small, ca
     )
 
 
+@pytest.mark.slow
 def test_the_predictions_of_streaming_are_near_what_was_measured_on_a_gpu():
     """Rows of benchmarks/gpu.json with --stream_blocks at rank 16; real architectures, seconds each."""
     import json
@@ -310,6 +324,7 @@ def test_a_plan_does_not_depend_on_the_gpu_of_this_machine(t2i, small, tmp_path,
     assert asked == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, part", [("nf4", (4 + 8 / 64 + 32 / 64 / 256) / 16), ("int8", 0.5)])
 def test_a_text_encoder_in_another_format_is_counted_in_it(tmp_path, kind, part):
     """Its layers shrink, its word embeddings do not."""

@@ -66,6 +66,7 @@ def test_one_outlier_does_not_flatten_the_curve():
     assert 0.4 < low < 0.5 and 0.506 < high < 0.6
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.e2e
 def test_a_runs_own_metrics_are_drawn_with_its_loss_at_validations(train, tmp_path):
     folder = train("--validation_prompt", "a toy", "--validation_steps", "1", "--num_inference_steps", "1",

@@ -25,6 +25,7 @@ def words(script, tiny, photos, reference_flags, reference_dropout, tmp_path, mo
     return [str(word) for word in [*words, *reference_dropout, "--seed", "0"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--cache_latents",)])
 def test_the_visits_are_those_of_the_training_to_the_pixel(script, train, words, reference_dropout, flags, monkeypatch):
     get, calls = script.TensorCache.get, spy(monkeypatch, script, "batch_losses")

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import LORA, around_updates, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
 
 # Class images are the text-to-image script's alone.
-pytestmark = [pytest.mark.e2e, pytest.mark.parametrize("script", ["t2i"], indirect=True)]
+pytestmark = [pytest.mark.e2e, pytest.mark.scripts("t2i")]
 
 COUNT = 4
 
@@ -48,6 +48,12 @@ def class_dir(ready, tmp_path):
     return shutil.copytree(ready, tmp_path / "class")
 
 
+def pixels(path) -> np.ndarray:
+    """The RGB values of an image, (H, W, 3); nothing of its header."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def instance_and_class(calls) -> tuple[list, list]:
     """The recorded `batch_losses` calls, which alternate between an instance and a class batch."""
     batches = [(call.args[2], call.result[0]) for call in calls]
@@ -61,18 +67,18 @@ def test_class_images_are_generated_the_same_way_every_time(quick, ready, tmp_pa
     assert sorted(path.name for path in ready.iterdir()) == names == sorted(files_of(tmp_path / "again"))
     assert [sha256(ready / name) for name in names] == [sha256(tmp_path / "again" / name) for name in names]
     assert len({sha256(ready / name) for name in names}) == COUNT
-    assert {Image.open(ready / name).size for name in names} == {(64, 64)}
+    assert {pixels(ready / name).shape for name in names} == {(64, 64, 3)}
 
 
 @pytest.mark.parametrize("flags", [("--dry_run",), ()])
 def test_class_images_that_were_drawn_from_another_prompt_are_refused_at_the_start(script, quick, class_dir, flags):
     """They would be trained on as what they do not show; your own images know no prompt."""
     with pytest.raises(
-        script.UserError, match="class-00000.png was drawn from 'a photo of a toy', not from .* '一 cat'"
+        script.UserError, match="class-00000.png was generated from 'a photo of a toy', not from .* '一 cat'"
     ):
         quick("--class_prompt", "一 cat", *flags, class_dir=class_dir)
     for path in class_dir.glob("*.png"):
-        Image.open(path).convert("RGB").save(path)
+        Image.fromarray(pixels(path)).save(path)
     quick("--class_prompt", "一 cat", "--dry_run", class_dir=class_dir)
 
 
@@ -87,7 +93,7 @@ def test_only_missing_class_images_are_generated_again(script, quick, class_dir,
     assert [seed for call in calls for seed in call.args[4]] == [("class picture", 1), ("class picture", 3)]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for name in gone:
-        before, after = (np.asarray(Image.open(folder / name)).astype(int) for folder in (ready, class_dir))
+        before, after = (pixels(folder / name).astype(int) for folder in (ready, class_dir))
         assert np.abs(before - after).max() <= 1  # another batch size may round differently
     calls.clear()
     loads = spy(monkeypatch, script, "load_transformer")

@@ -91,6 +91,7 @@ def check_parity(i2i, run, paths: list[Path], family: str) -> None:
     assert tokens.shape == theirs["hidden_states"][:, 15:].shape and difference == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_SIZES)
 def test_a_reference_of_any_size_gives_the_pipelines_tokens_and_ids(i2i, tiny, tmp_path, name):
     """From the decoded image on: area cap, floor to whole tokens, centre crop, encoding, normalisation, packing."""
@@ -590,7 +591,7 @@ def test_folders_are_matched_in_any_case_and_unicode_form(i2i, tmp_path):
 def test_references_from_metadata_and_from_folders_at_once_are_refused(i2i, folders):
     target, first, _ = folders
     write_metadata(target, {"file_name": "a.jpg", "before_file_name": "b.jpg", "text": "x"})
-    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata name references too"):
+    with pytest.raises(i2i.UserError, match="--cond_data_dir: the metadata name references, too"):
         listed(i2i, target, "--cond_data_dir", first)
 
 
@@ -692,7 +693,7 @@ def test_a_row_whose_target_is_its_own_reference_is_told(i2i, tiny, folders, tmp
     target, first, _ = folders
     shutil.copy(target / "a.jpg", first / "a.jpeg")
     _, _, lines = checked(i2i, tiny, tmp_path, "--instance_data_dir", target, "--cond_data_dir", first)
-    assert any("1 row(s) have their own target as a reference and teach nothing: a.jpg" in line for line in lines)
+    assert any("1 rows have their own target as a reference and teach nothing: a.jpg" in line for line in lines)
 
 
 def test_an_empty_reference_is_named_and_its_row_can_be_skipped(i2i, tiny, folders, tmp_path):

@@ -12,6 +12,8 @@ import torch
 from runs import files_of, forbid
 from servers import Loopback, RemoteEncoder
 
+pytestmark = pytest.mark.scripts("t2i")
+
 TOKEN = "hf_canary_token_of_the_tests"
 LOCAL_ALTERNATIVE = "replace --remote_text_encoder with --offload"
 
@@ -277,7 +279,7 @@ def test_a_failing_server_is_noticed_before_a_model_is_loaded_or_the_output_fold
 
 def test_the_probe_asks_for_one_prompt_which_is_then_not_asked_again(script, run_with, encoder):
     run = run_with(encoder)
-    script.encode_prompts(run, ["a red toy", "a blue toy"], most=1)
+    script.encode_prompts(run, ["a red toy", "a blue toy"], limit=1)
     assert encoder.prompts == ["a red toy"]
     script.encode_prompts(run, ["a red toy", "a blue toy"])
     assert encoder.prompts == ["a red toy", "a blue toy"]
@@ -286,7 +288,7 @@ def test_the_probe_asks_for_one_prompt_which_is_then_not_asked_again(script, run
 def test_a_server_is_not_asked_when_everything_is_cached(script, run_with, encoder):
     script.encode_prompts(run_with(encoder), ["a red toy"])
     encoder.fault = "503"
-    script.encode_prompts(run_with(encoder), ["a red toy"], most=1)
+    script.encode_prompts(run_with(encoder), ["a red toy"], limit=1)
     assert len(encoder.requests) == 1
 
 

@@ -130,6 +130,7 @@ def test_other_repeats_are_other_data_for_a_resumed_run(script, tiny, folders, t
     assert keys["1", "4"] == keys["2", "8"] != keys["1", "3"]
 
 
+@pytest.mark.scripts("i2i")
 @pytest.mark.e2e
 def test_a_run_with_repeats_that_is_resumed_in_the_middle_of_an_epoch_is_one_never_stopped(train, folders, capsys):
     """Bit for bit; and the epoch is told as an equation."""

@@ -18,6 +18,8 @@ from runs import command_line
 from servers import Bomb, Hub, point_to, saved
 from unit_parts import check_samples, start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 # Made up, in the form of a real one.
 CANARY = "hf_CanaryCanaryCanaryCanaryCanary0123"
 DRAWS = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "1")
@@ -201,6 +203,7 @@ def test_pickles_and_code_beside_a_good_model_are_not_looked_at(script, train, m
     assert not bomb[1].exists()
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_data_set_with_a_loading_script_or_a_pickle_does_not_run_them(script, tiny, tmp_path, bomb):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -219,6 +222,7 @@ def test_a_data_set_with_a_loading_script_or_a_pickle_does_not_run_them(script, 
 OUTWARD = ("../secret.png", "sub/../../secret.png", "{absolute}", "..", "nul\0.png", "n" * 300 + ".png", "")
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("name", OUTWARD, ids=ascii)
 @pytest.mark.parametrize("column", ["file_name", "before_file_name"])
 def test_a_metadata_row_that_leads_out_of_the_folder_is_refused(script, tiny, tmp_path, name, column):

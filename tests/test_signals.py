@@ -122,6 +122,7 @@ def test_a_run_under_nohup_outlives_the_shell_that_started_it(tmp_path, photos, 
     assert (tmp_path / "out" / LORA).is_file()
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -145,6 +146,7 @@ def test_the_end_of_a_launcher_is_asked_for_and_of_no_other_parent(script, monke
     assert bool(asked) == expected
 
 
+@pytest.mark.scripts("t2i")
 def test_a_run_in_another_thread_than_the_main_one_works_and_its_time_limit_too(script, train, tmp_path):
     """Signal handlers belong to the main thread: there it would be an error to install them."""
     caught = []
@@ -164,6 +166,7 @@ def test_a_run_in_another_thread_than_the_main_one_works_and_its_time_limit_too(
     assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-1") is None
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize(
     ("numbers", "code"),
     [
@@ -188,6 +191,7 @@ def test_the_echo_of_a_signal_is_not_a_second_one(script, train, monkeypatch, tm
     assert script.verify_checkpoint(tmp_path / "out" / "checkpoint-1") is None
 
 
+@pytest.mark.scripts("t2i")
 def test_a_second_signal_some_time_later_acts_at_once(script, train, monkeypatch, tmp_path):
     """Who presses Ctrl-C again does not want to wait for the save."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as behind a shell's &

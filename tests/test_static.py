@@ -42,6 +42,7 @@ MAX_EDITOR_LINES = 4080
 MAX_MAIN_LINES = 50
 MAX_FUNCTION_LINES = 90
 MAX_NESTING = 4
+MAX_HAND_FORMATTED = 10
 
 SNAPSHOT = ROOT / "tests" / "flags_snapshot.json"
 RUN_FILES = sorted((ROOT / "configs" / "runs").glob("*.args"))
@@ -224,6 +225,18 @@ def script_is_short_enough(source: str) -> list[str]:
     if editor >= MAX_EDITOR_LINES:
         violations.append(f"{editor} lines in the editor, the limit is below {MAX_EDITOR_LINES}")
     return violations
+
+
+@rule(
+    bad=("x = 1  # fmt: skip\n" * (MAX_HAND_FORMATTED + 1), "# fmt: off\nx = 1\n# fmt: on\n"),
+    good=("x = 1  # fmt: skip\n" * MAX_HAND_FORMATTED, 'x = "# fmt: off"\n'),
+)
+def formatting_by_hand_is_rare(source: str) -> list[str]:
+    """At most ten statements are formatted by hand, each on its own."""
+    comments = [text for *_, text in comments_of(source)]
+    skipped = sum(text == "# fmt: skip" for text in comments)
+    violations = [f"{skipped} times '# fmt: skip', at most {MAX_HAND_FORMATTED}"] * (skipped > MAX_HAND_FORMATTED)
+    return violations + [f"'{text}'" for text in comments if text == "# fmt: off"]
 
 
 @rule(

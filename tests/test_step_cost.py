@@ -39,6 +39,7 @@ def width(architecture: dict) -> int:
     return architecture["transformer"]["num_attention_heads"] * architecture["transformer"]["attention_head_dim"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(3, 1), (2, 2)], ids=["double", "single"])
 def test_the_operations_of_one_block_more_are_those_counted_by_hand(architecture, counted, blocks):
     """Forward, recomputation, and in the backward pass no gradient of the frozen weights."""
@@ -55,6 +56,7 @@ def test_the_operations_of_one_block_more_are_those_counted_by_hand(architecture
     assert tflop["attention"] * 1e12 == pytest.approx((2 + 2.5) * 4 * h * tokens**2)  # backward: five products of two
 
 
+@pytest.mark.slow
 def test_a_step_is_the_sum_of_its_blocks(architecture, counted):
     """What is multiplied from three small ones is what the whole one has."""
     larger = {**architecture, "transformer": {**architecture["transformer"], "num_layers": 3, "num_single_layers": 3}}

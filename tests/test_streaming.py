@@ -23,6 +23,7 @@ def test_streamed_blocks_train_to_the_bit_as_blocks_that_stay(script, quick, one
         assert_same_run(stay, quick(*flags, "--stream_blocks", *share, output=f"streamed{len(share)}"))
 
 
+@pytest.mark.scripts("i2i")
 def test_a_streamed_run_resumes_and_draws_as_one_that_stays(script, quick, validation_reference):
     draw = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "2")
     draw += ("--validation_steps", "2", "--validation_size", "64,64", "--skip_final_inference", *validation_reference)
@@ -35,7 +36,7 @@ def test_a_streamed_run_resumes_and_draws_as_one_that_stays(script, quick, valid
     assert names and all((images[0] / name).read_bytes() == (images[1] / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("script", ["t2i"], indirect=True)
+@pytest.mark.scripts("t2i")
 def test_class_images_are_drawn_by_streamed_blocks_too(t2i, quick, tmp_path):
     prior = ("--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "2")
     prior += ("--num_inference_steps", "2", "--max_train_steps", "1", "--class_data_dir")
@@ -46,6 +47,7 @@ def test_class_images_are_drawn_by_streamed_blocks_too(t2i, quick, tmp_path):
     assert_same_run(*runs)
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [(), ("--do_fp8_training",)], ids=["fp32", "fp8"])
 def test_compiled_blocks_stream_too(t2i, quick, monkeypatch, base):

@@ -21,7 +21,11 @@ from runs import LORA, assert_same_run, column, files_of, sha256, spy
 from safetensors.torch import load_file
 from unit_parts import log_lines
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and locks of POSIX")]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and locks of POSIX"),
+    pytest.mark.scripts("i2i"),
+]
 
 RESUME = ("--resume_from_checkpoint", "latest")
 

@@ -15,6 +15,8 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from safetensors.torch import load_file, save_file
 from unit_parts import log_lines, start_run
 
+pytestmark = pytest.mark.scripts("t2i")
+
 PROMPTS = {
     "empty": "",
     "short": "a photo of sks toy on the beach",
@@ -68,6 +70,7 @@ def test_a_prompt_embedding_is_exactly_the_pipelines(script, runs, pipelines, en
     assert (actual - expected).abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bf16_a_prompt_embedding_is_exactly_the_pipelines(script, models, tmp_path, family):
     """In the dtype of a GPU run."""

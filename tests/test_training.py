@@ -36,7 +36,7 @@ from runs import (
 from safetensors.torch import load_file
 from unit_parts import predict
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.scripts("t2i")]
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT_FILES = {"manifest.json", LORA, "state.json", "training_state.safetensors"}
@@ -67,6 +67,7 @@ def captioned(photos, tmp_path):
 # ------------------------------------------------------------------------------------------------------ what is written
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("draws", [False, True])
 def test_a_run_writes_exactly_the_files_of_the_contract(train, draws):
     """Weights in two forms, card, settings, metrics, checkpoint, logs, cache; images where they are asked for."""
@@ -89,6 +90,7 @@ def test_a_run_writes_exactly_the_files_of_the_contract(train, draws):
     assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp")]
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(script, quick, monkeypatch):
     """Floats in the file equal the floats in the run; two micro-batches make one line."""
     calls = spy(monkeypatch, script, "write_metrics")
@@ -110,6 +112,7 @@ def test_metrics_hold_every_field_once_per_optimizer_step_and_read_back_exactly(
     assert lines[-1]["lora_norm"] == pytest.approx(norm, rel=1e-5), "of the weights that gave the loss of this line"
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_the_host_waits_for_the_device_once_per_optimizer_step(script, quick, monkeypatch):
     """Every way to read a number off a tensor is counted, within the step; two micro-batches, one wait."""
     reads, real = [], script.train_step
@@ -172,6 +175,7 @@ def test_upcast_before_saving_writes_the_lora_as_it_was_trained(script, quick, m
 # --------------------------------------------------------------------------------------------------------- determinism
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(quick, reference_dropout):
     """The LoRA is a function of the command line and the data."""
     flags = ("--random_flip", "--lora_dropout", "0.1", "--caption_dropout", "0.3", *reference_dropout)
@@ -183,6 +187,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(quick,
     assert column(other, "loss") != column(first, "loss")
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_four_accumulated_batches_of_one_equal_one_batch_of_four(quick, one_group, reference_dropout):
     """With one geometry the samples, the loss and the update of a step do not depend on how it is cut up."""
     calm = (*CALM, *one_group, *reference_dropout)
@@ -193,12 +198,14 @@ def test_four_accumulated_batches_of_one_equal_one_batch_of_four(quick, one_grou
     assert_close_runs(one, two)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_two_loader_workers_give_the_same_bits_as_none(quick, reference_dropout):
     """Everything random is keyed by the position in the stream, not by the process that draws it."""
     flags = ("--aspect_ratio_buckets", BUCKETS, "--random_flip", "--caption_dropout", "0.5", *reference_dropout)
     assert_same_run(quick(*flags, output="a"), quick(*flags, "--dataloader_num_workers", "2", output="b"))
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("mode", ["mode", "sample"])
 def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode):
     """With the centre crop, mirrored or not, the cache changes where latents come from and nothing else."""
@@ -207,6 +214,7 @@ def test_cached_latents_train_like_uncached_ones(quick, reference_dropout, mode)
     assert_close_runs(quick(*flags, output="a"), quick(*flags, "--cache_latents", output="b"))
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkeypatch):
     """The cache holds the mirrored twin of every image, and visits read either."""
     calls = spy(monkeypatch, script.LatentCodec, "key")
@@ -225,6 +233,7 @@ def test_random_flip_with_the_cache_uses_both_orientations(script, quick, monkey
     assert same == [not flip for flip in visits]
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_sampling_the_vae_differs_from_its_mean_and_repeats(quick):
     """--vae_encode_mode sample adds the posterior's noise, drawn from the seed."""
     mean = quick("--cache_latents", output="a")
@@ -346,6 +355,7 @@ def test_a_batch_in_buckets_has_one_geometry_and_an_epoch_still_visits_all(scrip
     assert visits == sorted([f"0{number}.jpg" for number in range(5)] * 2)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, captioned, reference_flags, monkeypatch):
     """NAME.txt and NAME.caption are used, [trigger] is replaced, other images get --instance_prompt."""
     calls, embedded = spy(monkeypatch, script, "batch_losses"), spy(monkeypatch, script.TensorCache, "get")
@@ -367,6 +377,7 @@ def test_captions_come_from_files_and_the_prompt_fills_in(script, quick, caption
         assert batch["prompt_embeds"][0].equal(load.result)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_full_caption_dropout_trains_on_the_empty_prompt_only(script, quick, monkeypatch):
     """What reaches the transformer is the embedding of "" at every step."""
     embedded = spy(monkeypatch, script.TensorCache, "get")
@@ -471,6 +482,7 @@ def test_other_hidden_states_of_the_encoder_give_another_run_and_wrong_ones_are_
             quick("--text_encoder_out_layers", *wrong, output="c")
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_klein_trains_and_validates_with_its_own_encoder_and_pipeline(script, train, tiny_klein, monkeypatch):
     """Qwen3 layers 9, 18, 27, no guidance embedding, the empty prompt for its guidance, Flux2KleinPipeline."""
     encoded, calls = spy(monkeypatch, script, "encode_prompt"), spy(monkeypatch, script, "train")

@@ -20,7 +20,7 @@ from runs import LORA, assert_same_run, column, files_of, lora, metrics, spy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from unit_parts import log_lines
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.scripts("t2i")]
 
 DRAW = ("--num_validation_images", "1", "--num_inference_steps", "2")
 EVERY_STEP = ("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW)
@@ -52,6 +52,7 @@ def pixels(path: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- while training
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_images_of_every_prompt_lie_in_a_folder_per_step_with_a_sheet_over_all(quick):
     """Baseline at step 0, every second step, two prompts with two images each; rows are prompts, columns steps."""
     flags = ("--validation_prompt", "a toy", "a red toy on grass", "--validation_steps", "2", "--max_train_steps", "4")
@@ -96,6 +97,7 @@ def draw(script, run, pipeline, prompt: str) -> np.ndarray:
     return np.asarray(pipeline(prompt=prompt, **options).images[0]).astype(int)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 @pytest.mark.parametrize("flags", [("--cache_latents",), ("--random_flip", "--caption_dropout", "0.3")])
 def test_training_with_validation_is_bit_identical_to_training_without(
     train, cache, flags, reference_dropout, validation_reference
@@ -106,6 +108,7 @@ def test_training_with_validation_is_bit_identical_to_training_without(
     assert_same_run(train(*flags, output="without"), train(*flags, *images, output="with"))
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_validation_moves_and_casts_nothing_and_leaves_training_mode_on(
     script, quick, validation_reference, monkeypatch
 ):
@@ -152,6 +155,7 @@ def test_the_scheduler_on_disk_is_used_and_not_the_training_schedule(script, qui
     assert all(scheduler.config.use_dynamic_shifting for scheduler in schedulers)
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learning(script, quick, monkeypatch):
     """The same number twice at step 0, logged afterwards, and lower after steps on the same images."""
     starts = []
@@ -174,6 +178,7 @@ def test_the_fixed_noise_loss_repeats_for_the_same_weights_and_falls_while_learn
 # -------------------------------------------------------------------------------------------------------- held-out loss
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_held_out_images_are_measured_at_all_sigmas_and_never_trained_on(script, quick, monkeypatch):
     """Without any prompt; the run is that of a folder without them."""
     flags = ("--validation_split", "2", "--validation_steps", "2", "--max_train_steps", "6", "--seed", "3")
@@ -195,6 +200,7 @@ def test_held_out_images_are_measured_at_all_sigmas_and_never_trained_on(script,
     assert any("validation loss" in line and "after step" in line for line in lines[-1].splitlines())
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_run_that_holds_images_out_is_the_run_without_them(quick, photos, tmp_path):
     flags = ("--max_train_steps", "4", "--seed", "3")
     with log_lines() as lines:
@@ -431,6 +437,7 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_anything_is_encoded(scr
 # ----------------------------------------------------------------------------------------------------------------- card
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_the_card_parses_and_its_gallery_shows_images_that_exist(script, quick):
     """Tags, trigger, one widget per final image with a path in the folder."""
     flags = ("--validation_prompt", "a toy", "a red toy", "--num_validation_images", "2", "--num_inference_steps", "1")
@@ -452,6 +459,7 @@ def test_the_licence_is_that_of_the_models_family(quick):
     assert data["license_link"].startswith("https://huggingface.co/black-forest-labs/")
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_the_cards_snippets_run_as_they_stand_and_draw_the_same(quick, tiny, tmp_path, monkeypatch):
     """Images of the right size with the LoRA on, whatever the prompt; every rung: `test_bnb.py`."""
     folder = quick("--final_validation_prompt", 'it\'s a "toy"', "--validation_size", "64,96", *DRAW)
@@ -485,6 +493,7 @@ def test_the_card_says_how_the_lora_is_got_and_used(script, quick):
 HOSTILE = "a \"toy\": [x]\n---\nlicense: mit\n---\n``` | <script>alert(1)</script> # {0} {prompt} \\ %s '''"
 
 
+@pytest.mark.scripts("t2i", "i2i")
 def test_a_hostile_prompt_leaves_a_card_that_parses(quick):
     """Quotes, YAML, Markdown, HTML and format braces in prompts stay text."""
     flags = ("--instance_prompt", HOSTILE, "--final_validation_prompt", HOSTILE, *DRAW, "--max_train_steps", "1")

@@ -206,6 +206,7 @@ def test_exactly_the_good_images_pass(zoo, verdict):
     assert len(samples) == len(good())
 
 
+@pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("name", sorted(good()), ids=ascii)
 def test_a_good_image_is_what_a_person_sees(zoo, verdict, script, name):
     """At most one level of 255 off in the mean, after everything that is done to it before the crop."""
