@@ -1,10 +1,12 @@
 """Host memory per process while FSDP2 loads a transformer: does a process keep its part only?
 
     python benchmarks/sharded_loading.py [--processes 1 2 4] [--output benchmarks/sharded_loading.json]
+    python benchmarks/sharded_loading.py --fp8 --processes 2           adds FP8 to the JSON that is there
 
 Makes a transformer of about a thousand million random bf16 weights, starts the script's own loading (load_transformer,
 add_lora, place_transformer) on the CPU in so many processes, and samples each process's PSS, in which a page that n
-processes map counts as 1/n. With one process the model is whole. Linux only.
+processes map counts as 1/n, and its anonymous memory, in which no mapped file counts. With one process the model is
+whole. Linux only.
 """
 
 import argparse
@@ -25,23 +27,24 @@ WIDE = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 2, "
         "axes_dims_rope": [32, 32, 32, 32]}  # fmt: skip
 
 
-def pss() -> float:
-    """This process's proportional set size in GB."""
+def read_memory(name: str = "Pss") -> float:
+    """This process's proportional set size in GB, or its "Anonymous" memory."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e9
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / 1e9
 
 
 class Sampler(threading.Thread):
-    """Keeps the largest PSS seen, ten times a second."""
+    """Keeps the largest PSS and anonymous memory seen, ten times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak, self.running = 0.0, True
+        self.peak, self.anonymous, self.running = 0.0, 0.0, True
 
     def run(self) -> None:
         """Samples until told to stop."""
         while self.running:
-            self.peak = max(self.peak, pss())
+            self.peak = max(self.peak, read_memory())
+            self.anonymous = max(self.anonymous, read_memory("Anonymous"))
             time.sleep(0.1)
 
 
@@ -67,7 +70,7 @@ def measure_here(arguments: list[str]) -> None:
 
     run = script.start_accelerator(script.parse_args(arguments))
     run.accelerator.wait_for_everyone()
-    before, sampler = pss(), Sampler()
+    before, anonymous, sampler = read_memory(), read_memory("Anonymous"), Sampler()
     sampler.start()
     transformer = script.load_transformer(run)
     script.add_lora(run, transformer)
@@ -79,12 +82,13 @@ def measure_here(arguments: list[str]) -> None:
     sampler.join()
     sharded = sum(isinstance(parameter, DTensor) for parameter in transformer.parameters())
     seen = {"processes": run.processes, "sharded_tensors": sharded, "before_gb": round(before, 3),
-            "peak_above_gb": round(sampler.peak - before, 3), "kept_above_gb": round(pss() - before, 3)}  # fmt: skip
+            "peak_above_gb": round(sampler.peak - before, 3), "kept_above_gb": round(read_memory() - before, 3),
+            "anonymous_peak_above_gb": round(sampler.anonymous - anonymous, 3)}  # fmt: skip
     Path(os.environ["MEASURED"], f"{run.process_index}.json").write_text(json.dumps(seen))
 
 
-def launch(processes: int, model: Path, scratch: Path) -> list[dict]:
-    """Starts so many processes; returns what each saw."""
+def launch(processes: int, model: Path, scratch: Path, *flags: str) -> list[dict]:
+    """Starts so many processes with more flags of the script; returns what each saw."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,7 +101,7 @@ def launch(processes: int, model: Path, scratch: Path) -> list[dict]:
     )
     (scratch / name).write_text(f"{config}main_process_port: {port}\n")
     words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", model, "--output_dir", scratch / "out",
-             "--instance_prompt", "a toy", "--mixed_precision", "bf16", "--report_to", "none"]  # fmt: skip
+             "--instance_prompt", "a toy", "--mixed_precision", "bf16", "--report_to", "none", *flags]  # fmt: skip
     command = ["accelerate", "launch", "--config_file", scratch / name, __file__, "--here", *words]
     environment = {**os.environ, "MEASURED": str(results), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -110,15 +114,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/sharded_loading.json")
+    parser.add_argument("--fp8", action="store_true", help="with --do_fp8_training")
     args = parser.parse_args()
     import torch
 
+    flags = ["--do_fp8_training"] if args.fp8 else []
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch, "model")
         size = make_model(model)
-        rows = {str(count): launch(count, model, Path(scratch)) for count in args.processes}
+        rows = {str(count): launch(count, model, Path(scratch), *flags) for count in args.processes}
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     result = {"date": time.strftime("%Y-%m-%d"), **machine, "weights_gb": round(size / 1e9, 3), "processes": rows}
+    if args.fp8:
+        result = {**json.loads(args.output.read_text()), "fp8": result}
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -5,6 +5,7 @@ python benchmarks/table.py learning     what LoRAs of the toy learned
 python benchmarks/table.py growth       what more images, captions, pixels, references and rank cost
 python benchmarks/table.py tiny_flux2   what the embedded model draws, for its own README
 python benchmarks/table.py step_cost    what a step asks of a GPU, with predicted seconds
+python benchmarks/table.py host_memory  what loading takes of host memory
 """
 
 import sys
@@ -201,8 +202,20 @@ def print_step_cost() -> None:
         print(f"| {row['model']}, {base}, {row['resolution']} px, {way} | {counts} | {' | '.join(cells)} |")
 
 
+def print_host_memory() -> None:
+    """Prints peaks of host memory while weights are loaded, beside the bytes of the blocks in their format."""
+    result = read_result("host_memory")
+    print("| loaded | files | blocks | pinned | anonymous, at most | anonymous, kept | mapped, at most |")
+    print("|---" * 7 + "|")
+    for name, row in result["loading"].items():
+        part = "text_encoder" if name.startswith("text") else "transformer"
+        keys = ("blocks_gb", "pinned_gb", "anonymous_peak_gb", "anonymous_kept_gb", "mapped_peak_gb")
+        cells = [f"{row[key]:.2f}" if key in row else "-" for key in keys]
+        print(f"| {name} | {result['files_gb'][part]:.2f} | {' | '.join(cells)} |")
+
+
 PRINTERS = {"measured": print_measured, "learning": print_learning, "growth": print_growth,
-            "tiny_flux2": print_tiny_flux2, "step_cost": print_step_cost}  # fmt: skip
+            "tiny_flux2": print_tiny_flux2, "step_cost": print_step_cost, "host_memory": print_host_memory}  # fmt: skip
 
 if __name__ == "__main__":
     PRINTERS[sys.argv[1] if len(sys.argv) > 1 else "measured"]()

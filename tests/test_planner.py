@@ -172,7 +172,8 @@ def test_sharding_adds_up(small):
 @pytest.mark.parametrize(("base", "references"), [("bf16", 0), ("fp8", 0), ("nf4", 0), ("nf4", 1)])
 def test_the_command_that_is_printed_is_one_that_the_script_takes(small, base, references, tmp_path, monkeypatch):
     job = Job(small, 512, references, ("--rank", "8"))
-    line = plan_memory.command_line(job, base, 0.5, gpu_gb=0.001)
+    (encoder, _), *_ = plan_memory.encoder_places(job, gpu_gb=0.001)
+    line = plan_memory.command_line(job, base, 0.5, encoder=encoder)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
     (tmp_path / "configs").symlink_to(plan_memory.ROOT / "configs")
@@ -285,13 +286,61 @@ def test_what_streams_on_a_small_gpu_is_counted_and_the_line_is_parsed(small, ca
     limit = (whole["gpu"] + half["gpu"]) / 2
     share = plan_memory.least_share_streamed(job, base, limit)
     assert plan_memory.streamed(job, base, share)["gpu"] <= limit < plan_memory.streamed(job, base, share - 0.01)["gpu"]
-    text = plan_memory.what_streams(job, base, limit)
-    line = text.split("\n\n")[1].replace("--instance_data_dir dog", f"--instance_data_dir {small}")
-    words = shlex.split(line.replace("\\\n", ""))[3:]
+    line = plan_memory.find_line(job, base, limit)["command"]
+    words = shlex.split(line.replace("--instance_data_dir dog", f"--instance_data_dir {small}").replace("\\\n", ""))[3:]
     assert t2i.parse_args(words).stream_blocks == share
-    assert "does not fit" in plan_memory.what_streams(job, base, 1e-6) and "line" not in plan_memory.what_streams(
-        job, "nf4", 1e-6
+    for lacking in ("bf16", "nf4"):
+        assert "does not fit" in plan_memory.find_line(job, lacking, 1e-6)
+
+
+def test_host_memory_is_the_sum_of_its_parts_and_follows_the_flags(small, t2i, tmp_path):
+    """What streams is pinned; the peak is that of training, or of a text encoder that lies on the host."""
+    plain, more = (
+        plan_memory.host(Job(small, 256, flags=flags))
+        for flags in (("--rank", "4"), ("--rank", "8", "--dataloader_num_workers", "6"))
     )
+    assert more["saving"] == 2 * plain["saving"] > 0 and more["workers"] == pytest.approx(3 * plain["workers"])
+    assert (
+        plain["saving"] * GB
+        > 3 * 4 * count_training(Job(small, 256, flags=("--rank", "4")), "bf16", 1.0).lora_parameters
+    )
+    assert plain["peak"] == pytest.approx(sum(plain[name] for name in ("process", "workers", "saving")))
+    pinned, spread = plan_memory.host(Job(small, 256), pinned_gb=5.0), plan_memory.host(Job(small, 256), encoder_gb=9.0)
+    assert pinned["peak"] == pytest.approx(plan_memory.host(Job(small, 256))["peak"] + 5)
+    assert spread["peak"] == pytest.approx(spread["process"] + 9)
+    folder = t2i.Flux2Transformer2DModel.from_config(read_architecture(small)["transformer"]).bfloat16()
+    assert plain["mapped"] * GB == sum(parameter.nbytes for parameter in folder.parameters())
+
+
+def test_a_line_that_the_host_has_no_memory_for_gives_way_to_another(small, capsys, monkeypatch):
+    """Pinned blocks to a base that needs none, the encoder on the host to one in NF4, at last a smaller image."""
+    job, base = (
+        Job(small, 512, flags=("--rank", "4")),
+        count_training(Job(small, 512, flags=("--rank", "4")), "bf16", 1.0),
+    )
+    limit = (base.peak - base.blocks / 3) / GB
+    line = plan_memory.find_line(job, "bf16", limit)
+    need = line["host"]["peak"]
+    assert line["stream"] > 0 and plan_memory.find_line(job, "bf16", limit, need) == line
+    refused = plan_memory.find_line(job, "bf16", limit, need - 0.5 * line["host"]["pinned"])
+    assert "of host memory" in refused and f"{need:.1f} GB" in refused
+    other = plan_memory.find_line(job, "nf4", limit, need - 0.5 * line["host"]["pinned"])
+    assert other["stream"] == 0 and "nf4.json" in other["command"]
+
+    words = ["--model", small, "--resolution", "512", "--references", "0", "--gpu_gb", f"{limit:g}", "--host_gb"]
+    monkeypatch.setattr(plan_memory, "BASES", {"bf16": BASES["bf16"]})
+    plan_memory.main([*words, f"{need - 0.5 * line['host']['pinned']}", "--", "--rank", "4"])
+    shown = capsys.readouterr().out
+    assert "512 px, 0 reference(s), bf16: fits" in shown and "of host memory" in shown.splitlines()[0]
+    assert "--resolution 256" in shown and "--stream_blocks" not in shown
+
+
+def test_a_text_encoder_that_neither_fits_the_gpu_nor_the_host_is_loaded_in_nf4():
+    """That of [dev]: 36 GB in bf16, 10.5 GB in NF4."""
+    places = dict(plan_memory.encoder_places(Job("dev", 512), 24))
+    assert places == {("--offload",): pytest.approx(12, abs=0.2), plan_memory.ENCODER_NF4: 0.0}
+    assert [*plan_memory.encoder_places(Job("dev", 512), 8)] == [(("--offload",), pytest.approx(28, abs=0.2))]
+    assert [*plan_memory.encoder_places(Job("dev", 512), 48)] == [((), 0.0)]
 
 
 @pytest.mark.slow

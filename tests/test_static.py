@@ -915,8 +915,9 @@ def test_a_saved_command_line_parses_with_its_script(path: Path, tmp_path: Path,
         ("docs/memory.md", ["growth"]),
         ("tiny_flux2/README.md", ["tiny_flux2"]),
         ("docs/memory.md", ["step_cost"]),
+        ("docs/memory.md", ["host_memory"]),
     ],
-    ids=["measured", "learning", "growth", "tiny_flux2", "step_cost"],
+    ids=["measured", "learning", "growth", "tiny_flux2", "step_cost", "host_memory"],
 )
 def test_the_tables_of_the_readmes_are_those_that_the_benchmarks_give(page, words):
     table = run_python("benchmarks/table.py", *words)

@@ -1,6 +1,7 @@
 """Says before a download what FLUX.2 LoRA training needs, which settings fit a GPU, and the command line for them.
 
-    python tools/plan_memory.py --model dev --gpu_gb 24          what fits 24 GB, with command lines
+    python tools/plan_memory.py --model dev --gpu_gb 24          what fits 24 GB, with command lines and host memory
+    python tools/plan_memory.py --gpu_gb 24 --host_gb 16         the same, in so much host memory
     python tools/plan_memory.py --model klein-4B                 every rung, resolution and number of references
     python tools/plan_memory.py --model dev --processes 8        per GPU, sharded over 8 (FSDP2); --nodes 2: twice that
     python tools/plan_memory.py --all                            benchmarks/plan_memory.json, tables of docs/memory.md
@@ -45,8 +46,8 @@ import train_dreambooth_lora_flux2 as text_to_image
 import train_dreambooth_lora_flux2_img2img as image_to_image
 
 GB = 1e9
-HOST_BASE_GB = 1.1  # libraries and loader: benchmarks/memory.json, whose model is 5 MB
 RESULT, MEASURED = ROOT / "benchmarks" / "plan_memory.json", ROOT / "benchmarks" / "gpu.json"
+HOST = ROOT / "benchmarks" / "host_memory.json"
 CHECKPOINTING, FP8, STREAM = "--gradient_checkpointing", "--do_fp8_training", "--stream_blocks"
 ENCODER_NF4 = ("--text_encoder_bnb_config_path", str(ROOT / "configs" / "quantization" / "nf4.json"))
 
@@ -330,6 +331,58 @@ def disk(job: Job, lora_parameters: int) -> dict[str, float]:
     return {name: value / GB for name, value in sizes.items()}
 
 
+@cache
+def host_figures() -> dict[str, float]:
+    """What benchmarks/host_memory.py measured: GB of the main process and of a worker, bytes per saved parameter."""
+    found = json.loads(HOST.read_text(encoding="utf-8"))
+    largest = {name: max(row[name] for row in found["workers"]) for name in ("main_anonymous_gb", "worker_private_gb")}
+    saved = found["saving"]["bytes_per_parameter"]
+    return {"process": largest["main_anonymous_gb"], "worker": largest["worker_private_gb"], "saved": saved}
+
+
+@cache
+def loader_and_lora(job: Job) -> tuple[int, int]:
+    """The loader's workers, and the parameters of the adapter."""
+    default = text_to_image.build_parser().get_default("dataloader_num_workers")
+    with tempfile.TemporaryDirectory() as folder:
+        run = job.plan(folder, "--dataloader_num_workers", default)
+    linears = text_to_image.linear_modules(read_architecture(job.model)["transformer"])
+    sides = sum(linears[name].in_features + linears[name].out_features for name in run.lora.targets)
+    return run.args.dataloader_num_workers, run.lora.rank * sides
+
+
+def host(job: Job, pinned_gb: float = 0.0, encoder_gb: float = 0.0) -> dict[str, float]:
+    """GB of host memory of one process on a GPU, by part; `peak` is what must be there, `mapped` what may go.
+
+    Loading makes no copy: weights go from the mapped files to the GPU, or into the pinned memory of the blocks that
+    stream; FP8 is quantised on the GPU (benchmarks/host_memory.json). The `encoder_gb` that --offload leaves on the
+    host are mapped too, but read for each prompt, so that they count; they are gone before training. While the last
+    checkpoint is saved, adapter and moments are there several times. Not counted: what CUDA takes, which was not
+    measured, and a VAE that waits (0.3 GB).
+    """
+    figures, (workers, parameters) = host_figures(), loader_and_lora(job)
+    encoder, sizes = count_encoder(replace(job, resolution=512, references=0))["weights"], disk(job, parameters)
+    parts = {
+        "process": figures["process"],
+        "workers": workers * (figures["worker"] + 2 * (sizes["prompt"] + sizes["sample"])),  # each prepares two batches
+        "pinned": pinned_gb,
+        "saving": figures["saved"] * parameters / GB,
+        "encoder": encoder_gb,
+        "mapped": max(encoder, transformer_bytes(job)) / GB,
+    }
+    training = sum(parts[name] for name in ("workers", "pinned", "saving"))
+    return {"peak": parts["process"] + max(training, encoder_gb), **parts}
+
+
+def host_words(parts: dict[str, float]) -> str:
+    """The parts of `host` for the reader."""
+    names = {"pinned": "pinned blocks", "saving": "saving", "workers": "loader's workers", "process": "process"}
+    shown = [f"{parts[key]:.1f} GB {name}" for key, name in names.items() if parts[key]]
+    offloaded = f", before that {parts['encoder']:.0f} GB of the text encoder" if parts["encoder"] else ""
+    mapped = f"up to {parts['mapped']:.0f} GB of mapped files, which may go"
+    return f"host {parts['peak']:.1f} GB ({', '.join(shown)}{offloaded}) and {mapped}"
+
+
 def plan(job: Job, base: str, share: float) -> dict[str, Any]:
     """One row: peaks of the phases in GB, host, disk, operations, and seconds where they were measured."""
     training, encoder = count_training(job, base, share), count_encoder(job)
@@ -339,7 +392,7 @@ def plan(job: Job, base: str, share: float) -> dict[str, Any]:
         "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
         "training_gb": training.peak / GB, "resident_gb": training.resident / GB,
         "encoder_gb": encoder["peak"] / GB, "encoder_nf4_gb": encoder_nf4["peak"] / GB, "vae_gb": count_vae(job) / GB,
-        "host_gb": HOST_BASE_GB + max(encoder["weights"], transformer_bytes(job)) / GB,
+        "host": host(job),
         "disk_gb": disk(job, training.lora_parameters), "tflop": step_tflop(job, share), "seconds": step,
         "lora_parameters": training.lora_parameters,
     }  # fmt: skip
@@ -394,18 +447,22 @@ def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> di
 
     FSDP2: each GPU keeps its part of the blocks, the one in work gathered and the next one on its way. The forward and
     the backward pass gather every block once; a recomputed block is still there. The LoRA is whole, and its fp32
-    gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), which is all that nodes send each other.
+    gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), which is all that nodes send each other. On
+    the host each process has all FP8 blocks before it keeps its part of them on the GPU.
     """
     training = count_training(job, base, share)
     others = (processes - 1) / processes
     gathered = 0 if base in ("nf4", "int8") else training.blocks  # bitsandbytes' weights stay whole on each GPU
     kept = training.blocks - others * gathered + (2 * training.largest_block if gathered else 0)
+    parts, loading = host(job), training.blocks / GB if base == "fp8" else 0.0
+    each = parts["process"] + max(parts["workers"], loading)
     total, gradient = processes * nodes, 4 * training.lora_parameters
     return {
         "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
         "gpus_per_node": processes, "nodes": nodes,
         "per_gpu_gb": (training.peak - training.blocks + kept) / GB,
         "unsharded_gb": training.peak / GB,
+        "host_gb_per_node": processes * each + parts["saving"],
         "gathered_gb_per_step": 2 * others * gathered / GB,
         "all_reduced_gb_per_step": 2 * gradient * (total - 1) / total / GB,
         "tflop": step_tflop(job, share),
@@ -413,8 +470,19 @@ def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> di
 
 
 # --------------------------------------------------------------------------------------------------------------- Output
-def command_line(job: Job, base: str, share: float, gpu_gb: float, stream: float = 0.0) -> str:
-    """The launch line of a plan; with --offload where the text encoder alone is too large for the GPU."""
+def encoder_places(job: Job, gpu_gb: float) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(flags, GB left on the host) of the text encoder: on the GPU, else spread by --offload, else in NF4 there."""
+    left = count_encoder(job)["peak"] / GB - gpu_gb
+    if left <= 0:
+        yield (), 0.0
+        return
+    yield ("--offload",), left
+    if count_encoder(replace(job, flags=(*job.flags, *ENCODER_NF4)))["peak"] <= gpu_gb * GB:
+        yield ENCODER_NF4, 0.0
+
+
+def command_line(job: Job, base: str, share: float, stream: float = 0.0, encoder: tuple[str, ...] = ()) -> str:
+    """The launch line of a plan; `encoder` are the flags that place the text encoder."""
     words = [f"accelerate launch {Path(job.script.__file__).name}"]
     words.append(f"--pretrained_model_name_or_path {read_architecture(job.model)['hub_id']}")
     data = "--dataset_name DATA --cond_image_column source" if job.references else "--instance_data_dir dog"
@@ -422,37 +490,50 @@ def command_line(job: Job, base: str, share: float, gpu_gb: float, stream: float
     words += [" ".join(BASES[base][1])] * (base != "bf16")
     words += [f"{CHECKPOINTING}{f' {share:g}' if share < 1 else ''}"] * (share > 0 and not stream)
     words += [f"{STREAM}{f' {stream:g}' if stream < 1 else ''}"] * (stream > 0)
-    words += ["--offload"] * (count_encoder(job)["peak"] > gpu_gb * GB)
+    words += [" ".join(encoder).replace(f"{ROOT}/", "")] * bool(encoder)
     return " \\\n  ".join([*words, *[" ".join(job.flags)] * bool(job.flags)])
 
 
-def tell_what_fits(job: Job, gpu_gb: float) -> None:
-    """Prints for each base the largest share of blocks that need not be recomputed, and the command line."""
-    found = []
+def find_line(job: Job, base: str, gpu_gb: float, host_gb: float = math.inf) -> dict[str, Any] | str:
+    """The line of a base that fits GPU and host, and what it takes; or why there is none.
+
+    Blocks that stay go before blocks that stream, of which as few as possible do: that is the least that is pinned.
+    """
+    share, stream, pinned = largest_share_kept(job, base, gpu_gb), 0.0, 0.0
+    if share is not None:
+        training_gb = count_training(job, base, share).peak / GB
+    else:
+        stream = least_share_streamed(job, base, gpu_gb) if base in ("bf16", "fp8") else None
+        if stream is None:
+            return f"does not fit {gpu_gb:g} GB ({count_training(job, base, 1.0).peak / GB:.1f} GB)"
+        found = streamed(job, base, stream)
+        share, training_gb, pinned = 1.0, found["gpu"], found["pinned"]
+    for encoder, left in encoder_places(job, gpu_gb):
+        parts = host(job, pinned, left)
+        if parts["peak"] <= host_gb:
+            line = command_line(job, base, share, stream, encoder)
+            row = {"base": base, "share": share, "stream": stream, "training_gb": training_gb}
+            return row | {"host": parts, "command": line}
+    return f"fits {gpu_gb:g} GB, but not {host_gb:g} GB of host memory: it takes {host_words(parts)}"
+
+
+def tell_what_fits(job: Job, gpu_gb: float, host_gb: float = math.inf) -> bool:
+    """Prints for each base the line that fits, with what it takes, or why there is none; whether there is a line."""
+    found = {}
     for base, (name, _) in BASES.items():
-        share = largest_share_kept(job, base, gpu_gb)
-        where = f"{job.model} {job.resolution} px, {job.references} reference(s), {name}"
-        if share is None:
-            print(f"{where}: {what_streams(job, base, gpu_gb)}")
+        line, where = find_line(job, base, gpu_gb, host_gb), f"{job.model} {job.resolution} px"
+        where += f", {job.references} reference(s), {name}"
+        if isinstance(line, str):
+            print(f"{where}: {line}")
             continue
-        row, line = plan(job, base, share), command_line(job, base, share, gpu_gb)
-        found.append(row)
-        print(f"{where}: fits {gpu_gb:g} GB, predicted {row['training_gb']:.1f} GB; text encoder first "
-              f"{row['encoder_gb']:.1f} GB ({row['encoder_nf4_gb']:.1f} GB in NF4), VAE {row['vae_gb']:.1f} GB, "
-              f"host {row['host_gb']:.0f} GB; {time_words(row)}\n\n{line}\n")  # fmt: skip
-    print(*(note for base, note in NOTES.items() if any(row["base"] == base for row in found)), sep="", end="")
-
-
-def what_streams(job: Job, base: str, gpu_gb: float) -> str:
-    """Of a base that does not fit: whether it does with --stream_blocks, what that takes, and the command line."""
-    lacking = f"does not fit {gpu_gb:g} GB ({count_training(job, base, 1.0).peak / GB:.1f} GB)"
-    share = least_share_streamed(job, base, gpu_gb) if base in ("bf16", "fp8") else None
-    if share is None:
-        return lacking
-    found = streamed(job, base, share)
-    return (f"{lacking} without {STREAM} {share:g}, predicted {found['gpu']:.1f} GB with it; {found['pinned']:.0f} GB "
-            f"of host memory are pinned, {found['copied']:.0f} GB copied per step\n\n"
-            f"{command_line(job, base, 1.0, gpu_gb, share)}\n")  # fmt: skip
+        found[base], row = line, plan(job, base, line["share"])
+        copied = streamed(job, base, line["stream"])["copied"]
+        how = f", by {STREAM} {line['stream']:g}, {copied:.0f} GB copied per step" if line["stream"] else ""
+        print(f"{where}: fits {gpu_gb:g} GB, predicted {line['training_gb']:.1f} GB{how}; text encoder first "
+              f"{row['encoder_gb']:.1f} GB ({row['encoder_nf4_gb']:.1f} GB in NF4), VAE {row['vae_gb']:.1f} GB; "
+              f"{host_words(line['host'])}; {time_words(row)}\n\n{line['command']}\n")  # fmt: skip
+    print(*(note for base, note in NOTES.items() if base in found), sep="", end="")
+    return bool(found)
 
 
 NOTES = {
@@ -513,16 +594,17 @@ def speed_lines() -> Iterator[str]:
 
 def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown lines: what comes before training, for each model."""
-    heads = "text encoder | the same in NF4 | VAE, 1 MP | host | a prompt / 1 MP image on disk"
+    heads = "text encoder | the same in NF4 | VAE, 1 MP | host | mapped files | a prompt / 1 MP image on disk"
     yield f"| predicted GB before training | {heads} |"
-    yield "|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|"
     for model in dict.fromkeys(row["model"] for row in rows):
         row = max(
             (row for row in rows if row["model"] == model and not row["references"]), key=lambda row: row["vae_gb"]
         )
         disk_cell = f"{1000 * row['disk_gb']['prompt']:.1f} / {1000 * row['disk_gb']['sample']:.1f} MB"
+        host_cell = f"{row['host']['peak']:.1f} | {row['host']['mapped']:.0f}"
         encoders = f"{row['encoder_gb']:.1f} | {row['encoder_nf4_gb']:.1f}"
-        yield f"| {model} | {encoders} | {row['vae_gb']:.1f} | {row['host_gb']:.0f} | {disk_cell} |"
+        yield f"| {model} | {encoders} | {row['vae_gb']:.1f} | {host_cell} | {disk_cell} |"
 
 
 def write(result: dict[str, Any]) -> None:
@@ -548,15 +630,9 @@ def card(model: str, base: str, gpu_gb: int) -> dict[str, Any]:
 def best_line(model: str, gpu_gb: int) -> dict[str, Any]:
     """The launch line of a GPU: 1024 px before 512, bf16 before FP8, blocks that stay before blocks that stream."""
     for job in (Job(model, 1024), Job(model, 512)):
-        row = {"model": model, "gpu_gb": gpu_gb, "resolution": job.resolution}
-        for base in ("bf16", "fp8"):
-            if (share := largest_share_kept(job, base, gpu_gb)) is not None:
-                peak, line = count_training(job, base, share).peak / GB, command_line(job, base, share, gpu_gb)
-                return row | {"base": base, "share": share, "stream": 0.0, "training_gb": peak, "command": line}
-        if stream := least_share_streamed(job, "fp8", gpu_gb):
-            found, line = streamed(job, "fp8", stream), command_line(job, "fp8", 1.0, gpu_gb, stream)
-            row |= {"base": "fp8", "share": 1.0, "stream": stream, "training_gb": found["gpu"], "command": line}
-            return row | {"pinned_gb": found["pinned"]}
+        lines = [line for base in ("bf16", "fp8") if isinstance(line := find_line(job, base, gpu_gb), dict)]
+        if line := min(lines, key=lambda line: (line["stream"] > 0, line["host"]["pinned"]), default=None):
+            return {"model": model, "gpu_gb": gpu_gb, "resolution": job.resolution, **line}
     raise ValueError(f"{model} does not fit {gpu_gb} GB")
 
 
@@ -570,8 +646,8 @@ def gpu_lines() -> Iterator[str]:
         for model in MODELS:
             row = rows[model, gpu_gb]
             flags = row["command"].replace("\\\n", "").partition("--resolution")[2].replace("--cache_latents", "")
-            pinned = f", {row['pinned_gb']:.0f} GB pinned" if "pinned_gb" in row else ""
-            cells.append(f"`--resolution {' '.join(flags.split())}` ({row['training_gb']:.1f} GB{pinned})")
+            figures = f"{row['training_gb']:.1f} GB, host {row['host']['peak']:.0f} GB"
+            cells.append(f"`--resolution {' '.join(flags.split())}` ({figures})")
         yield f"| {gpu_gb} GB | {' | '.join(cells)} |"
 
 
@@ -607,6 +683,10 @@ def everything() -> None:
         if (model, gpu_gb) not in known:
             result["fits"].append(best_line(model, gpu_gb))
             write(result)
+    for row in result["rows"]:  # these are quick to count anew
+        row["host"] = host(Job(row["model"], row["resolution"], row["references"]))
+    for row in result["fits"]:
+        row["host"] = host(Job(row["model"], row["resolution"]), row["host"]["pinned"], row["host"]["encoder"])
     result["streamed"] = [card(model, base, gpu_gb) for model in MODELS for base in ("fp8", "bf16") for gpu_gb in CARDS]
     jobs = [(Job("dev", 1024), base, nodes) for base in ("bf16", "fp8", "nf4") for nodes in (1, 2)]
     jobs.append((Job("dev", 512), "bf16", 1))
@@ -625,6 +705,7 @@ def parse_words(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dev", help="dev, klein-9B, klein-4B, a folder or a hub id (default: dev)")
     parser.add_argument("--gpu_gb", type=float, help="say what fits so many GB, with command lines")
+    parser.add_argument("--host_gb", type=float, help="with --gpu_gb: so much host memory is there for training")
     parser.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="pixels per side")
     parser.add_argument("--references", type=int, nargs="+", default=[0, 1], help="1 MP references per sample")
     parser.add_argument("--processes", type=int, default=0, help="shard the blocks over so many GPUs of a node")
@@ -646,7 +727,10 @@ def main(words: list[str] | None = None) -> None:
     jobs = [Job(args.model, size, count, tuple(args.flags)) for count in args.references for size in args.resolution]
     if args.gpu_gb:
         for job in jobs:
-            tell_what_fits(job, args.gpu_gb)
+            while not tell_what_fits(job, args.gpu_gb, args.host_gb or math.inf) and args.host_gb:
+                job = replace(job, resolution=job.resolution - 256)
+                if job.resolution < 256 or job in jobs:  # asked for itself
+                    break
     elif args.processes:
         rows = [sharded(job, base, 1.0, args.processes, args.nodes) for job in jobs for base in BASES]
         print(json.dumps(rows, indent=1))

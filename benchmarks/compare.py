@@ -1,0 +1,172 @@
+"""Runs another training script and ours in turn on the same data and models: start, step, wall time, memory.
+
+    python benchmarks/compare.py --against PATH                      any file that takes diffusers' flags
+    python benchmarks/compare.py --against PATH -- --rank 64         flags for both
+    python benchmarks/compare.py --against train_dreambooth_lora_flux2.py        the noise: our script against itself
+
+Models are the embedded one and one with a wider random transformer. Each round starts both scripts twice, each time in
+a process of its own and in a new output folder; the second start finds what the first one cached, if the script takes
+--latents_cache_dir. Flags that only one of the scripts takes are left out. A step ends with the optimizer's, which
+PyTorch tells; on a GPU its work is waited for there. Memory is the peak of the main process, on a GPU that of its
+tensors. Writes compare.json; which of the two goes first changes with the round.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from memory import draw_images
+from results import ROOT, write_result
+
+OURS = ROOT / "train_dreambooth_lora_flux2.py"
+MODELS = {"tiny": (None, 64), "mid": (640, 256)}  # width of the transformer, pixels per side
+FIGURES = {
+    "first_step_seconds": ("to the end of the first step", "s"),
+    "step_seconds": ("a step", "s"),
+    "wall_seconds": ("the whole run", "s"),
+    "peak_gb": ("peak memory", "GB"),
+}
+
+# Runs the script as the program and writes when its steps ended, and its peak, to the file that comes first.
+WATCHED = """
+import atexit, json, re, runpy, sys, time
+from pathlib import Path
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+result, sys.argv, ends = Path(sys.argv[1]), sys.argv[2:], []
+
+def note(*_):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    ends.append(time.time())
+
+def write():
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+    result.write_text(json.dumps({"ends": ends, "peak": peak}))
+
+register_optimizer_step_post_hook(note)
+atexit.register(write)
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def flags_of(script: Path) -> set[str]:
+    """The flags that the script's --help names."""
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"--[a-z0-9_]+", shown))
+
+
+def start(script: Path, words: list[Any], result: Path) -> dict[str, float]:
+    """One run in a process of its own. Raises RuntimeError with its last words if it fails or makes no two steps."""
+    command = [sys.executable, "-c", WATCHED, *map(str, (result, script, *words))]
+    began = time.time()
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    wall = time.time() - began
+    seen = json.loads(result.read_text()) if result.is_file() else {"ends": []}
+    ends = seen["ends"]
+    if process.returncode or len(ends) < 2:
+        raise RuntimeError(
+            f"{script} ended with {process.returncode} after {len(ends)} steps:\n{process.stderr[-2000:]}"
+        )
+    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    values = (ends[0] - began, statistics.median(steps), wall, seen["peak"] / 1e9)
+    return dict(zip(FIGURES, values, strict=True))
+
+
+def make_words(folder: Path, model: str, steps: int, known: set[str]) -> list[Any]:
+    """Flags for both scripts: those that every such script has, and of the others those that both know."""
+    width, size = MODELS[model]
+    place, images = ROOT / "tiny_flux2", folder / f"images-{model}"
+    if width:
+        from step_time import make_model
+
+        place = make_model(folder / model, width)
+    words = ["--pretrained_model_name_or_path", place, "--instance_data_dir", draw_images(images, 5, size)]
+    words += ["--instance_prompt", "a photo of sks toy", "--resolution", size, "--max_train_steps", steps]
+    words += ["--seed", 0, "--rank", 16, "--learning_rate", 1e-4]
+    more = {"--max_sequence_length": [128], "--train_batch_size": [1], "--cache_latents": [], "--mixed_precision": []}
+    more |= {"--dataloader_num_workers": [0]}
+    import torch
+
+    more["--mixed_precision"] = ["bf16" if torch.cuda.is_available() else "no"]
+    return words + [word for flag, values in more.items() if flag in known for word in (flag, *values)]
+
+
+def compare(against: Path, rounds: int, steps: int, models: list[str], more: list[str]) -> list[dict[str, Any]]:
+    """One row for each run: model, script ("other" or "ours"), round, start (1 or 2), figures."""
+    scripts, rows = {"other": against, "ours": OURS}, []
+    takes = {name: flags_of(script) for name, script in scripts.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model in models:
+            words = [*make_words(folder, model, steps, takes["other"] & takes["ours"]), *more]
+            for turn in range(rounds):
+                for script in [*scripts] if turn % 2 else [*scripts][::-1]:
+                    place = folder / f"{model}-{turn}-{script}"
+                    place.mkdir()
+                    cache = ["--latents_cache_dir", place / "cache"] * ("--latents_cache_dir" in takes[script])
+                    for again in (1, 2):
+                        output = ["--output_dir", place / f"out-{again}", *cache]
+                        found = start(scripts[script], [*words, *output], place / f"seen-{again}.json")
+                        rows.append({"model": model, "script": script, "round": turn, "start": again, **found})
+                        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians of both scripts over the rounds, and the median of ours divided by the other's in the same round."""
+    found = []
+    for model, again in dict.fromkeys((row["model"], row["start"]) for row in rows):
+        for figure in FIGURES:
+            values = {
+                script: [
+                    row[figure]
+                    for row in sorted(rows, key=lambda row: row["round"])
+                    if (row["model"], row["start"], row["script"]) == (model, again, script)
+                ]
+                for script in ("other", "ours")
+            }
+            ratio = statistics.median(ours / other for other, ours in zip(*values.values(), strict=True))
+            medians = {script: statistics.median(each) for script, each in values.items()}
+            found.append({"model": model, "start": again, "figure": figure, **medians, "ratio": ratio})
+    return found
+
+
+def table(medians: list[dict[str, Any]], against: Path) -> str:
+    """Markdown."""
+    lines = [f"| model, start | | {against.name} | ours | ours / other |", "|---|---|---|---|---|"]
+    for row in medians:
+        what, unit = FIGURES[row["figure"]]
+        start = {1: "first", 2: "second"}[row["start"]]
+        figures = f"{row['other']:.3g} {unit} | {row['ours']:.3g} {unit} | {row['ratio']:.2f}"
+        lines.append(f"| {row['model']}, {start} start | {what} | {figures} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints the table and writes compare.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, required=True, help="the other script")
+    parser.add_argument("--rounds", type=int, default=3, help="how often both are run")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a run, two or more")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="which models")
+    parser.add_argument("more", nargs="*", help="flags for both scripts, behind --")
+    args = parser.parse_args(argv)
+    rows = compare(args.against, args.rounds, args.steps, args.models, args.more)
+    medians = summary(rows)
+    write_result("compare", {"against": args.against.name, "steps": args.steps, "medians": medians, "runs": rows})
+    print(table(medians, args.against))
+
+
+if __name__ == "__main__":
+    main()
