@@ -260,6 +260,7 @@ def test_a_type_that_refuses_says_so_by_argparses_own_error(parse):
         parse.FLAGS["learning_rate"]["type"]("0")
 
 
+@pytest.mark.slow
 @pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine", "polynomial", "cosine_with_restarts"])
 def test_a_warm_up_longer_than_the_run_is_told_with_where_the_rate_ends(

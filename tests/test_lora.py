@@ -341,6 +341,7 @@ def gradients(transformer: torch.nn.Module, parameters: dict) -> tuple[dict[str,
     return {name: p.grad for name, p in parameters.items()}, [name for name, count in runs.items() if count == 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, recomputed", [(["1"], 6), (["0.5"], 3), (["0.1"], 1), ([], 6)])
 def test_checkpointing_recomputes_the_share_of_blocks_and_keeps_the_gradients(
     script, tiny, tmp_path, flags, recomputed
@@ -603,6 +604,7 @@ def foreign(script, tiny, tmp_path) -> Path:
 FORMS = ["ai-toolkit", "kohya", "peft"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_lora_of_another_trainer_is_started_from_with_the_same_numbers(
     script, tiny, tmp_path, foreign, start_from, form

@@ -116,6 +116,7 @@ def test_weights_that_do_not_fit_are_told_by_part_number_and_examples(message, m
     assert [words for words in told if words not in text] == [], text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dev", "klein"])
 @pytest.mark.parametrize("text", ["nothing", "layers.31.", "lm_head", "vision_tower", "multi_modal_projector"])
 def test_a_model_may_lack_what_is_not_read_of_it(script, models, tmp_path, family, text):

@@ -134,6 +134,7 @@ def test_class_images_leave_nothing_on_the_device(monkeypatch, t2i, tiny, photos
 # ---- the encoder ----
 
 
+@pytest.mark.slow
 @pytest.mark.scripts("t2i")
 @pytest.mark.parametrize("family", ["dev", "klein"])
 def test_the_encoder_has_neither_head_nor_eyes_and_gives_the_same_embedding(script, tiny, tiny_klein, tmp_path, family):
