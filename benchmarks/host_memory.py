@@ -122,7 +122,7 @@ def measure_loading(script: Any, model: Path, folder: Path) -> dict[str, dict[st
             sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad)
             for block in script.blocks_of(transformer)
         ]
-        streamed = sum(home.nbytes for home in transformer.stream.homes)
+        streamed = sum(home.nbytes for home in transformer.stream.pinned_blocks)
         rows[name] |= {"blocks_gb": sum(owned) / 1e9, "largest_block_gb": max(owned) / 1e9, "pinned_gb": streamed / 1e9}
         rows[name]["device_gb"] = sum(owned) / 1e9 if name == "FP8" else 0.0
         del transformer
