@@ -870,8 +870,7 @@ def start_accelerator(args: Args) -> Run:
     if accelerator.num_processes != process_count():  # separate runs, which would all write to the same folder
         raise UserError(f"{process_count()} processes were started, but not as one run; see configs/accelerate/")
     if accelerator.device.type == "mps":
-        reason = "the backward pass of these models is reported to fail there"
-        raise UserError(f"Apple GPUs are not supported, {reason}: train on the CPU with configs/accelerate/cpu.yaml")
+        raise UserError("Apple GPUs are not supported, their backward pass fails; use configs/accelerate/cpu.yaml")
     if accelerator.device.type not in ("cpu", "cuda"):
         log.warning(f"start: {accelerator.device.type} is untested; CUDA and the CPU are tested")
     dtype = compute_dtype(args, accelerator.device.type == "cpu")
@@ -2085,9 +2084,7 @@ def all_prompts(run: Run, samples: list[Sample]) -> list[str]:
     prompts = [caption for sample in samples for caption in sample.captions]
     others = *final_prompts(run.args), *(run.args.validation_prompt or []), vars(run.args).get("class_prompt")
     prompts += [prompt for prompt in others if prompt is not None]
-    if run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline":
-        prompts.append("")
-    return prompts
+    return prompts + [""] * (run.args.caption_dropout > 0 or run.family.pipeline != "Flux2Pipeline")
 
 
 class LatentCodec:
@@ -2363,12 +2360,11 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def time_fp8(device: torch.device, row_wise: bool) -> float:
-    """Seconds of a square product, the fastest of three; infinite if this GPU or PyTorch has none."""
+    """Seconds of a square product, the fastest of four; infinite if this GPU or PyTorch has none."""
     matrix, scales = torch.ones(4096, 4096, device=device).to(FP8), torch.ones(4096, 1, device=device)
     FP8Linear.row_wise, times = row_wise, [math.inf]
     with contextlib.suppress(RuntimeError, NotImplementedError):
-        for _ in range(3):
-            torch.accelerator.synchronize(device)
+        for _ in range(4):
             started = time.perf_counter()
             fp8_matmul(matrix, matrix.t(), (scales, scales.t()), out_dtype=torch.bfloat16)
             torch.accelerator.synchronize(device)
@@ -3543,8 +3539,7 @@ def push(run: Run) -> None:
     except Exception as error:  # network errors have no common base
         included = [word for name in wanted for word in ("--include", name)]
         line = shlex.join(["hf", "upload", run.hub_repo, str(run.output_dir), *included])
-        reason = f"{type(error).__name__}: {error}"
-        log.warning(f"hub: the upload failed ({reason}). The results are on disk; upload them with\n    {line}")
+        log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). Upload the results with\n    {line}")
 
 
 # endregion shared: results
