@@ -166,7 +166,7 @@ def test_bfls_own_models_have_all_the_tensors_of_diffusers_ones(model):
             weights[f"{block[1] or block[2]}.norm.{norm}.scale"] = (norm, "BF16", (128,))
     found = convert_transformer.check(Path("one"), weights, Path(model), read_architecture(model)["transformer"])
     assert {source for source, _ in found.values()} == {*weights}
-    with pytest.raises(ValueError, match="is not the transformer of"):
+    with pytest.raises(ValueError, match="does not match the transformer of"):
         other = read_architecture("klein-4B" if model == "dev" else "dev")["transformer"]
         convert_transformer.check(Path("one"), weights, Path("other"), other)
 
@@ -218,9 +218,9 @@ def broken(weights: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
         ("missing", r"1 missing, such as single_transformer_blocks\.1\.attn\.to_out\.weight\)"),
         ("unexpected", r"2 unexpected, such as double_blocks\.0\.img_attn\.gate\.weight\)"),
         ("misshapen", r"1 misshapen, such as single_transformer_blocks\.1\.attn\.to_out\.weight \(128, 511\) for \("),
-        ("int8", r"holds I8; take a file in bf16"),
-        ("scale missing", r"1 weights or scales lack the other, such as single_blocks\.1\.linear2\.weight;"),
-        ("blocks", r"holds scales of \(4, 4\); take a file"),
+        ("int8", r"holds I8; use a file in bf16"),
+        ("scale missing", r"1 weights or scales have no counterpart, such as single_blocks\.1\.linear2\.weight;"),
+        ("blocks", r"holds scales of \(4, 4\); use a file"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(base, tiny, tmp_path, how, words):
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(base, t
 
 
 def test_another_models_file_and_a_failed_write_leave_nothing(base, tiny, tiny_klein, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"is not the transformer of .*tiny_klein .*unexpected, such as"):
+    with pytest.raises(ValueError, match=r"does not match the transformer of .*tiny_klein .*unexpected, such as"):
         converted(in_bfls_names(base), tiny_klein, tmp_path)
 
     def fail(*_args):
@@ -254,11 +254,15 @@ def test_the_command_says_what_it_did_and_each_mistake_in_one_line(base, tiny, t
     start(tiny, made)
     told = capsys.readouterr().out
     assert "BFL's names: 51 tensors, 0 with a scale" in told and f"{made}: {len(base)} tensors; train on it" in told
-    with pytest.raises(SystemExit, match=f"^error: --out {made}: is there already; choose another name$"):
+    with pytest.raises(SystemExit, match=f"^error: --out {made}: already exists; choose another name$"):
         start(tiny, made)
-    with pytest.raises(SystemExit, match="^error: --base docs: has no model_index.json; give a folder in the form of"):
+    with pytest.raises(
+        SystemExit, match="^error: --base docs: has no model_index.json; give a folder in diffusers format"
+    ):
         start(Path("docs"), again)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match=r"^error: \S*/one\.safetensors: is no whole \.safetensors file \(.*\); down"):
+    with pytest.raises(
+        SystemExit, match=r"^error: \S*/one\.safetensors: is not a complete \.safetensors file \(.*\); down"
+    ):
         start(tiny, again)
     assert not again.exists()

@@ -56,7 +56,7 @@ def test_values_that_are_not_finite_and_a_line_that_is_being_written_are_left_ou
         file.write('{"step": 4, "lo')
     rows = plot_metrics.read_metrics(folder)
     assert plot_metrics.series(rows, "loss") == [(1, 0.5), (3, 0.5)]
-    assert capsys.readouterr().err == f"{folder / 'metrics.jsonl'}: line 4 is not whole and is left out\n"
+    assert capsys.readouterr().err == f"{folder / 'metrics.jsonl'}: line 4 is incomplete and is skipped\n"
     plot_metrics.main([str(folder), "--out", str(tmp_path / "out.png")])
 
 

@@ -1,7 +1,7 @@
-"""The training step of either script on an architecture alone: no weights, no images, no text encoder.
+"""Run the training step of either script from an architecture alone: no weights, no images, no text encoder.
 
-The configs go into a folder that looks like a checkpoint. From `start_accelerator` to `train_step` all is the script's
-own code, except what reads weights, prompts and images from disk: these become tensors of the right shape.
+The configs are written to a folder that looks like a checkpoint. From `start_accelerator` to `train_step` the script's
+own code runs, except that weights, prompts and images are not read from disk but are tensors of the right shape.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
 def read_architecture(name: str) -> dict[str, Any]:
-    """The configs of dev, klein-9B, klein-4B, of a diffusers folder, or of a hub repository (JSON files only)."""
+    """Returns the configs of dev, klein-9B, klein-4B, a diffusers folder, or a Hub repository (JSON files only)."""
     known = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
     if name in known:
         return known[name]
@@ -39,7 +39,7 @@ def read_architecture(name: str) -> dict[str, Any]:
 
 
 def write_checkpoint(architecture: dict[str, Any], folder: Path) -> Path:
-    """A folder with the configs, statistics of the latents, and empty files where the weights would be."""
+    """Writes a folder with the configs, latent statistics, and empty files in place of the weights."""
     for part in (*PARTS, "tokenizer", "scheduler"):
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(architecture.get(part, {})), encoding="utf-8")
@@ -53,7 +53,7 @@ def write_checkpoint(architecture: dict[str, Any], folder: Path) -> Path:
 
 
 def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *flags: Any) -> Any:
-    """The script's `Run` on the architecture; a later flag replaces an earlier one. `folder` is a new, empty one."""
+    """Returns the script's `Run` on the architecture; later flags override earlier ones. `folder` is new and empty."""
     (folder / "data").mkdir(parents=True)
     words = ["--pretrained_model_name_or_path", write_checkpoint(architecture, folder / "model")]
     words += ["--output_dir", folder / "out", "--instance_data_dir", folder / "data", "--instance_prompt", "a photo"]
@@ -66,7 +66,7 @@ def start_run(script: ModuleType, architecture: dict[str, Any], folder: Path, *f
 
 
 def make_streams(script: ModuleType, run: Any, references: int = 0) -> tuple:
-    """(latent space, streams): a sample of --resolution with so many references of 1024 x 1024, encoded already."""
+    """(latent codec, streams) for one encoded sample of --resolution with `references` references of 1024 x 1024."""
     size = (run.args.resolution, run.args.resolution)
     extra = {}
     if references:
@@ -76,7 +76,7 @@ def make_streams(script: ModuleType, run: Any, references: int = 0) -> tuple:
 
 
 def fill(module: torch.nn.Module, run: Any) -> None:
-    """Gives the parameters of a module on the meta device memory on the run's device, and random values."""
+    """Moves a module's parameters from the meta device to the run's device, with random values."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=run.dtype, device=run.device)
@@ -85,9 +85,9 @@ def fill(module: torch.nn.Module, run: Any) -> None:
 
 
 def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> None:
-    """The script's FP8 layers in one block, or those of bitsandbytes as diffusers' loader makes them, as the run asks.
+    """Quantises one block as the run asks: the script's FP8 layers, or bitsandbytes' as diffusers' loader makes them.
 
-    Values are quantised on their way from the CPU; on the device an 8-bit layer would keep them.
+    Weights are quantised while they move from the CPU; on the device an 8-bit layer would keep the originals.
     """
     if run.args.do_fp8_training:
         script.quantize_block(run, block)
@@ -104,16 +104,16 @@ def quantise_by_script(script: ModuleType, run: Any, block: torch.nn.Module) -> 
 
 
 def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None]) -> torch.nn.Module:
-    """The frozen transformer with random weights on the run's device.
+    """Builds the frozen transformer with random weights on the run's device.
 
-    Block by block, so that the bf16 model never has to fit there when the blocks are kept in fewer bits.
+    It works block by block, so the bf16 model never has to fit there when the blocks are quantised.
     """
     with torch.device("meta"):
         transformer = script.Flux2Transformer2DModel.from_config(run.model.config("transformer"))
     for name, module in transformer.named_children():
         if name not in BLOCKS:
             fill(module, run)
-    for bits in ("4bit", "8bit"):  # what PEFT asks the model for
+    for bits in ("4bit", "8bit"):  # PEFT reads these attributes
         setattr(transformer, f"is_loaded_in_{bits}", bool((run.quantization or {}).get(f"load_in_{bits}")))
     transformer.stream = script.BlockStream(run.device)
     for number, block in enumerate(script.blocks_of(transformer)):
@@ -127,7 +127,7 @@ def build_transformer(script: ModuleType, run: Any, quantise: Callable[..., None
 def set_up(
     script: ModuleType, run: Any, given: tuple, quantise: Callable[..., None] = quantise_by_script, vae: Any = None
 ) -> Any:
-    """The script's Training of what `make_streams` gave; its optimizer has moments, as after a first step."""
+    """Returns the script's Training for what `make_streams` gave; its optimizer has state, as after a first step."""
     with mock.patch.object(script, "load_transformer", lambda _: build_transformer(script, run, quantise)):
         training = script.prepare_training(run, *given, vae)
     training.transformer.train()
@@ -143,7 +143,7 @@ def set_up(
 
 @contextlib.contextmanager
 def unencoded(script: ModuleType, run: Any, codec: Any) -> Iterator[None]:
-    """The script's data have random numbers for latents, pixels and prompts that were never encoded."""
+    """Patches the script so that latents, pixels and prompts are random instead of encoded."""
     shape = (run.args.max_sequence_length, run.model.config("transformer")["joint_attention_dim"])
     prompt, channels = torch.randn(shape, dtype=run.dtype), codec.channels // 4
 
@@ -160,6 +160,6 @@ def unencoded(script: ModuleType, run: Any, codec: Any) -> Iterator[None]:
 
 
 def make_batches(script: ModuleType, run: Any, training: Any) -> Iterator[tuple[dict, ...]]:
-    """The script's own loader, over latents and a prompt that were never encoded."""
+    """Runs the script's own loader on random latents and a random prompt."""
     with unencoded(script, run, training.codec):
         yield from script.make_loaders(run, training)

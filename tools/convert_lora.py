@@ -1,9 +1,9 @@
-"""A LoRA file in the names of BFL's own model, which ComfyUI and most other programs know.
+"""Convert a LoRA file to the names of BFL's own model, which ComfyUI and most other programs expect.
 
     python tools/convert_lora.py outputs/lora/checkpoint-500/pytorch_lora_weights.safetensors comfyui_lora.safetensors
 
-The training scripts write that file at the end of a run by themselves. This is for checkpoints, and for LoRAs of other
-trainers that diffusers can read.
+The training scripts write this file at the end of a run. Use this tool for checkpoints, and for LoRAs of other trainers
+that diffusers can read.
 """
 
 import sys
@@ -18,7 +18,7 @@ import train_dreambooth_lora_flux2 as script
 
 
 def convert(source: Path, target: Path) -> int:
-    """Writes the file; returns the number of its modules. Raises UserError for a file that is no plain LoRA."""
+    """Writes the file; returns the number of its modules. Raises UserError if it is not a plain LoRA."""
     matrices, alpha = script.read_lora(source)
     rank = next(len(matrix) for name, matrix in matrices.items() if name.endswith(".lora_A.weight"))
     with safe_open(source, "pt") as file:

@@ -1,13 +1,13 @@
-"""A folder that trains, from one .safetensors file of a FLUX.2 transformer and the folder of its base model.
+"""Convert one .safetensors file of a FLUX.2 transformer, with the folder of its base model, to a folder for training.
 
     python tools/convert_transformer.py fine_tune_fp8.safetensors --base FLUX.2-klein-base-4B --out my-model
 
-The file has the names of diffusers, of BFL or of ComfyUI, in bf16 (fp16, fp32) or in fp8, with scales or without; fp8
-becomes bf16. The base gives config, text encoder, VAE and tokenizer; of its transformer only config.json is needed.
-Names and shapes of all tensors are checked first. Then a shard at a time is in memory, and the folder appears whole.
+The file may use the names of diffusers, BFL or ComfyUI, in bf16 (fp16, fp32) or in fp8 with or without scales; fp8 is
+converted to bf16. Config, text encoder, VAE and tokenizer come from the base; of its transformer only config.json is
+needed. All names and shapes are checked first. One shard at a time is in memory, and the folder appears when complete.
 """
-# Rejected: diffusers' `from_single_file`. It has all of the model in memory, leaves scales out, and without `config=`
-# and `subfolder=` takes every file in BFL's names for [dev]. Its renaming of single tensors is what is used here.
+# Not used: diffusers' `from_single_file`. It holds the whole model in memory, ignores scales, and without `config=` and
+# `subfolder=` assumes [dev] for every file with BFL's names. Only its renaming of single tensors is used here.
 
 import argparse
 import json
@@ -25,15 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOATS |= {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}  # what they become
+FLOATS |= {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}  # dtype after conversion
 PREFIX = re.compile(r"^(model\.)?diffusion_model\.")  # ComfyUI's
 SCALES = (".weight_scale", ".scale_weight")
-FOR_COMPUTE = re.compile(r"(.*\.)?(scaled_fp8|input_scale|scale_input|comfy_quant)")  # how to compute: no weights
+FOR_COMPUTE = re.compile(r"(.*\.)?(scaled_fp8|input_scale|scale_input|comfy_quant)")  # settings, not weights
 STEM, SHARD_SIZE = "diffusion_pytorch_model", "5GB"
 
 
 def rename(name: str, tensor: torch.Tensor, is_bfl: bool) -> dict[str, torch.Tensor]:
-    """The tensor or the three of a fused q, k, v by diffusers' names; a name that is no weight of FLUX.2 stays."""
+    """Maps a tensor to diffusers' names (a fused q, k, v becomes three); unknown names stay."""
     try:
         return convert_flux2_transformer_checkpoint_to_diffusers({name: tensor}) if is_bfl else {name: tensor}
     except (KeyError, IndexError):
@@ -56,12 +56,14 @@ def read_names(path: Path) -> tuple[dict[str, tuple], dict[str, str]]:
         if shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
             unread.add(f"scales of {shape}")
     if unread:
-        raise ValueError(f"{path}: holds {', '.join(sorted(unread))}; take a file in bf16, fp16, fp32, or fp8 with one "
-                         "scale for each weight or for each of its rows")  # fmt: skip
+        raise ValueError(f"{path}: holds {', '.join(sorted(unread))}; use a file in bf16, fp16, fp32, or fp8 with "
+                         "one scale per weight or per row")  # fmt: skip
     odd = scales.keys() - weights.keys()
     odd |= {name for name, (_, dtype, _) in weights.items() if scales and dtype[:2] == "F8" and name not in scales}
     if odd:
-        raise ValueError(f"{path}: {len(odd)} weights or scales lack the other, such as {min(odd)}; download it again")
+        raise ValueError(
+            f"{path}: {len(odd)} weights or scales have no counterpart, such as {min(odd)}; download it again"
+        )
     return weights, {name: key for name, (key, _) in scales.items()}
 
 
@@ -77,8 +79,8 @@ def check(path: Path, weights: dict[str, tuple], base: Path, config: dict) -> di
     shapes = [(name, tuple(found[name][1].shape), tuple(needed[name].shape)) for name in found.keys() & needed.keys()]
     report["misshapen"] = [f"{name} {own} for {wanted}" for name, own, wanted in shapes if own != wanted]
     if told := [f"{len(bad)} {kind}, such as {min(bad)}" for kind, bad in report.items() if bad]:
-        raise ValueError(f"{path}: is not the transformer of {base} ({'; '.join(told)}); give the --base that it was "
-                         "made from, and a file of the transformer alone")  # fmt: skip
+        raise ValueError(f"{path}: does not match the transformer of {base} ({'; '.join(told)}); give its "
+                         "--base, and a file of the transformer alone")  # fmt: skip
     return found
 
 
@@ -101,7 +103,7 @@ def write_transformer(path: Path, base: Path, folder: Path) -> int:
                 key, dtype, _ = weights[source]
                 tensor = file.get_tensor(key).to(FLOATS[dtype])
                 if source in scales:
-                    scale = file.get_tensor(scales[source]).float().view(-1, 1)  # one number, or one for each row
+                    scale = file.get_tensor(scales[source]).float().view(-1, 1)  # one number, or one per row
                     tensor = (tensor.float() * scale).to(FLOATS[dtype])
                 tensors |= {n: t.contiguous() for n, t in rename(source, tensor, is_bfl).items() if n in names}
             save_file(tensors, folder / filename, {"format": "pt"})
@@ -113,12 +115,12 @@ def write_transformer(path: Path, base: Path, folder: Path) -> int:
 
 
 def convert(path: Path, base: Path, out: Path, copy: bool = False) -> int:
-    """Makes the folder `out`, or leaves nothing; returns the number of tensors. Raises ValueError or OSError."""
+    """Writes the folder `out`, or nothing on failure; returns the number of tensors. Raises ValueError or OSError."""
     if out.exists():
-        raise ValueError(f"--out {out}: is there already; choose another name")
+        raise ValueError(f"--out {out}: already exists; choose another name")
     for file in ("model_index.json", "transformer/config.json"):
         if not (base / file).is_file():
-            raise ValueError(f"--base {base}: has no {file}; give a folder in the form of diffusers")
+            raise ValueError(f"--base {base}: has no {file}; give a folder in diffusers format")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         made = Path(folder) / out.name
@@ -135,17 +137,17 @@ def convert(path: Path, base: Path, out: Path, copy: bool = False) -> int:
 
 
 def main() -> None:
-    """Converts what the command line names."""
+    """Converts the file given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the .safetensors file")
-    parser.add_argument("--base", type=Path, required=True, help="folder of the model that it was made from")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--copy", action="store_true", help="copy the base's other parts; without it they are linked")
+    parser.add_argument("--base", type=Path, required=True, help="folder of the model that it was fine-tuned from")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--copy", action="store_true", help="copy the base's other parts instead of linking them")
     args = parser.parse_args()
     try:
         count = convert(args.file, args.base, args.out, args.copy)
     except SafetensorError as error:
-        sys.exit(f"error: {args.file}: is no whole .safetensors file ({error}); download it again")
+        sys.exit(f"error: {args.file}: is not a complete .safetensors file ({error}); download it again")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: {count} tensors; train on it with --pretrained_model_name_or_path {args.out}")

@@ -1,9 +1,9 @@
-"""Show what the demo has learned: one image with photos, base and LoRA, and one line that says how much nearer it is.
+"""Show what the demo learned: one image with photos, base and LoRA, and one line with the distances to the toy.
 
     python tools/demo_result.py outputs/demo/lora outputs/demo/photos
 
-Base and LoRA drew the same prompts from the same noise: the images of step 0 and those of the final LoRA. Distance is
-the mean difference in colour between the toy and an image, at the place and size where the toy fits best.
+Base (step 0) and final LoRA generated images from the same prompts and noise. The distance is the mean colour
+difference between the toy and an image, at the position and size where the toy fits best.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tiny_world import draw_toy_figure
 
-SIDE = 128  # pixels of an image while it is compared, and in the sheet
-RADII = (18, 21, 25, 29, 34, 40, 46)  # of the toy in it
-STRIDE = 4  # pixels between the places that are tried
+SIDE = 128  # pixels of an image in comparisons and in the sheet
+RADII = (18, 21, 25, 29, 34, 40, 46)  # of the toy, in pixels
+STRIDE = 4  # pixels between tested positions
 SHEET = Path("samples") / "before_after.png"
 
 
@@ -24,7 +24,7 @@ def toy_template(radius: int) -> tuple[np.ndarray, np.ndarray]:
     """(pixels (H, W, 3), mask (H, W)) of the toy drawn with this radius."""
     side = 6 * radius
     image = Image.new("RGB", (side, side), "magenta")
-    draw_toy_figure(ImageDraw.Draw(image), side / 2, side / 2, 2 * radius)  # twice as large: reducing smooths it
+    draw_toy_figure(ImageDraw.Draw(image), side / 2, side / 2, 2 * radius)  # reduced below, for antialiasing
     mask = np.asarray(image) != np.array([255, 0, 255])
     mask = Image.fromarray(mask.any(axis=2)).convert("L")
     box = mask.getbbox()
@@ -33,18 +33,18 @@ def toy_template(radius: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance_to_toy(image: Image.Image) -> float:
-    """Mean absolute difference in colour from the toy where it fits best, from 0 (the toy itself) to 1."""
+    """Returns the mean absolute colour difference from the toy at its best fit, from 0 (the toy itself) to 1."""
     pixels, best = np.asarray(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE)), dtype=np.float32), 255.0
     for radius in RADII:
         template, mask = toy_template(radius)
         views = np.lib.stride_tricks.sliding_window_view(pixels, (*mask.shape, 3))[::STRIDE, ::STRIDE, 0]
-        for row in views:  # one row of places at a time: all at once would take gigabytes
+        for row in views:  # one row of positions at a time: all at once would take gigabytes
             best = min(best, float(np.abs(row[:, mask] - template[mask]).mean(axis=(1, 2)).min()))
     return best / 255
 
 
 def read_folder(folder: Path) -> list[Image.Image]:
-    """The images of a folder, upright, in the order of their names."""
+    """Returns the images of a folder, upright and sorted by name."""
     paths = sorted([*folder.glob("prompt-*.png"), *folder.glob("*.jpg")])
     if not paths:
         raise SystemExit(f"{folder}: no images; run `make demo` first")
@@ -52,7 +52,7 @@ def read_folder(folder: Path) -> list[Image.Image]:
 
 
 def draw_sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """Rows of images with their titles."""
+    """Returns a sheet with one row of images per title."""
     columns = max(map(len, rows.values()))
     sheet = Image.new("RGB", (columns * (SIDE + 6) + 6, len(rows) * (SIDE + 24) + 6), "white")
     draw = ImageDraw.Draw(sheet)
@@ -65,8 +65,8 @@ def draw_sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
 
 
 def main() -> None:
-    """Writes the sheet and prints the line."""
-    parser = argparse.ArgumentParser(description="Show what the demo has learned.")
+    """Writes the sheet and prints the distances."""
+    parser = argparse.ArgumentParser(description="Show what the demo learned.")
     parser.add_argument("output_dir", type=Path, help="the demo's output folder")
     parser.add_argument("photos", type=Path, help="the demo's training photos")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Draw the five training photos of the demo, so that it needs neither a download nor anybody's images.
+"""Draw the five training photos of the demo, so that it needs no download.
 
     python tools/draw_demo_photos.py outputs/demo/photos
 
-They show one toy, which the embedded model never saw, before five backgrounds of the drawn world, once at sunset. The
-photos differ in size and shape, and the third one is stored lying on its side with an EXIF tag that says so, as
-telephones do. Beside each lies its caption, "a photo of sks toy" and where: a background that is named is not learned
-as part of the toy. The same Pillow draws the same bytes every time.
+They show one toy, which the embedded model never saw, on five backgrounds of the synthetic world, once at sunset. The
+photos differ in size and shape, and the third is stored rotated with an EXIF tag, as phones do. Each has a caption
+file, "a photo of sks toy" and the background: a background that the caption names is not learned as part of the toy.
+The same Pillow version writes the same bytes every time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ STORED_TURNED_LEFT = 6  # the EXIF value for "turn clockwise by 90 degrees to lo
 
 @dataclass(frozen=True)
 class Photo:
-    """What one photo shows, its size in pixels as looked at, and whether it is stored on its side."""
+    """A photo's scene, its displayed size in pixels, and whether it is stored rotated."""
 
     scene: Scene
     width: int
@@ -30,7 +30,7 @@ class Photo:
     stored_turned: bool = False
 
 
-# The shape and the colour of a scene are those of the thing that the toy takes the place of.
+# The toy replaces the shape of the scene; the shape's name and colour are not drawn.
 PHOTOS = (
     Photo(Scene("circle", "orange", "meadow", size="large"), 512, 512),
     Photo(Scene("circle", "orange", "white", size="large", shift=(0.01, -0.01)), 480, 448),
@@ -41,19 +41,19 @@ PHOTOS = (
 
 
 def draw_photo(photo: Photo) -> Image.Image:
-    """Return the photo as a person would look at it: the middle of a square drawing."""
+    """Return the photo as displayed: the centre of a square drawing."""
     image = draw_toy(photo.scene, max(photo.width, photo.height))
     left, top = (image.width - photo.width) // 2, (image.height - photo.height) // 2
     return image.crop((left, top, left + photo.width, top + photo.height))
 
 
 def caption_photo(photo: Photo) -> str:
-    """Return the photo's caption: the subject's name and what is behind it."""
+    """Return the photo's caption: the subject's name and its background."""
     return "a photo of sks toy" + caption(photo.scene).partition(photo.scene.shape)[2]
 
 
 def save_photo(image: Image.Image, stored_turned: bool, path: Path) -> None:
-    """Write a JPEG under its final name only when it is complete, so that a half-written one is never trained on."""
+    """Write a JPEG under a temporary name and rename it, so that a half-written one is never trained on."""
     exif = Image.Exif()
     if stored_turned:
         image = image.transpose(Image.Transpose.ROTATE_90)
@@ -66,7 +66,7 @@ def save_photo(image: Image.Image, stored_turned: bool, path: Path) -> None:
 def main() -> None:
     """Draw every photo into the folder named on the command line."""
     parser = argparse.ArgumentParser(description="Draw the five training photos of the demo.")
-    parser.add_argument("output_dir", type=Path, help="folder for photos and captions; made if missing")
+    parser.add_argument("output_dir", type=Path, help="folder for photos and captions; created if missing")
     output_dir = parser.parse_args().output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(PHOTOS, start=1):

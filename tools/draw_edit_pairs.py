@@ -1,13 +1,12 @@
-"""Draw pairs for training an edit: a reference, the same scene edited, and the instruction, from the drawn world.
+"""Draw synthetic pairs for training an edit: a reference, the same scene edited, and the instruction.
 
     python tools/draw_edit_pairs.py outputs/demo/night                       20 pairs "make it night" in two folders
     python tools/draw_edit_pairs.py outputs/edits --count 300 --size 1024 --parquet
                                                         a data set with the columns output, file_name and instruction
 
-The two folders, `reference` and `target`, hold files of the same names; `unseen` and `unseen_target` are for looking at
-the result. The data set has edits of several kinds and
-images of several shapes, as kontext-community/relighting has, whose column names these are. The same seed draws the
-same pairs.
+The folders `reference` and `target` hold files of the same names; `unseen` and `unseen_target` are for checking the
+result. The data set has several kinds of edits and several aspect ratios, and the column names of
+kontext-community/relighting. The same seed draws the same pairs.
 """
 
 import argparse
@@ -20,24 +19,24 @@ from PIL import Image
 from tiny_world import Scene, draw_night, draw_scene, random_edit, random_scene
 
 NIGHT = "make it night"
-UNSEEN_PAIRS = 4  # not to be trained on: to look at the LoRA with
+UNSEEN_PAIRS = 4  # held out, for checking the LoRA
 SHAPES = ((1, 1), (3, 4), (4, 3), (9, 16))  # height : width of the data set's images
 
 
 def draw_pair(scene: Scene, after: Scene | None, size: int) -> tuple[Image.Image, Image.Image]:
-    """(reference, target) of an edit; without a scene afterwards it is the same scene at night."""
+    """(reference, target) of an edit; if `after` is None the target is the same scene at night."""
     return draw_scene(scene, size), draw_night(scene, size) if after is None else draw_scene(after, size)
 
 
 def crop_to_shape(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """The middle of a square image in a shape of (height, width)."""
+    """Crops the centre of a square image to an aspect ratio (height, width)."""
     height, width = (round(image.width * side / max(shape)) for side in shape)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def draw_folders(folder: Path, count: int, size: int, seed: int) -> None:
-    """`count` pairs of the night edit as reference/NNN.png and target/NNN.png, and some more that are unseen."""
+    """Draws `count` pairs of the night edit as reference/NNN.png and target/NNN.png, and some held-out pairs."""
     rng = random.Random(seed)
     for number in range(count + UNSEEN_PAIRS):
         scene, unseen = replace(random_scene(rng), light="daylight"), number >= count
@@ -49,7 +48,7 @@ def draw_folders(folder: Path, count: int, size: int, seed: int) -> None:
 
 
 def draw_dataset(folder: Path, count: int, size: int, seed: int) -> None:
-    """A parquet file of `count` rows; the longer side of every image has `size` pixels."""
+    """Writes a parquet file of `count` rows; the longer side of every image has `size` pixels."""
     import datasets
 
     rng, columns = random.Random(seed), {"output": [], "file_name": [], "instruction": []}
@@ -71,9 +70,9 @@ def draw_dataset(folder: Path, count: int, size: int, seed: int) -> None:
 
 
 def main() -> None:
-    """Draws what the command line asks for."""
+    """Draws the pairs given on the command line."""
     parser = argparse.ArgumentParser(description="Draw pairs of images before and after an edit.")
-    parser.add_argument("folder", type=Path, help="where to draw; made if missing")
+    parser.add_argument("folder", type=Path, help="output folder; created if missing")
     parser.add_argument("--count", type=int, default=20, help="pairs (default: 20)")
     parser.add_argument("--size", type=int, default=128, help="pixels of the longer side (default: 128)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,22 +1,22 @@
-"""Says before a download what FLUX.2 LoRA training needs, which settings fit a GPU, and the command line for them.
+"""Predict before a download what FLUX.2 LoRA training needs, which settings fit a GPU, and the command line for them.
 
     python tools/plan_memory.py --model dev --gpu_gb 24          what fits 24 GB, with command lines and host memory
-    python tools/plan_memory.py --gpu_gb 24 --host_gb 16         the same, in so much host memory
+    python tools/plan_memory.py --gpu_gb 24 --host_gb 16         the same, within 16 GB of host memory
     python tools/plan_memory.py --model klein-4B                 every rung, resolution and number of references
     python tools/plan_memory.py --model dev --processes 8        per GPU, sharded over 8 (FSDP2); --nodes 2: twice that
     python tools/plan_memory.py --all                            benchmarks/plan_memory.json, tables of docs/memory.md
 
 `--model` is dev, klein-9B, klein-4B, a diffusers folder, or a hub id, of which only JSON files are downloaded. The
-script's own training step runs on tensors that have a shape and no memory, and all live storages are counted
-(memory_counter.py); so the numbers are predictions, for batch 1, rank 16, AdamW and cached latents unless flags behind
-`--` say otherwise:  python tools/plan_memory.py --model dev -- --rank 64 --train_batch_size 2
+script's own training step runs on fake tensors, and all live storages are counted (memory_counter.py). The numbers are
+predictions, for batch 1, rank 16, AdamW and cached latents unless flags after `--` say otherwise:
+    python tools/plan_memory.py --model dev -- --rank 64 --train_batch_size 2
 
-NF4 and int8: the kernels of bitsandbytes do not run on such tensors. Layers of the same storage stand in for them
+NF4 and int8: bitsandbytes' kernels do not run on fake tensors. Their layers are replaced by layers of the same storage
 (bytes per weight by arithmetic, the temporary bf16 copy of one weight, the input that int8 keeps even where blocks are
 recomputed); the rest is the real step.
 
-A GPU of N GB is taken to have N x 10^9 bytes for tensors. What it really has (80 GB: 85.5 x 10^9) leaves about 7 % for
-the CUDA context, workspaces of libraries and fragments, which are not counted.
+A GPU of N GB is assumed to have N x 10^9 bytes for tensors. Its actual size (80 GB: 85.5 x 10^9) leaves about 7 % for
+the CUDA context, library workspaces and fragmentation, which are not counted.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Rung:
 
     @property
     def title(self) -> str:
-        """As in the tables."""
+        """The name in the tables."""
         return f"{self.name} + checkpointing" if self.checkpointing else self.name
 
 
@@ -88,7 +88,7 @@ RUNGS = [
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T as bitsandbytes computes it, in what it allocates and keeps; the values are of no meaning."""
+    """x W^T with the allocations of bitsandbytes; the values are meaningless."""
 
     @staticmethod
     def forward(context: Any, hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -108,14 +108,14 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The gradient of `hidden`; the weight is there in bf16 for as long as the product takes."""
+        """The gradient of `hidden`; the bf16 weight exists only during the matmul."""
         layer = context.layer
         weight = torch.empty(layer.out_features, layer.in_features, dtype=gradient.dtype, device=gradient.device)
         return gradient @ weight, None
 
 
 class StandIn(nn.Linear):
-    """A frozen Linear that stores what one of bitsandbytes stores."""
+    """A frozen Linear with the storage of a bitsandbytes layer."""
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         """NF4, nested scales: half a byte per weight, a byte per 64, fp32 per 64 x 256. int8: a byte, fp32 per row."""
@@ -143,7 +143,7 @@ def stand_in(kind: str, block: nn.Module) -> None:
 
 
 def quantise(base: str, script: ModuleType, run: Any, block: nn.Module) -> None:
-    """The script's FP8 layers, or stand-ins for those of bitsandbytes, or nothing."""
+    """Installs the script's FP8 layers, stand-ins for those of bitsandbytes, or nothing."""
     if base in ("nf4", "int8"):
         stand_in(base, block)
     bare_training.quantise_by_script(script, run, block)
@@ -152,7 +152,7 @@ def quantise(base: str, script: ModuleType, run: Any, block: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- Counting, per phase
 @dataclass(frozen=True)
 class Job:
-    """What is trained: the architecture's name, pixels per side, 1 MP references per sample, flags of the user's."""
+    """A training job: architecture, pixels per side, 1 MP references per sample, the user's flags."""
 
     model: str
     resolution: int
@@ -161,7 +161,7 @@ class Job:
 
     @property
     def script(self) -> ModuleType:
-        """The script that does it."""
+        """The script for this job."""
         return image_to_image if self.references else text_to_image
 
     def run(self, folder: str, *flags: Any) -> Any:
@@ -170,14 +170,14 @@ class Job:
         return bare_training.start_run(self.script, read_architecture(self.model), Path(folder, "run"), *words)
 
     def plan(self, folder: str, *flags: Any) -> Any:
-        """The script's `Run` on the CPU: what is planned for has nothing to do with the GPU that may be here."""
+        """The script's `Run` on the CPU: the plan must not depend on a GPU in this machine."""
         with bare_training.mock.patch.object(torch.accelerator, "is_available", lambda: False):
             return self.run(folder, *flags)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one step needs, in bytes, on the device."""
+    """Device memory of one step, in bytes."""
 
     peak: int
     resident: int  # between steps: frozen weights, adapter, optimizer, cached prompts
@@ -200,7 +200,7 @@ class Training:
 
 @cache
 def count_training(job: Job, base: str, share: float) -> Training:
-    """The script's step with `share` of the blocks recomputed, from its setting up to its optimizer step."""
+    """Counts the script's setup and one step with `share` of the blocks recomputed."""
     flags = [FP8] * (base == "fp8") + [CHECKPOINTING, share] * (share > 0)
     counter = LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
@@ -228,13 +228,13 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
 
 
 def frozen_bytes(block: nn.Module) -> int:
-    """Bytes of the tensors of a block that are not trained."""
+    """Bytes of a block's frozen tensors."""
     tensors = [*block.buffers(), *(parameter for parameter in block.parameters() if not parameter.requires_grad)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def sequence(job: Job) -> list[int]:
-    """Pixels per side of everything in the image sequence."""
+    """Pixels per side of each image in the sequence."""
     return [job.resolution, *[1024] * job.references]
 
 
@@ -245,7 +245,7 @@ def target_tokens(side: int) -> int:
 
 @cache
 def count_encoder(job: Job) -> dict[str, float]:
-    """Weights in bf16 and peak of the text encoder's phase, in bytes: the layers that are read, as they are kept."""
+    """bf16 weights and peak of the text encoder's phase, in bytes, with only the layers that are used."""
     script, counter = text_to_image, LiveStorages()
     with tempfile.TemporaryDirectory() as folder:
         run = job.plan(folder)
@@ -293,7 +293,7 @@ def count_vae(job: Job) -> int:
 
 # ------------------------------------------------------------------------------------------------ Everything around it
 def step_tflop(job: Job, share: float) -> float:
-    """Floating point operations of one step, in units of 10^12: Linear layers and attention, recomputation included.
+    """TFLOP of one step: Linear layers and attention, including recomputation.
 
     A block of width h has 26 h^2 weights for each of its tokens, and attention 4 h S^2; the backward pass has no weight
     gradients, so it costs the Linears once more and attention twice.
@@ -306,7 +306,7 @@ def step_tflop(job: Job, share: float) -> float:
 
 
 def measured_rates() -> dict[str, dict[str, float]]:
-    """TFLOP/s of the measured rows by GPU and base, where benchmarks/gpu.json has any: the median of a base."""
+    """Median TFLOP/s by GPU and base of the rows in benchmarks/gpu.json."""
     result = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {"rows": []}
     rates: dict[str, dict[str, list[float]]] = {}
     for row in result["rows"]:
@@ -316,14 +316,14 @@ def measured_rates() -> dict[str, dict[str, float]]:
 
 
 def transformer_bytes(job: Job) -> int:
-    """Bytes of the transformer in bf16: at most so much of it lies in host memory while it is read."""
+    """Bytes of the transformer in bf16: the most host memory that loading it takes."""
     with torch.device("meta"):
         transformer = text_to_image.Flux2Transformer2DModel.from_config(read_architecture(job.model)["transformer"])
     return 2 * sum(parameter.numel() for parameter in transformer.parameters())
 
 
 def disk(job: Job, lora_parameters: int) -> dict[str, float]:
-    """GB on disk: the checkpoint's download, one cached prompt, one cached sample, one training checkpoint."""
+    """GB on disk: the model download, one cached prompt, one cached sample, one training checkpoint."""
     architecture = read_architecture(job.model)
     prompt = 2 * 512 * architecture["transformer"]["joint_attention_dim"]
     latent = 4 * 2 * 4 * architecture["vae"]["latent_channels"] * sum(map(target_tokens, sequence(job)))
@@ -384,7 +384,7 @@ def host_words(parts: dict[str, float]) -> str:
 
 
 def plan(job: Job, base: str, share: float) -> dict[str, Any]:
-    """One row: peaks of the phases in GB, host, disk, operations, and seconds where they were measured."""
+    """Returns one row: peak GB of each phase, host, disk, TFLOP, and seconds where rates were measured."""
     training, encoder = count_training(job, base, share), count_encoder(job)
     encoder_nf4 = count_encoder(replace(job, flags=(*job.flags, *ENCODER_NF4)))
     step = {gpu: step_tflop(job, share) / rates[base] for gpu, rates in measured_rates().items() if base in rates}
@@ -399,7 +399,7 @@ def plan(job: Job, base: str, share: float) -> dict[str, Any]:
 
 
 def largest_share_kept(job: Job, base: str, gpu_gb: float) -> float | None:
-    """The least --gradient_checkpointing with which a step fits, None if none does: recomputing costs time."""
+    """Returns the smallest --gradient_checkpointing that fits (recomputing costs time), or None."""
     config, limit = read_architecture(job.model)["transformer"], gpu_gb * GB
     blocks = config["num_layers"] + config["num_single_layers"]
     low = count_training(job, base, 1.0).peak
@@ -408,7 +408,7 @@ def largest_share_kept(job: Job, base: str, gpu_gb: float) -> float | None:
     high = count_training(job, base, 0.0).peak
     if high <= limit:
         return 0.0
-    fits, fails = blocks, 0  # numbers of blocks that are recomputed; the peak falls with them, nearly in a line
+    fits, fails = blocks, 0  # numbers of recomputed blocks; the peak falls almost linearly with them
     while fits - fails > 1:
         guess = fits - math.floor((fits - fails) * (limit - low) / (high - low))
         middle = min(max(guess, fails + 1), fits - 1)
@@ -421,8 +421,8 @@ def largest_share_kept(job: Job, base: str, gpu_gb: float) -> float | None:
 def streamed(job: Job, base: str, share: float) -> dict[str, float]:
     """GB of a step with --stream_blocks `share`: on the device, pinned on the host, copied to the device per step.
 
-    Two buffers as large as the largest block take the place of the blocks that stream, whose weights are copied for the
-    forward and again for the backward pass; two are still there when that begins.
+    Two buffers of the largest block's size replace the streamed blocks. Weights are copied for the forward and again
+    for the backward pass, except for two that are still there.
     """
     training = count_training(job, base, 1.0)
     run = SimpleNamespace(args=SimpleNamespace(stream_blocks=share))
@@ -432,23 +432,23 @@ def streamed(job: Job, base: str, share: float) -> dict[str, float]:
 
 
 def least_share_streamed(job: Job, base: str, gpu_gb: float) -> float | None:
-    """The least --stream_blocks with which a step fits, in hundredths; None if none does."""
+    """Returns the smallest --stream_blocks that fits, in hundredths, or None."""
     shares = (hundredth / 100 for hundredth in range(1, 101))
     return next((share for share in shares if streamed(job, base, share)["gpu"] <= gpu_gb), None)
 
 
 def share_of(count: int, blocks: int) -> float:
-    """The number to type for so many of the blocks: the script rounds it up to whole ones."""
+    """Returns the flag's value for `count` blocks; the script rounds up to whole blocks."""
     return (1000 * count - 1) // blocks / 1000 if 0 < count < blocks else count / blocks
 
 
 def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> dict[str, Any]:
     """Memory per GPU and bytes sent per step and GPU, with the blocks sharded over the `processes` of each node.
 
-    FSDP2: each GPU keeps its part of the blocks, the one in work gathered and the next one on its way. The forward and
-    the backward pass gather every block once; a recomputed block is still there. The LoRA is whole, and its fp32
-    gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), which is all that nodes send each other. On
-    the host each process has all FP8 blocks before it keeps its part of them on the GPU.
+    FSDP2: each GPU keeps its shard of the blocks, the gathered current block and the prefetched next one. The forward
+    and the backward pass each gather every block once; recomputation needs no extra gather. The LoRA is not sharded;
+    its fp32 gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), the only traffic between nodes. On the
+    host each process holds all FP8 blocks before it keeps its shard on the GPU.
     """
     training = count_training(job, base, share)
     others = (processes - 1) / processes
@@ -495,9 +495,9 @@ def command_line(job: Job, base: str, share: float, stream: float = 0.0, encoder
 
 
 def find_line(job: Job, base: str, gpu_gb: float, host_gb: float = math.inf) -> dict[str, Any] | str:
-    """The line of a base that fits GPU and host, and what it takes; or why there is none.
+    """The command line for a base that fits GPU and host, and what it needs; or why there is none.
 
-    Blocks that stay go before blocks that stream, of which as few as possible do: that is the least that is pinned.
+    Streams blocks only if it must, and as few as possible, to pin the least host memory.
     """
     share, stream, pinned = largest_share_kept(job, base, gpu_gb), 0.0, 0.0
     if share is not None:
@@ -518,7 +518,7 @@ def find_line(job: Job, base: str, gpu_gb: float, host_gb: float = math.inf) -> 
 
 
 def tell_what_fits(job: Job, gpu_gb: float, host_gb: float = math.inf) -> bool:
-    """Prints for each base the line that fits, with what it takes, or why there is none; whether there is a line."""
+    """Prints for each base the command line that fits, or why there is none; returns whether there is one."""
     found = {}
     for base, (name, _) in BASES.items():
         line, where = find_line(job, base, gpu_gb, host_gb), f"{job.model} {job.resolution} px"
@@ -538,19 +538,19 @@ def tell_what_fits(job: Job, gpu_gb: float, host_gb: float = math.inf) -> bool:
 
 NOTES = {
     "fp8": "FP8 needs compute capability 8.9 (Ada, Hopper and later); NF4 runs on older GPUs too.\n",
-    "int8": "int8: better FP8, or NF4 on older GPUs. bitsandbytes keeps the input of each 8-bit layer, also of blocks\n"
-            "that are recomputed, waits for the GPU twice in each product, and does not compile.\n",
+    "int8": "int8: prefer FP8, or NF4 on older GPUs. bitsandbytes keeps the input of each 8-bit layer, even in\n"
+            "recomputed blocks, waits for the GPU twice in each matmul, and does not compile.\n",
 }  # fmt: skip
 
 
 def time_words(row: dict[str, Any]) -> str:
-    """Seconds per step where the GPU's rate was measured, and always the operations."""
+    """TFLOP per step, and seconds where the GPU's rate was measured."""
     seconds = [f"{value:.1f} s per step on {gpu}" for gpu, value in row["seconds"].items()]
     return ", ".join([*seconds, f"{row['tflop']:.0f} TFLOP per step"] + ["seconds not measured"] * (not seconds))
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Markdown lines: rungs of each model against sizes, predicted GB on the device while training."""
+    """Markdown lines: predicted GB while training, by model, rung and size."""
     columns = sorted({(row["resolution"], row["references"]) for row in rows}, key=lambda column: column[::-1])
     heads = [f"{size} px" + (f" + {count} ref." if count else "") for size, count in columns]
     yield f"| predicted GB while training | {' | '.join(heads)} | measured |"
@@ -608,7 +608,7 @@ def phase_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def write(result: dict[str, Any]) -> None:
-    """Writes benchmarks/plan_memory.json anew."""
+    """Writes benchmarks/plan_memory.json."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, text_to_image.diffusers)}
     content = {"command": "python tools/plan_memory.py --all", "predicted": True, "versions": versions, **result}
     RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -619,7 +619,7 @@ GPUS = (8, 12, 16, 24, 48, 80, 141)  # GB, of the README's table
 
 
 def card(model: str, base: str, gpu_gb: int) -> dict[str, Any]:
-    """A row of `stream_lines`: the least share of blocks to stream at 1024 px on a GPU, 0 if it fits without."""
+    """A row of `stream_lines`: the smallest share of blocks to stream at 1024 px on a GPU, 0 if it fits without."""
     job = Job(model, 1024)
     fits = count_training(job, base, 1.0).peak <= gpu_gb * GB
     share = 0.0 if fits else least_share_streamed(job, base, gpu_gb)
@@ -628,7 +628,7 @@ def card(model: str, base: str, gpu_gb: int) -> dict[str, Any]:
 
 
 def best_line(model: str, gpu_gb: int) -> dict[str, Any]:
-    """The launch line of a GPU: 1024 px before 512, bf16 before FP8, blocks that stay before blocks that stream."""
+    """The best command line of a GPU: prefers 1024 px to 512, bf16 to FP8, and not streaming."""
     for job in (Job(model, 1024), Job(model, 512)):
         lines = [line for base in ("bf16", "fp8") if isinstance(line := find_line(job, base, gpu_gb), dict)]
         if line := min(lines, key=lambda line: (line["stream"] > 0, line["host"]["pinned"]), default=None):
@@ -637,7 +637,7 @@ def best_line(model: str, gpu_gb: int) -> dict[str, Any]:
 
 
 def gpu_lines() -> Iterator[str]:
-    """Markdown lines: the flags of each GPU, of a model in a column, and their predicted GB."""
+    """Markdown lines: flags and predicted GB, a row per GPU and a column per model."""
     rows = {(row["model"], row["gpu_gb"]): row for row in json.loads(RESULT.read_text(encoding="utf-8"))["fits"]}
     yield f"| GPU | {' | '.join(MODELS)} |"
     yield "|---" * (len(MODELS) + 1) + "|"
@@ -668,7 +668,7 @@ def stream_lines() -> Iterator[str]:
 
 
 def everything() -> None:
-    """Rows of every rung, what fits common GPUs, several processes; goes on where an earlier call was broken off."""
+    """Computes all rungs, common GPUs and several processes; continues an interrupted call."""
     stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     result = {name: stored.get(name, []) for name in ("rows", "fits", "processes")}
     known = {(row["model"], row["base"], row["share"], row["resolution"], row["references"]) for row in result["rows"]}
@@ -695,30 +695,30 @@ def everything() -> None:
 
 
 def readme_tables() -> str:
-    """What docs/memory.md shows of benchmarks/plan_memory.json."""
+    """Returns the tables of docs/memory.md from benchmarks/plan_memory.json."""
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
     return "\n".join([*table(rows), "", *speed_lines(), "", *stream_lines(), "", *phase_lines(rows)])
 
 
 def parse_words(words: list[str] | None) -> argparse.Namespace:
-    """The command line of this tool; what follows `--` is the script's."""
+    """Parses the tool's command line; flags after `--` are the script's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dev", help="dev, klein-9B, klein-4B, a folder or a hub id (default: dev)")
-    parser.add_argument("--gpu_gb", type=float, help="say what fits so many GB, with command lines")
-    parser.add_argument("--host_gb", type=float, help="with --gpu_gb: so much host memory is there for training")
+    parser.add_argument("--gpu_gb", type=float, help="print what fits this many GB, with command lines")
+    parser.add_argument("--host_gb", type=float, help="with --gpu_gb: GB of host memory available for training")
     parser.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="pixels per side")
     parser.add_argument("--references", type=int, nargs="+", default=[0, 1], help="1 MP references per sample")
-    parser.add_argument("--processes", type=int, default=0, help="shard the blocks over so many GPUs of a node")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of so many GPUs each")
+    parser.add_argument("--processes", type=int, default=0, help="shard the blocks over this many GPUs per node")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
     parser.add_argument(
         "--all", action="store_true", help="write benchmarks/plan_memory.json, print the tables of docs/memory.md"
     )
-    parser.add_argument("flags", nargs="*", help="flags of the training script, behind --")
+    parser.add_argument("flags", nargs="*", help="flags of the training script, after --")
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Prints the requested plan."""
     args = parse_words(words)
     if args.all:
         everything()
@@ -739,8 +739,8 @@ def main(words: list[str] | None = None) -> None:
         print("\n".join([*table(rows), "", *phase_lines(rows)]))
 
 
-if __name__ == "__main__":  # whoever imports this keeps the log of the scripts
+if __name__ == "__main__":  # importers keep the scripts' log
     logging.getLogger("flux2_lora").setLevel(logging.ERROR)
-    text_to_image.set_up_logging = image_to_image.set_up_logging = lambda: None  # a plan is no run
+    text_to_image.set_up_logging = image_to_image.set_up_logging = lambda: None  # no run log
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     main()

@@ -1,10 +1,10 @@
-"""Training loss, held-out loss and learning rate of one or several runs in one image.
+"""Plot training loss, validation loss and learning rate of one or several runs in one image.
 
     python tools/plot_metrics.py outputs/first outputs/second --out metrics.png
 
-It reads `metrics.jsonl` in each output folder, of a run that is still going on too. The training loss of a step is
-faint, its running mean (over about 50 steps) is not. Below it stands each loss that is taken at validations, which has
-the same noise every time: it falls when the training loss is still too noisy to tell. No library but Pillow is needed.
+It reads `metrics.jsonl` in each output folder; the run may still be going. The training loss per step is faint, its
+running mean (over about 50 steps) is solid. Below it is each validation loss, which uses the same noise every time and
+thus shows progress when the training loss is still too noisy. Only Pillow is needed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-WIDTH, HEIGHT, SCALE = 1000, 260, 2  # of a panel; drawn larger and reduced, which smooths lines
+WIDTH, HEIGHT, SCALE = 1000, 260, 2  # of a panel; drawn larger and reduced, for antialiasing
 LEFT, RIGHT, TOP, BOTTOM = 76, 20, 30, 26  # margins of a panel
 Points = list[tuple[float, float]]
 
@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]
 class Curve:
     """One line of a panel."""
 
-    label: str  # '' leaves it out of the legend
+    label: str  # '': not in the legend
     colour: str
     points: Points
     faint: bool = False
@@ -34,7 +34,7 @@ class Curve:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics; one that is being written is left out. Raises ValueError without any."""
+    """Reads a run's metrics, without an incomplete line. Raises ValueError if there are none."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: has no metrics.jsonl; give the --output_dir of a run")
@@ -43,9 +43,9 @@ def read_metrics(folder: Path) -> list[dict]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError:
-            print(f"{path}: line {number} is not whole and is left out", file=sys.stderr)
+            print(f"{path}: line {number} is incomplete and is skipped", file=sys.stderr)
     if not rows:
-        raise ValueError(f"{path}: is empty; the run has not made a step yet")
+        raise ValueError(f"{path}: is empty; the run has not completed a step yet")
     return rows
 
 
@@ -55,7 +55,7 @@ def series(rows: list[dict], key: str) -> Points:
 
 
 def running_mean(points: Points, keep: float = 0.98) -> Points:
-    """Exponential mean over about 1 / (1 - keep) points; over all so far where there are fewer."""
+    """Exponential mean over about 1 / (1 - keep) points, without bias at the start."""
     total = weight = 0.0
     smooth = []
     for step, value in points:
@@ -65,7 +65,7 @@ def running_mean(points: Points, keep: float = 0.98) -> Points:
 
 
 def make_panels(runs: dict[str, list[dict]]) -> dict[str, list[Curve]]:
-    """The curves of each panel by its title: every loss that is taken at validations has a panel of its own."""
+    """The curves of each panel by its title; every validation loss has its own panel."""
     keys = sorted({key for rows in runs.values() for row in rows for key in row if key.endswith("_loss")})
     panels: dict[str, list[Curve]] = {title: [] for title in ("training loss", *keys, "learning rate")}
     for (name, rows), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
@@ -86,7 +86,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def value_range(curves: list[Curve]) -> tuple[float, float]:
-    """Lowest and highest value of a panel with some room; of raw losses without the outermost hundredth."""
+    """Lowest and highest value of a panel plus a margin; raw losses without the outermost 1 % on each side."""
     values = sorted(y for curve in curves for _, y in curve.points)
     cut = len(values) // 100 if any(curve.faint for curve in curves) else 0
     low, high = values[cut], values[-1 - cut]
@@ -95,7 +95,7 @@ def value_range(curves: list[Curve]) -> tuple[float, float]:
 
 
 def draw_panel(title: str, curves: list[Curve], last_step: float, lowest: float | None = None) -> Image.Image:
-    """One panel with axes, grid, legend and curves; its values begin at `lowest`, or where those of the curves do."""
+    """One panel with axes, grid, legend and curves; the value axis begins at `lowest`, or at the curves' minimum."""
     panel = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13 * SCALE)
     left, top, right, bottom = LEFT * SCALE, TOP * SCALE, (WIDTH - RIGHT) * SCALE, (HEIGHT - BOTTOM) * SCALE
@@ -104,7 +104,7 @@ def draw_panel(title: str, curves: list[Curve], last_step: float, lowest: float 
         low, high = lowest, high + 0.06 * (high - lowest)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        share = min(1.0, max(0.0, (y - low) / (high - low)))  # what lies outside runs along the edge
+        share = min(1.0, max(0.0, (y - low) / (high - low)))  # values outside are clipped
         return left + (right - left) * x / last_step, bottom - (bottom - top) * share
 
     for value in ticks(low, high, 5):

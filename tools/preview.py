@@ -1,10 +1,10 @@
-"""A sheet of samples as the model will see them: bucket, crop, mirroring, mask, references, caption.
+"""Make a sheet of samples as the model will see them: bucket, crop, flip, mask, references, caption.
 
     python tools/preview.py --out preview.png train_dreambooth_lora_flux2.py @run.args
 
-The line is the training's own, behind the tool's flags. Rows are the first visits of the run in their order, drawn by
-the script's own loader: the image as it is, then what is trained on, then the references. No weights are loaded; of a
-model on the Hub only configs and tokenizer are fetched. Without `--seed` each run draws other crops and another order.
+Put the training command line after the tool's own flags. Rows are the first samples of the run in order, from the
+script's own loader: the original image, the trained crop, the references. No weights are loaded; from the Hub only
+configs and tokenizer are downloaded. Without `--seed` every run has different crops and another order.
 """
 
 import argparse
@@ -19,21 +19,21 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 12  # pixels between cells
-TEXT_WIDTH = 46  # characters of a line
+TEXT_WIDTH = 46  # characters per line
 
 
 def visits(script: ModuleType, words: list[str], count: int) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
-    """The run, its first `count` visits as the loader gives them, and the listed images by name."""
-    args = script.parse_args([*words, "--dry_run"])  # an earlier run in the output folder is no hindrance
+    """Returns the run, its first `count` samples from the loader, and the images by name."""
+    args = script.parse_args([*words, "--dry_run"])  # accepts an earlier run in the output folder
     if args.seed is None:
-        print("no --seed: the training draws other crops, mirrorings and another order than shown here")
-    if args.cache_latents:  # what is cached is the centre; here its pixels are wanted
+        print("no --seed: the training will use other crops, flips and another order than shown here")
+    if args.cache_latents:  # cached latents are of the centre crop; its pixels are shown here
         args.cache_latents, args.center_crop = False, True
     args.dataloader_num_workers = 0
     script.set_up_logging()
     run = script.start_accelerator(args)
     samples, _ = script.check_data(run)
-    script.TensorCache.get = lambda *_: torch.zeros(1)  # nothing is encoded
+    script.TensorCache.get = lambda *_: torch.zeros(1)  # no encoding
     streams, codec = [script.Stream("instance", samples)], SimpleNamespace(channels=4)
     shown: list[dict[str, Any]] = []
     for (batch,) in script.make_loaders(run, SimpleNamespace(streams=streams, codec=codec, step=0)):
@@ -45,19 +45,19 @@ def visits(script: ModuleType, words: list[str], count: int) -> tuple[Any, list[
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """The image of (3, H, W) in [-1, 1]."""
+    """Converts (3, H, W) in [-1, 1] to an image."""
     return Image.fromarray(((pixels / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
-    """The image with its longer side of `side` pixels; a small one in whole pixels, which stay visible."""
+    """Scales the longer side to `side` pixels; small images without smoothing, so that their pixels stay visible."""
     scale = side / max(image.size)
     small = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), small)
 
 
 def cells(run: Any, visit: dict[str, Any], listed: dict[str, Any]) -> list[tuple[str, Image.Image]]:
-    """(title, image) of everything that a row shows."""
+    """Returns (title, image) of each cell of a row."""
     original, trained = listed[visit["name"]].decoded(), to_image(visit["pixels"])
     row = [(f"image {original.width} x {original.height}", original)]
     row.append((f"trained at {trained.width} x {trained.height}", trained))
@@ -73,7 +73,7 @@ def cells(run: Any, visit: dict[str, Any], listed: dict[str, Any]) -> list[tuple
 
 
 def draw(rows: list[tuple[dict[str, Any], list[tuple[str, Image.Image]]]], side: int) -> Image.Image:
-    """The sheet: a row for each visit, with its text at the left."""
+    """Draws the sheet: one row per sample, with its text on the left."""
     font, left, line = ImageFont.load_default(14), TEXT_WIDTH * 8 + 2 * GAP, 20
     columns = max(len(row) for _, row in rows)
     sheet = Image.new("RGB", (left + columns * (side + GAP), len(rows) * (side + line + 2 * GAP) + GAP), "white")
@@ -95,7 +95,7 @@ def draw(rows: list[tuple[dict[str, Any], list[tuple[str, Image.Image]]]], side:
 
 
 def main(argv: list[str]) -> None:
-    """Draws the sheet of the command line and writes it."""
+    """Writes the sheet for the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="%(prog)s [--out PNG] [--count N] [--side N] SCRIPT.py FLAGS OF THE TRAINING",

@@ -1,12 +1,11 @@
 """Compare the shared regions of the two training scripts, or copy them from one to the other.
 
-    python tools/sync_regions.py                  print what differs; exit 1 if anything does
-    python tools/sync_regions.py --take SCRIPT    make the other script's regions those of SCRIPT
+    python tools/sync_regions.py                  print differences; exit 1 if there are any
+    python tools/sync_regions.py --take SCRIPT    copy the regions of SCRIPT to the other script
 
-A region is what stands between `# region shared: NAME` and `# endregion shared: NAME`, both at column 0. It must be in
-both scripts, in the same order, and the same to the byte. Names that both scripts define outside a region must say why
-in a comment directly above, `# differs: reason`. Regions must make up most of the longer script: two scripts that drift
-apart by losing their markers do not pass.
+A region is the code between `# region shared: NAME` and `# endregion shared: NAME`, both at column 0. It must be in
+both scripts, in the same order, and byte-identical. Names that both scripts define outside a region need a comment
+directly above, `# differs: reason`. Regions must make up most of the longer script, so losing markers does not pass.
 """
 
 import argparse
@@ -25,7 +24,7 @@ OPEN, CLOSE = re.compile(r"# region shared: ([a-z0-9-]+)"), "# endregion shared:
 
 @dataclass(frozen=True)
 class Region:
-    """A shared region: its name, its lines without the markers, and where they begin (0 is the first line)."""
+    """A shared region: its name, its lines without the markers, and its first line number (from 0)."""
 
     name: str
     first: int
@@ -33,7 +32,7 @@ class Region:
 
 
 def find_regions(text: str) -> list[Region]:
-    """The regions of a script in their order. Raises ValueError for one that is not closed, or comes twice."""
+    """Returns the regions of a script in order. Raises ValueError if one is not closed or occurs twice."""
     lines, regions, place = text.splitlines(), [], 0
     while place < len(lines):
         if match := OPEN.fullmatch(lines[place]):
@@ -43,7 +42,7 @@ def find_regions(text: str) -> list[Region]:
             except ValueError:
                 raise ValueError(f"line {place + 1}: region {name} is not closed") from None
             if name in {region.name for region in regions}:
-                raise ValueError(f"line {place + 1}: region {name} comes a second time")
+                raise ValueError(f"line {place + 1}: region {name} occurs a second time")
             regions.append(Region(name, place + 1, lines[place + 1 : end]))
             place = end
         place += 1
@@ -51,14 +50,14 @@ def find_regions(text: str) -> list[Region]:
 
 
 def shared_share(texts: list[str]) -> float:
-    """Lines inside regions that both scripts have alike, as a share of the lines of the longer script."""
+    """Returns the lines in shared regions as a share of the lines of the longer script."""
     first, second = ({region.name: region.lines for region in find_regions(text)} for text in texts)
     same = sum(len(lines) for name, lines in first.items() if second.get(name) == lines)
     return same / max(len(text.splitlines()) for text in texts)
 
 
 def top_level_names(text: str) -> dict[str, int]:
-    """Functions, classes and constants at the top of a script, with the line in which each begins (1 is the first)."""
+    """Returns the top-level functions, classes and constants with their line numbers (from 1)."""
     names = {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -70,7 +69,7 @@ def top_level_names(text: str) -> dict[str, int]:
 
 
 def unexplained(texts: list[str]) -> list[str]:
-    """Names that both scripts define, outside a region in one of them and without `# differs: reason` above."""
+    """Returns names that both scripts define, in one of them outside a region and without `# differs: reason` above."""
     problems = []
     tables = [top_level_names(text) for text in texts]
     for script, text, names in zip(SCRIPTS, texts, tables, strict=True):
@@ -85,7 +84,7 @@ def unexplained(texts: list[str]) -> list[str]:
 
 
 def differences(texts: list[str]) -> list[str]:
-    """What keeps the two scripts from being in step, as lines to print; [] when they are."""
+    """Returns the differences between the scripts as lines to print; [] if there are none."""
     first, second = (find_regions(text) for text in texts)
     order = [[region.name for region in regions] for regions in (first, second)]
     if order[0] != order[1]:
@@ -101,7 +100,7 @@ def differences(texts: list[str]) -> list[str]:
 
 
 def take(source: str, target: str) -> str:
-    """`target` with the regions of `source`. Raises ValueError unless both have the same regions in the same order."""
+    """Returns `target` with the regions of `source`. Raises ValueError unless both have the same regions in order."""
     theirs, ours = find_regions(source), find_regions(target)
     if [region.name for region in theirs] != [region.name for region in ours]:
         raise ValueError("the regions differ in name or order; add or move the markers first")
