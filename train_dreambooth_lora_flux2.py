@@ -2189,7 +2189,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     header = {"__metadata__": metadata} if metadata else {}
     text = json.dumps({**header, **json.loads(data[8:end])}).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[end:]])
 
 
 def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
@@ -2298,8 +2298,8 @@ class FP8Gradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, _hidden: torch.Tensor, product: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(*weight)  # (out, in) in FP8, and its scales (out, 1)
+    def forward(context: Any, _hidden: Any, product: torch.Tensor, weight: Any, scales: Any) -> torch.Tensor:
+        context.save_for_backward(weight, scales)  # (out, in) in FP8, and (out, 1)
         return product
 
     @staticmethod
@@ -2339,11 +2339,12 @@ class FP8Linear(nn.Linear):
         return FP8Gradient.apply(hidden, product.unflatten(0, hidden.shape[:-1]), self.weight, self.scales)
 
 
-def quantize_block(run: Run, block: nn.Module) -> None:
-    """Replaces a block's Linear layers with FP8 ones, made on the device; for FSDP they go back to the CPU."""
-    home = torch.device("cpu") if run.sharding else run.device
-    for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
-        block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device).to(home))
+def quantize_block(run: Run, block: nn.Module) -> nn.Module:
+    """The block, with --do_fp8_training with FP8 layers on the device in place of its frozen Linear layers."""
+    linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]  # not those of a LoRA
+    for name in linears if run.args.do_fp8_training else []:
+        block.set_submodule(name, FP8Linear(block.get_submodule(name), run.device))
+    return block
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -2506,7 +2507,7 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
     transformer.requires_grad_(False)
     transformer.stream = BlockStream(run.device)
     for number, block in enumerate(blocks_of(transformer)):
-        if run.args.do_fp8_training:
+        if not run.sharding:
             quantize_block(run, block)
         if is_streamed(run, number):
             transformer.stream.keep(block)
@@ -2515,8 +2516,8 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
 
 def place_transformer(run: Run, transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
     """Brings the transformer to the device: all of it, all but streamed blocks, or with FSDP this process's share."""
-    if run.sharding:
-        shard(run, transformer, blocks_of(transformer))
+    if run.sharding:  # a block is quantised right before it is split, so that no process ever holds all of them
+        shard(run, transformer, (quantize_block(run, block) for block in blocks_of(transformer)))
     elif not transformer.stream.blocks:
         transformer.to(run.device)
     else:

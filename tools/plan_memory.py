@@ -447,8 +447,7 @@ def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> di
 
     FSDP2: each GPU keeps its shard of the blocks, the gathered current block and the prefetched next one. The forward
     and the backward pass each gather every block once; recomputation needs no extra gather. The LoRA is not sharded;
-    its fp32 gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), the only traffic between nodes. On the
-    host each process holds all FP8 blocks before it keeps its shard on the GPU.
+    its fp32 gradient is all-reduced over all GPUs of all nodes (HYBRID_SHARD), the only traffic between nodes.
     """
     training = count_training(job, base, share)
     others = (processes - 1) / processes
