@@ -88,7 +88,7 @@ def test_masks_go_with_crop_and_mirroring(script, words, photos, tmp_path, monke
 
 def test_the_weight_of_a_token_is_shown_in_the_place_of_its_pixels():
     class Run:
-        cell = 16
+        token_size = 16
 
     listed = {"x": type("Listed", (), {"decoded": lambda self: Image.new("RGB", (40, 40))})()}
     visit = {"name": "x", "pixels": torch.zeros(3, 32, 48), "weights": torch.tensor([1.0, 0, 0, 0, 0, 2.0])}
