@@ -4,10 +4,10 @@
     python tools/make_tiny_flux2.py                                   # outputs/tiny_flux2_untrained, dev family, bf16
     python tools/make_tiny_flux2.py --family klein --output_dir outputs/tiny_klein
 
-Every part has its real class, the real sequence of operations and the real file layout; only widths and depths are
-small. The weights are untrained on purpose, drawn so that signals keep a size of order one: tests need folders that are
-made in a second. Only the VAE's batch-norm statistics are measured, on images drawn here. The same seed writes the same
-bytes. tools/train_tiny_flux2.py trains such a folder, which is how the tiny_flux2/ of the repository is made.
+Every part has its real class, operations and file layout; only widths and depths are small. The weights are untrained,
+initialised so that activations keep a scale of about one: tests need folders that are made in a second. Only the VAE's
+batch-norm statistics are measured, on images drawn here. The same seed writes the same bytes. tools/train_tiny_flux2.py
+trains such a folder to make the tiny_flux2/ of this repository.
 
 Sections: sizes, captions, tokenizers, weights, text encoders, transformer, VAE, pipelines, command line.
 Shapes: B batch, C channels, H height, W width.
@@ -46,16 +46,16 @@ from transformers.utils import logging as transformers_logging
 
 # ---- sizes ----
 
-# The corpus gives about 540 tokens (every word of it becomes one); the rest is room.
+# The corpus gives about 540 tokens (one for each of its words); the rest is reserve.
 VOCABULARY_SIZE = 576
 TEXT_WIDTH = 32
 TEXT_INTERMEDIATE = 32
 TEXT_HEADS = 4
 TEXT_KEY_VALUE_HEADS = 2
-# One layer more than the last hidden state that the pipeline takes would do; 32 also leaves one to cut away (31 is
-# still right, 30 is not: transformers applies the final norm to the last hidden state only).
+# One layer more than the last hidden state that the pipeline uses would be enough; 32 leaves one to cut (31 is still
+# right, 30 is not, because transformers applies the final norm to the last hidden state only).
 DEV_TEXT_LAYERS = 32
-# The pipeline takes 9, 18 and 27.
+# The pipeline uses 9, 18 and 27.
 KLEIN_TEXT_LAYERS = 30
 # Room for the 2,048 tokens of the pipeline's prompt upsampling and what it generates.
 MAX_POSITIONS = 4096
@@ -97,7 +97,7 @@ SENTENCES = (
 )
 
 
-# Klein's chat template spells them out.
+# Klein's chat template contains them.
 CHAT_ROLES = ["system", "user", "assistant"]
 
 
@@ -106,7 +106,7 @@ def make_corpus() -> list[str]:
     captions = [
         f"a {colour} {shape} on a {other} background" for colour in COLOURS for shape in SHAPES for other in COLOURS
     ]
-    # Repetition decides what BPE merges first: the system message stands before every prompt and must be short.
+    # Repetition decides what BPE merges first: the system message precedes every prompt and must be short.
     return captions + 50 * list(SENTENCES) + 200 * [SYSTEM_MESSAGE] + 50 * CHAT_ROLES
 
 
@@ -228,7 +228,7 @@ def make_klein_tokenizer() -> Qwen2TokenizerFast:
         model_max_length=MAX_POSITIONS,
         chat_template=KLEIN_CHAT_TEMPLATE,
     )
-    # In Qwen3 the think marks are single tokens, yet not special ones: decoding keeps them.
+    # In Qwen3 the think tags are single tokens but not special ones: decoding keeps them.
     tokenizer.add_tokens(KLEIN_THINK_TOKENS)
     return tokenizer
 
@@ -240,8 +240,8 @@ def make_klein_tokenizer() -> Qwen2TokenizerFast:
 def draw_weights(model: torch.nn.Module, seed: int, gains: dict[str, float]) -> None:
     """Fill `model` with normal weights of deviation gain / sqrt(inputs); `gains` maps parts of names to gains, else 1.
 
-    The first key that the name contains applies. Each tensor has its own generator, seeded by its name, so the order in
-    which a library builds its modules does not matter.
+    The first key that the name contains applies. Each tensor has its own generator, seeded by its name, so the order
+    of modules does not matter.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -258,8 +258,8 @@ def draw_weights(model: torch.nn.Module, seed: int, gains: dict[str, float]) -> 
 
 
 def text_gains(layers: int) -> dict[str, float]:
-    """Return gains that give token embeddings of deviation one and a residual that grows about twofold with depth."""
-    # Each branch adds its variance, so the depth divides; attention averages over tokens and needs more to be seen.
+    """Return gains for token embeddings of deviation one and a residual that about doubles over the depth."""
+    # Each branch adds variance, so gains are divided by depth; attention averages over tokens and needs a larger gain.
     depth = math.sqrt(2 * layers)
     return {
         "embed_tokens": math.sqrt(TEXT_WIDTH),
@@ -329,8 +329,8 @@ def make_klein_text_encoder(tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen3Fo
 
 # ---- transformer ----
 
-# Plain 1 / sqrt(inputs) averages 500 tokens to almost nothing: prompt and neighbours would hardly reach the output.
-# Sharper attention (norm_q, norm_k) and wider branches keep them visible; norm_out and proj_out fix the output's size.
+# With plain 1 / sqrt(inputs), 500 tokens average to almost nothing: prompt and neighbours would hardly affect the
+# output. Sharper attention (norm_q, norm_k) and larger branches prevent this; norm_out and proj_out set its scale.
 TRANSFORMER_GAINS = {"modulation": 2.0, "to_out": 3.0, "to_add_out": 3.0}
 ATTENTION_SHARPNESS = 1.8
 # In steps of the sinusoid's argument, which is 1000 x sigma and 1000 x guidance.
@@ -340,9 +340,9 @@ GUIDANCE_SCALE = 3000.0
 
 @torch.no_grad()
 def damp_fast_sinusoids(embedder: torch.nn.Module, scale: float) -> None:
-    """Weaken the inputs that turn faster than once per `scale`, so that close arguments give close embeddings.
+    """Weaken sinusoids with a period below `scale`, so that close arguments give close embeddings.
 
-    With equal weights the outputs at sigma 0.50 and 0.51 have nothing in common, nor have those in bf16 and fp32, which
+    With equal weights the outputs at sigma 0.50 and 0.51 would be unrelated, as would those in bf16 and fp32, which
     round sigma differently.
     """
     weight = embedder.linear_1.weight
@@ -354,14 +354,14 @@ def damp_fast_sinusoids(embedder: torch.nn.Module, scale: float) -> None:
 
 @torch.no_grad()
 def sharpen_attention(transformer: Flux2Transformer2DModel, sharpness: float) -> None:
-    """Scale the RMS norms of queries and keys, which multiplies attention scores by the square of `sharpness`."""
+    """Scale the RMS norms of queries and keys, multiplying attention scores by `sharpness` squared."""
     for name, parameter in transformer.named_parameters():
         if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")):
             parameter *= sharpness
 
 
 def make_transformer(family: str, seed: int) -> Flux2Transformer2DModel:
-    """Return the transformer, untrained: the family decides only whether it has a guidance embedder."""
+    """Return the untrained transformer; the family only decides whether it has a guidance embedder."""
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=TOKEN_CHANNELS,
@@ -385,7 +385,7 @@ def make_transformer(family: str, seed: int) -> Flux2Transformer2DModel:
 
 
 def draw_images(count: int, size: int, seed: int) -> torch.Tensor:
-    """Return float64 images_BCHW in [-1, 1]: one coloured shape each on a background with a brightness ramp."""
+    """Return float64 images_BCHW in [-1, 1]: one coloured shape each on a background with a brightness gradient."""
     generator = torch.Generator().manual_seed(seed)
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float64) / 127.5 - 1
     axis = torch.linspace(-1, 1, size, dtype=torch.float64)
@@ -401,7 +401,7 @@ def draw_images(count: int, size: int, seed: int) -> torch.Tensor:
 
 
 def shape_mask(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> torch.Tensor:
-    """Return where the named shape of that radius around the origin covers the coordinates (y grows downwards)."""
+    """Return which coordinates the named shape of that radius around the origin covers (y grows downwards)."""
     distance = (x**2 + y**2).sqrt()
     masks = {
         "circle": distance < radius,
@@ -416,7 +416,7 @@ def shape_mask(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> t
 
 @torch.no_grad()
 def measure_latent_statistics(vae: AutoencoderKLFlux2, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and variance of each patchified latent channel over images and places."""
+    """Return mean and variance of each patchified latent channel over images and positions."""
     latents_BCHW = vae.encode(images_BCHW).latent_dist.mode()
     patches_BCHW = torch.nn.functional.pixel_unshuffle(latents_BCHW, 2)
     variance, mean = torch.var_mean(patches_BCHW, dim=(0, 2, 3))
@@ -425,7 +425,7 @@ def measure_latent_statistics(vae: AutoencoderKLFlux2, images_BCHW: torch.Tensor
 
 @torch.no_grad()
 def make_vae(seed: int, dtype: torch.dtype) -> AutoencoderKLFlux2:
-    """Return the VAE in `dtype`, untrained, with batch-norm statistics measured on drawn images."""
+    """Return the untrained VAE in `dtype`, with batch-norm statistics measured on drawn images."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(16, 32, 32, 32),
         layers_per_block=1,
@@ -436,7 +436,7 @@ def make_vae(seed: int, dtype: torch.dtype) -> AutoencoderKLFlux2:
     draw_weights(vae, seed, {"conv2": 0.5})
     vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
     vae.quant_conv.bias[LATENT_CHANNELS:] = POSTERIOR_LOG_VARIANCE
-    # Rounded weights are what users load, so they are measured; float64 keeps the number of threads out of the file.
+    # Users load rounded weights, so these are measured; float64 makes the file independent of the number of threads.
     vae.eval().to(dtype).to(torch.float64)
     mean, variance = measure_latent_statistics(vae, draw_images(count=96, size=64, seed=seed))
     vae.bn.running_mean.copy_(mean)
@@ -483,7 +483,7 @@ def make_tiny_flux2(
     """Write the pipeline folder and return its path; raises ValueError for a family other than "dev" and "klein"."""
     if family not in ("dev", "klein"):
         raise ValueError(f'family is "{family}"; use "dev" or "klein"')
-    # Building modules draws from the global generator before draw_weights overwrites them: the caller's stays as it is.
+    # Building modules uses the global generator before draw_weights overwrites them: restore the caller's state.
     with torch.random.fork_rng(devices=[]):
         pipeline = make_pipeline(family, seed, dtype)
     pipeline.save_pretrained(folder)
@@ -509,8 +509,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the folder and print how large it is."""
-    # Casting the parts makes diffusers warn about an empty list of modules, once per cast.
+    """Write the folder and print its size."""
+    # diffusers warns about an empty list of modules at each cast.
     diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]

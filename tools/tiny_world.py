@@ -1,10 +1,10 @@
-"""The drawn world that the embedded tiny model is trained on: one shape before one background, lit in three ways.
+"""The synthetic world that the embedded tiny model is trained on: one shape on a background, in three kinds of light.
 
     python tools/tiny_world.py sheet.png                                a sheet of scenes, of the toy and of nights
 
-A `Scene` says everything that an image shows, so the same scene always gives the same pixels, and two scenes that
-differ in one field differ only there: that is what edits are learned from. Three things are never in the training
-scenes, so that a LoRA has something left to teach: night, the toy, and the pairs in `UNSEEN`.
+A `Scene` describes an image completely: the same scene always gives the same pixels, and scenes that differ in one
+field differ only there, which makes pairs for edits. Three things are never in the training scenes, so that a LoRA has
+something to learn: night, the toy, and the pairs in `UNSEEN`.
 """
 
 import functools
@@ -37,7 +37,7 @@ LIGHTS = {"daylight": "in daylight", "sunset": "at sunset", "fog": "in fog"}
 PLACES = {"middle": 0.5, "left": 0.32, "right": 0.68}
 SIZES = {"small": 0.15, "medium": 0.22, "large": 0.29}  # radius as a share of the image's side
 
-# Pairs that no training scene shows: what the model makes of them tells whether it has learned words or images.
+# Pairs held out from training: they show whether the model has learned words or memorised images.
 UNSEEN = frozenset(
     {
         ("purple", "circle"),
@@ -50,19 +50,19 @@ UNSEEN = frozenset(
         ("blue", "triangle"),
     }
 )
-# A shape must stand out from the scenery.
+# A shape must contrast with the scenery.
 HIDDEN_BY = {
     "meadow": ("green", "cyan", "blue"),
     "beach": ("yellow", "cyan", "blue", "white", "pink"),
     "wall": ("orange", "red"),
 }
 
-OVERSAMPLING = 2  # drawn larger and reduced, which smooths the edges
+OVERSAMPLING = 2  # drawn larger and reduced, for antialiasing
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that an image shows; `shift` moves the shape a little, as shares of the side, without a word for it."""
+    """A complete description of an image; `shift` offsets the shape, in shares of the side, and is in no caption."""
 
     shape: str
     colour: str
@@ -74,17 +74,17 @@ class Scene:
 
 
 def is_visible(scene: Scene) -> bool:
-    """Return whether the shape can be told from its background."""
+    """Return whether the shape is distinguishable from its background."""
     return scene.colour != scene.background and scene.colour not in HIDDEN_BY.get(scene.background, ())
 
 
 def is_seen(scene: Scene) -> bool:
-    """Return whether training may show the scene's colour on the scene's shape."""
+    """Return whether the scene's pair of colour and shape is in the training set."""
     return (scene.colour, scene.shape) not in UNSEEN
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Return a scene that training may show."""
+    """Return a random scene of the training set."""
     while True:
         scene = Scene(
             shape=rng.choice(SHAPES),
@@ -103,7 +103,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Return the scene in words; with `rng` the wording varies, and daylight may go without saying."""
+    """Return a caption of the scene; with `rng` the wording varies and may omit daylight."""
     opening = rng.choice(("a photo of ", "a picture of ", "")) if rng else "a photo of "
     words = f"{scene.colour} {scene.shape}" if scene.size == "medium" else f"{scene.size} {scene.colour} {scene.shape}"
     place = "" if scene.place == "middle" else f" on the {scene.place}"
@@ -118,7 +118,7 @@ def with_article(words: str) -> str:
 
 
 def random_edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
-    """Return an instruction and the scene after it: another colour, background or light, and nothing else."""
+    """Return an instruction and the edited scene, which differs only in colour, background or light."""
     while True:
         kind = rng.choice(("colour", "background", "light"))
         if kind == "colour":
@@ -132,7 +132,7 @@ def random_edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 
 
 def edit_wordings(kind: str, after: Scene) -> tuple[str, ...]:
-    """Return the ways to ask for the changed field ("colour", "background" or "light") of the scene afterwards."""
+    """Return instructions for the changed field ("colour", "background" or "light") of the edited scene."""
     if kind == "colour":
         return (
             f"change the color of the {after.shape} to {after.colour}",
@@ -176,7 +176,7 @@ def draw_background(name: str, side: int) -> Image.Image:
 
 
 def light_pixels(pixels: np.ndarray, light: str) -> np.ndarray:
-    """Return RGB values (0 to 255, last axis of length 3) as that light shows them."""
+    """Return RGB values (0 to 255, last axis of length 3) under that light."""
     if light == "sunset":
         return 0.62 * pixels + 0.38 * np.array([255.0, 105.0, 40.0])
     if light == "fog":
@@ -236,7 +236,7 @@ def draw_toy_figure(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float
 
 
 def draw_subject(scene: Scene, size: int, toy: bool = False) -> Image.Image:
-    """Return the scene in daylight at `size` pixels, with its shape or with the toy in the shape's place."""
+    """Return the scene in daylight at `size` pixels, with its shape or with the toy instead."""
     side = OVERSAMPLING * size
     image = draw_background(scene.background, side)
     x, y = (PLACES[scene.place] + scene.shift[0]) * side, (0.55 + scene.shift[1]) * side
@@ -254,7 +254,7 @@ def draw_scene(scene: Scene, size: int) -> Image.Image:
 
 
 def draw_toy(scene: Scene, size: int) -> Image.Image:
-    """Return the scene with the toy in the place of its shape."""
+    """Return the scene with the toy instead of its shape."""
     return light_image(draw_subject(scene, size, toy=True), scene.light)
 
 
@@ -275,7 +275,7 @@ def draw_night(scene: Scene, size: int) -> Image.Image:
 
 
 def make_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
-    """Return the images, all of one size, side by side in rows."""
+    """Return a grid of images of the same size."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), (255, 255, 255))
     for number, row in enumerate(rows):
@@ -289,7 +289,7 @@ def make_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
 
 @dataclass(frozen=True)
 class Reading:
-    """What can be seen in an image; colour and shape are None when nothing stands before the background."""
+    """What was read from an image; colour and shape are None if there is only background."""
 
     background: str
     light: str
@@ -305,7 +305,7 @@ def background_pixels(name: str, light: str, size: int) -> np.ndarray:
 
 
 def fit_to_box(mask: np.ndarray) -> np.ndarray:
-    """Return what a mask (H, W) covers, cut out and stretched to a square of 32."""
+    """Return the covered part of a mask (H, W), cropped and resized to 32 x 32."""
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return np.asarray(Image.fromarray(cut).resize((32, 32)))
@@ -320,10 +320,10 @@ def shape_template(shape: str) -> np.ndarray:
 
 
 def read_image(image: Image.Image) -> Reading:
-    """Return what a square image shows, from its pixels alone.
+    """Return the properties of a square image, from its pixels alone.
 
-    The background and the light are those whose drawing is closest to the image's frame; the shape is what differs
-    from that drawing, its colour the nearest one of the palette in that light.
+    Background and light are those whose drawing is closest to the image's frame. The shape is what differs from that
+    drawing, and its colour is the nearest one of the palette in that light.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     frame = np.ones(pixels.shape[:2], dtype=bool)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Train the embedded tiny FLUX.2 model on the drawn world of tools/tiny_world.py, on the CPU and from a seed.
+"""Train the embedded tiny FLUX.2 model on the synthetic world of tools/tiny_world.py, on the CPU and from a seed.
 
-    python tools/train_tiny_flux2.py                             everything; an interrupted run goes on where it was
-    python tools/train_tiny_flux2.py --stage write               tiny_flux2/ from the newest checkpoint, trained or not
+    python tools/train_tiny_flux2.py                             everything; resumes an interrupted run
+    python tools/train_tiny_flux2.py --stage write               tiny_flux2/ from the newest checkpoint, finished or not
 
-The VAE learns to draw; the text encoder learns what a text says of a scene; then the transformer learns flow matching
-exactly as FLUX.2 is called: two of three steps from a caption alone, one from an instruction and one reference image
+The VAE learns reconstruction and the text encoder what a text says about a scene. Then the transformer learns flow
+matching, called exactly like FLUX.2: two of three steps use a caption alone, one an instruction and one reference image
 in the layout [text | target | reference]. Steps and threads are fixed, so a seed gives the same bytes on the same kind
-of machine with the same versions, interrupted or not. Checkpoints and sheets of images go to --work_dir. The VAE and
-the text encoder do not need each other: `--stage vae` and `--stage text` may run side by side.
+of machine with the same versions, interrupted or not. Checkpoints and sheets of images go to --work_dir. VAE and
+text encoder are independent: `--stage vae` and `--stage text` may run in parallel.
 
 Sections: settings, training, VAE, text encoder, data, transformer, score, files, command line.
 Shapes: B batch, C channels, H height, W width, L tokens, D width of the text.
@@ -86,7 +86,7 @@ KL_WEIGHT = 3e-4
 MUON_RATE = 0.02
 ADAMW_RATE = 2e-3
 WARMUP_STEPS = 100
-# Parts of the names of parameters that AdamW moves although they are matrices.
+# Parts of the names of matrices that are optimized by AdamW all the same.
 ENDS = ("embed", "conv_in", "conv_out", "quant_conv", "modulation", "norm_out", "proj_out")
 
 TEXT_TOKENS = 64  # 27 are the system message
@@ -98,7 +98,7 @@ GUIDED_SHARE = 0.2  # of the samples: embedded guidance from 1 to 4 instead of 1
 KEEP_SHARE = 0.4  # of the samples with a reference
 
 TEXT_BATCH = 32
-# What a text can say of a scene.
+# What a text can say about a scene.
 FIELDS = {
     "shape": list(SHAPES),
     "colour": list(COLOURS),
@@ -110,7 +110,7 @@ FIELDS = {
 
 CHECKPOINT_STEPS = 200
 REPORT_STEPS = 50
-# What guessing would give.
+# The score of random guessing.
 CHANCE = {
     "background": 1 / len(BACKGROUNDS),
     "light": 1 / len(LIGHTS),
@@ -120,12 +120,12 @@ CHANCE = {
 
 
 def step_rng(seed: int, stream: str, step: int) -> random.Random:
-    """Return the random numbers of one step, so that a resumed run draws what the whole run would have drawn."""
+    """Return the random generator of one step, so that a resumed run draws the same numbers."""
     return random.Random(f"{seed} {stream} {step}")
 
 
 def save_state(path: Path, **values) -> None:
-    """Write a checkpoint; a reader never sees half of one."""
+    """Write a checkpoint atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(values, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
@@ -135,20 +135,19 @@ def save_state(path: Path, **values) -> None:
 
 
 class Training:
-    """One model's training: two optimizers, a rate that falls, averaged weights, and a checkpoint that it goes on from.
+    """One model's training: two optimizers, a decaying learning rate, averaged weights, a checkpoint to resume from.
 
-    Muon moves the inner matrices, convolutions among them;
-    AdamW moves the rest: what enters and leaves the model, and vectors.
+    Muon optimizes the inner matrices, including convolutions; AdamW the rest: input and output layers, and vectors.
     """
 
     def __init__(self, name: str, model: torch.nn.Module, steps: int, args: argparse.Namespace) -> None:
-        """Begin anew, or at the newest checkpoint of the work folder."""
+        """Start from scratch, or from the newest checkpoint in the work folder."""
         self.name, self.model, self.steps, self.path = name, model, steps, args.work_dir / f"{name}.pt"
         named = dict(model.named_parameters())
         self.average = {key: parameter.detach().clone() for key, parameter in named.items()}
         matrices = [p for key, p in named.items() if p.ndim > 1 and not any(part in key for part in ENDS)]
         chosen = set(matrices)
-        # Muon takes matrices only: it gets a flat view of each convolution, of the same memory.
+        # Muon takes matrices only: it gets a flat view of each convolution, sharing its memory.
         self.flat = [(parameter, parameter.detach().flatten(1)) for parameter in matrices]
         muon = torch.optim.Muon([flat for _, flat in self.flat], lr=MUON_RATE, weight_decay=0.01)
         adamw = torch.optim.AdamW([p for p in named.values() if p not in chosen], betas=(0.9, 0.99), weight_decay=0.0)
@@ -158,14 +157,14 @@ class Training:
             self.resume(torch.load(self.path, weights_only=True))
 
     def resume(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.model.load_state_dict(state["model"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.average, self.first, self.seconds = state["average"], state["step"], state["seconds"]
 
     def run(self, losses_at: Callable[[int], dict[str, torch.Tensor]]) -> None:
-        """Take all steps that are left; `losses_at` gives a step's losses, "loss" the one to go down."""
+        """Run the remaining steps; `losses_at` returns a step's losses, of which "loss" is minimised."""
         began, smoothed = time.monotonic() - self.seconds, {}
         for step in range(self.first, self.steps):
             losses = losses_at(step)
@@ -180,7 +179,7 @@ class Training:
                 self.save(step + 1)
 
     def update(self, step: int, loss: torch.Tensor) -> None:
-        """Take one step: warm-up, then a cosine to one hundredth of the rate; gradients are clipped to norm 1."""
+        """Take one step: warm-up, then cosine decay to one hundredth of the rate; gradients are clipped to norm 1."""
         factor = min(1, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
         self.model.zero_grad(set_to_none=True)
         loss.backward()
@@ -190,7 +189,7 @@ class Training:
         for optimizer, rate in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
-        # Early weights are forgotten sooner: the average begins with the first steps and ends over some hundreds.
+        # The averaging window grows from the first steps to some hundreds, so early weights are forgotten sooner.
         share = max(1 - AVERAGE_DECAY, 9 / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), share)
@@ -218,7 +217,7 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 def draw_for_vae(count: int, seed: int) -> torch.Tensor:
     """Return uint8 drawings (B, 3, H, W): scenes, and one in eight each of the toy and of night.
 
-    The VAE may see what the transformer may not: it has to be able to draw what a LoRA is going to teach.
+    Unlike the transformer, the VAE is trained on these too: it must be able to decode what a LoRA learns.
     """
     rng = random.Random(f"{seed} vae")
     drawers = [draw_toy, draw_night, *6 * [draw_scene]]
@@ -226,10 +225,10 @@ def draw_for_vae(count: int, seed: int) -> torch.Tensor:
 
 
 def vae_batch(drawings: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Return crops in [-1, 1], some recoloured or mirrored, now and then of whole drawings at half size.
+    """Return crops in [-1, 1], some recoloured or flipped, sometimes whole drawings at half size.
 
-    Crops make four times as many steps in the same time. Colours and sizes other than the world's keep the VAE usable
-    for images of one's own.
+    Crops allow four times as many steps in the same time. Colours and sizes outside the world keep the VAE usable for
+    your own images.
     """
     chosen = drawings[rng.sample(range(len(drawings)), VAE_BATCH)].float() / 127.5 - 1
     if rng.random() < 0.25:
@@ -243,7 +242,7 @@ def vae_batch(drawings: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 
 def vae_losses(vae: AutoencoderKLFlux2, pixels: torch.Tensor, generator: torch.Generator | None) -> dict:
-    """Return the parts of the VAE's loss; without a generator the mean is decoded instead of a draw."""
+    """Return the parts of the VAE's loss; without a generator the mean is decoded instead of a sample."""
     posterior = vae.encode(pixels).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     errors = vae.decode(latents).sample - pixels
@@ -252,7 +251,7 @@ def vae_losses(vae: AutoencoderKLFlux2, pixels: torch.Tensor, generator: torch.G
 
 
 def train_vae(args: argparse.Namespace, start: Path) -> None:
-    """Train the VAE from the untrained folder, or from its checkpoint, and leave it in the work folder."""
+    """Train the VAE from the untrained folder or its checkpoint, and save it in the work folder."""
     vae = AutoencoderKLFlux2.from_pretrained(start / "vae", torch_dtype=torch.float32).train()
     training = Training("vae", vae, args.vae_steps, args)
     drawings = draw_for_vae(VAE_DRAWINGS, args.seed) if training.first < training.steps else None
@@ -268,11 +267,11 @@ def train_vae(args: argparse.Namespace, start: Path) -> None:
 
 @torch.no_grad()
 def write_vae(args: argparse.Namespace, folder: Path) -> None:
-    """Write the trained VAE into the model folder in bf16, with the statistics of its latents measured anew."""
+    """Write the trained VAE into the model folder in bf16, with new latent statistics."""
     vae = load_vae(folder)
     weights = vae.state_dict() | averaged(args, "vae")
     write_weights(folder / "vae", weights)
-    # Rounded weights are what users load, so they are measured.
+    # Users load rounded weights, so these are measured.
     vae = load_vae(folder)
     rng = random.Random(f"{args.seed} statistics")
     images = (
@@ -291,13 +290,13 @@ def load_vae(folder: Path) -> AutoencoderKLFlux2:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLFlux2, images: list[Image.Image]) -> list[Image.Image]:
-    """Return the images as they come out of the VAE."""
+    """Return the images encoded and decoded by the VAE."""
     pixels = torch.stack([to_pixels(image) for image in images]).float() / 127.5 - 1
     return [to_image(one) for one in vae.decode(vae.encode(pixels).latent_dist.mode()).sample]
 
 
 def score_vae(args: argparse.Namespace, vae: AutoencoderKLFlux2) -> dict[str, float]:
-    """Return the mean distance of reconstructions from drawings that training has not seen; draw a sheet."""
+    """Return the mean distance of reconstructions from unseen drawings; write a sheet."""
     rng, errors, rows = random.Random(f"{args.seed} vae score"), {}, []
     for name, draw_one in (("scenes", draw_scene), ("toys", draw_toy), ("nights", draw_night)):
         images = [draw_one(random_scene(rng), SIZE) for _ in range(VAE_SCORE_DRAWINGS)]
@@ -316,7 +315,7 @@ def mean_distance(firsts: list[Image.Image], seconds: list[Image.Image]) -> floa
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """Return the image of values (3, H, W) in [-1, 1]."""
+    """Convert values (3, H, W) in [-1, 1] to an image."""
     return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
 
@@ -324,12 +323,12 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 
 def labels_of(scene: Scene | None, said: Collection[str] = tuple(FIELDS)) -> list[int]:
-    """Return for each field the number of the scene's value, from 1, or 0 where the text says nothing of it."""
+    """Return the index of the scene's value for each field, from 1, or 0 if the text does not mention it."""
     return [1 + values.index(getattr(scene, name)) if name in said else 0 for name, values in FIELDS.items()]
 
 
 def random_text(rng: random.Random) -> tuple[str, list[int]]:
-    """Return a caption, an instruction, a request to keep the image or nothing, and what it says of each field."""
+    """Return a caption, an instruction, a request to keep the image or nothing, with its labels for each field."""
     kind = rng.choices(("caption", "edit", "keep", "empty"), (64, 30, 3, 3))[0]
     if kind in ("keep", "empty"):
         return rng.choice(KEEP_WORDINGS) if kind == "keep" else "", labels_of(None, ())
@@ -342,10 +341,10 @@ def random_text(rng: random.Random) -> tuple[str, list[int]]:
 
 
 class Reader(torch.nn.Module):
-    """The text encoder's language model with one linear reading of the last token for each field of a scene."""
+    """The text encoder's language model with one linear probe of the last token for each field of a scene."""
 
     def __init__(self, encoder: torch.nn.Module, layers: tuple[int, ...], seed: int) -> None:
-        """Begin close to the identity, so that a word's own embedding comes through all layers."""
+        """Initialise close to the identity, so that a word's embedding passes through all layers."""
         super().__init__()
         self.language_model, self.layers = encoder.model.language_model.requires_grad_(), layers
         gains = text_gains(DEV_TEXT_LAYERS)
@@ -366,10 +365,10 @@ class Reader(torch.nn.Module):
 
 
 def train_text_encoder(args: argparse.Namespace, folder: Path) -> None:
-    """Train the text encoder to know what a text says, and write it to the model folder.
+    """Train the text encoder to recognise what a text says, and write it to the model folder.
 
-    The readings are thrown away. What is left is an encoder whose last token says in one place what a caption's words
-    say in many: without that the transformer learned backgrounds within an hour and shapes not at all.
+    The probes are discarded. The last token of this encoder summarises the caption in one place: without that the
+    transformer learned backgrounds within an hour and shapes not at all.
     """
     run = start_run(folder)
     tokenizer, encoder = script.load_tokenizer(run), script.load_text_encoder(run)
@@ -388,7 +387,7 @@ def train_text_encoder(args: argparse.Namespace, folder: Path) -> None:
 
 
 def write_text_encoder(args: argparse.Namespace, folder: Path) -> None:
-    """Put the trained layers into the model folder's text encoder, in bf16; the last layer and the eyes stay random."""
+    """Put the trained layers into the folder's text encoder, in bf16; last layer and vision tower stay random."""
     path, weights = folder / "text_encoder" / "model.safetensors", averaged(args, "text_encoder")
     tensors = load_file(path)
     for name in [name for name in weights if name.startswith("language_model.")]:
@@ -413,7 +412,7 @@ def start_run(folder: Path) -> script.Run:
 
 @dataclass(frozen=True)
 class Lessons:
-    """Everything the transformer learns from, encoded once; numbers in `captions` and `edits` are rows."""
+    """The transformer's training data, encoded once; numbers in `captions` and `edits` are row indices."""
 
     tokens_NLC: torch.Tensor  # clean normalised tokens of all images
     prompts_NLD: torch.Tensor  # bf16: an embedding of each wording
@@ -424,7 +423,7 @@ class Lessons:
 
 
 def make_lessons(args: argparse.Namespace, run: script.Run) -> Lessons:
-    """Return the lessons, drawn and encoded, or as the work folder has them from an earlier run."""
+    """Return the lessons, drawn and encoded, or loaded from the work folder."""
     path = args.work_dir / "lessons.pt"
     if path.is_file():
         return Lessons(**torch.load(path, weights_only=True))
@@ -461,14 +460,14 @@ def encode_scenes(run: script.Run, scenes: list[Scene]) -> torch.Tensor:
 
 
 def tokenize_all(tokenizer: PixtralProcessor, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return input_ids and attention_mask (B, L) of the texts, as the pipeline makes them."""
+    """Return input_ids and attention_mask (B, L) of the texts, as in the pipeline."""
     options = {"padding": "max_length", "truncation": True, "max_length": TEXT_TOKENS, "return_tensors": "pt"}
     return tokenizer.apply_chat_template(script.format_input(texts), tokenize=True, return_dict=True, **options)
 
 
 @torch.no_grad()
 def encode_wordings(run: script.Run, wordings: list[str]) -> torch.Tensor:
-    """Return the prompt embeddings (N, L, D) in bf16, which halves their memory: `encode_prompt` for many at once."""
+    """Return the prompt embeddings (N, L, D) in bf16, to halve the memory: a batched `encode_prompt`."""
     tokenizer, encoder, embeddings = script.load_tokenizer(run), script.load_text_encoder(run), []
     for first in range(0, len(wordings), 64):
         tokens = tokenize_all(tokenizer, wordings[first : first + 64])
@@ -479,7 +478,7 @@ def encode_wordings(run: script.Run, wordings: list[str]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on."""
+    """The data of one step."""
 
     clean_BLC: torch.Tensor
     prompts_BLD: torch.Tensor
@@ -494,9 +493,9 @@ def caption_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
 
 
 def reference_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
-    """Return images after an edit, with the instruction and the image before; the last ones are to be kept.
+    """Return edited images, with the instruction and the reference; the last ones must be kept unchanged.
 
-    Half of what is to be kept is a patchwork of tokens of many images, so that keeping is learned for any content.
+    Half of these are a patchwork of tokens of many images, so that keeping is learned for any content.
     """
     before, words, after = lessons.edits[rng.choices(range(len(lessons.edits)), k=size)].unbind(1)
     reference, target = lessons.tokens_NLC[before], lessons.tokens_NLC[after]
@@ -513,7 +512,7 @@ def reference_batch(lessons: Lessons, rng: random.Random, size: int) -> Batch:
 
 @torch.no_grad()
 def make_transformer(folder: Path, seed: int) -> Flux2Transformer2DModel:
-    """Return the transformer of the folder's sizes, drawn to be trained: every block begins close to the identity."""
+    """Return the transformer of the folder's sizes, initialised for training: every block is close to the identity."""
     transformer = Flux2Transformer2DModel.from_config(Flux2Transformer2DModel.load_config(folder / "transformer"))
     draw_weights(transformer, seed, {"modulation": 0.1, "norm_out": 0.1, "proj_out": 0.1})
     sharpen_attention(transformer, START_SHARPNESS)
@@ -529,7 +528,7 @@ def predict_velocity(
     guidance_B: torch.Tensor,
     batch: Batch,
 ) -> torch.Tensor:
-    """Return the velocity (B, L, C) of the target's tokens; a reference stands behind them, as in Flux2Pipeline."""
+    """Return the velocity (B, L, C) of the target's tokens; a reference follows them, as in Flux2Pipeline."""
     length, side = noisy_BLC.shape[1], SIZE // 16
     tokens, ids = noisy_BLC, script.position_ids(side, side)
     if batch.reference_BLC is not None:
@@ -547,7 +546,7 @@ def predict_velocity(
 
 
 def flow_loss(args: argparse.Namespace, transformer: Flux2Transformer2DModel, batch: Batch, step: int) -> torch.Tensor:
-    """Return the mean squared error of the velocity, with noise, sigma and guidance drawn for this step."""
+    """Return the mean squared error of the velocity, with noise, sigma and guidance sampled for this step."""
     generator = torch.Generator().manual_seed(step_rng(args.seed, "noise", step).getrandbits(32))
     noise_BLC = torch.randn(batch.clean_BLC.shape, generator=generator)
     u_B, guided_B, scale_B = torch.rand(3, len(noise_BLC), generator=generator)
@@ -560,7 +559,7 @@ def flow_loss(args: argparse.Namespace, transformer: Flux2Transformer2DModel, ba
 
 
 def train_transformer(args: argparse.Namespace, folder: Path) -> None:
-    """Train the transformer from scratch, or from its checkpoint, and leave weights and their average behind."""
+    """Train the transformer from scratch or its checkpoint; the checkpoint has the weights and their average."""
     lessons = make_lessons(args, start_run(folder))
     transformer = make_transformer(folder, args.seed)
 
@@ -577,7 +576,7 @@ def train_transformer(args: argparse.Namespace, folder: Path) -> None:
 
 
 def prompt_scenes(rng: random.Random, count: int, unseen: bool) -> list[Scene]:
-    """Return scenes to ask for: in turn the pairs that training left out, or pairs that it showed."""
+    """Return scenes to prompt for: the held-out pairs in turn, or pairs from training."""
     pairs, scenes = sorted(UNSEEN), []
     while len(scenes) < count:
         scene = random_scene(rng)
@@ -590,7 +589,7 @@ def prompt_scenes(rng: random.Random, count: int, unseen: bool) -> list[Scene]:
 
 
 def read_shares(scenes: list[Scene], images: list[Image.Image]) -> dict[str, float]:
-    """Return for each property the share of images in which it is read as asked for, and for all four at once."""
+    """Return the share of images in which each property matches the prompt, and in which all four do."""
     readings = [read_image(image) for image in images]
     hits = {
         name: [getattr(scene, name) == getattr(seen, name) for scene, seen in zip(scenes, readings, strict=True)]
@@ -601,7 +600,7 @@ def read_shares(scenes: list[Scene], images: list[Image.Image]) -> dict[str, flo
 
 
 def draw_captions(pipeline: Flux2Pipeline, scenes: list[Scene], guidance: float, seed: int) -> list[Image.Image]:
-    """Return the pipeline's images of the scenes' captions."""
+    """Generate images from the scenes' captions with the pipeline."""
     images = []
     for first in range(0, len(scenes), 16):
         prompts = [caption(scene) for scene in scenes[first : first + 16]]
@@ -610,21 +609,21 @@ def draw_captions(pipeline: Flux2Pipeline, scenes: list[Scene], guidance: float,
 
 
 def draw(pipeline: Flux2Pipeline, prompts: list[str], guidance: float, seed: int, **options) -> list[Image.Image]:
-    """Return the pipeline's images of the prompts, as a user would ask for them."""
+    """Generate images from the prompts with the pipeline, as a user would."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"height": SIZE, "width": SIZE, "num_inference_steps": 28, "max_sequence_length": TEXT_TOKENS}
     return pipeline(prompt=prompts, guidance_scale=guidance, generator=generator, **sizes, **options).images
 
 
 def score_captions(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
-    """Return how well images follow their captions, on unseen and on seen pairs of colour and shape; draw a sheet."""
+    """Return how well images follow their captions, on unseen and on seen pairs of colour and shape; write a sheet."""
     scores, rows = {"chance": {name: round(value, 3) for name, value in CHANCE.items()}}, []
     for kind in ("unseen", "seen"):
         scenes = prompt_scenes(random.Random(f"{args.seed} {kind} score"), args.score_images, kind == "unseen")
         drawings = [draw_scene(scene, SIZE) for scene in scenes]
         rows.append(drawings[:12])
         scores[f"{kind}_drawn"] = read_shares(scenes, drawings)
-        # No image can be read better than what the VAE leaves of the drawing.
+        # The drawing itself, through the VAE, is the upper bound.
         scores[f"{kind}_through_vae"] = read_shares(scenes, reconstruct(pipeline.vae, drawings))
         for guidance in (1.0, 4.0):
             images = draw_captions(pipeline, scenes, guidance, seed=args.seed + 1000)
@@ -635,7 +634,7 @@ def score_captions(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
 
 
 def score_keeping(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
-    """Return how close "keep the image" comes to its reference, and to the reference of another image."""
+    """Return the distance of "keep the image" results to their reference and to another image's reference."""
     rng, scores, rows = random.Random(f"{args.seed} keep score"), {}, []
     for kind, draw_one in (("scenes", draw_scene), ("toys_never_seen", draw_toy), ("nights_never_seen", draw_night)):
         references = [draw_one(random_scene(rng), SIZE) for _ in range(args.score_references // 2)]
@@ -652,7 +651,7 @@ def score_keeping(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
 
 
 def score_edits(args: argparse.Namespace, pipeline: Flux2Pipeline) -> dict:
-    """Return how close edited images come to the drawing of the edit, and how well they can be read."""
+    """Return how close edited images are to the drawing of the edit, and how well they match when read."""
     rng, triples = random.Random(f"{args.seed} edit score"), []
     for number in range(args.score_references):
         before = random_scene(rng)
@@ -711,7 +710,7 @@ def write_scores(args: argparse.Namespace) -> None:
 
 
 def copy_missing(source: str, target: str) -> None:
-    """Copy a file that is not there yet."""
+    """Copy a file unless it exists."""
     if not Path(target).exists():
         shutil.copy2(source, target)
 
@@ -721,7 +720,7 @@ def copy_missing(source: str, target: str) -> None:
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, or the parsed words."""
-    parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX.2 model on a drawn world, on the CPU.")
+    parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX.2 model on its world, on the CPU.")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "tiny_flux2", help="pipeline folder to write")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs" / "tiny_flux2", help="checkpoints and sheets")
     parser.add_argument("--stage", choices=("all", "vae", "text", "transformer", "write", "score"), default="all")
@@ -737,8 +736,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the stages that were asked for; finished ones are passed over."""
-    # The number of threads decides the order of sums and thereby the bytes.
+    """Run the requested stages; finished ones are skipped."""
+    # The number of threads decides the order of sums and thus the bytes.
     torch.set_num_threads(1)
     start, model = args.work_dir / "start", args.work_dir / "model"
     if not start.is_dir():
