@@ -565,4 +565,4 @@ def test_a_resume_with_nothing_left_to_train_says_so(script, train, capsys):
         in capsys.readouterr().err
     )
     train("--resume_from_checkpoint", "latest", "--max_train_steps", "3", "--dry_run")
-    assert "nothing is left" not in capsys.readouterr().err
+    assert "nothing left" not in capsys.readouterr().err

@@ -229,7 +229,7 @@ def test_the_lowest_held_out_loss_keeps_its_lora_and_a_resumed_run_knows_it(scri
 
 
 def test_no_image_is_left_to_train_on(script, quick):
-    with pytest.raises(script.UserError, match=r"--validation_split 5: only 5 images"):
+    with pytest.raises(script.UserError, match=r"--validation_split 5: there are only 5 images"):
         quick("--validation_split", "5", "--max_train_steps", "1")
 
 
