@@ -206,7 +206,7 @@ def pretended_gpu() -> Iterator[FakeTensorMode]:
         for name, function in numbers.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, function, create=True))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize", wait_for_device))
-        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", wait_for_device))
+        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", lambda *_: wait_for_device()))
         stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: True))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
