@@ -3338,9 +3338,10 @@ def write_config(run: Run, basenames: bool = False) -> str:
             lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is not False)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
-        if basenames and name in PATH_FLAGS:  # a hub id is kept
-            parts = [[Path(part) for part in word.split(",")] for word in words]
-            words = [",".join(p.name if p.exists() or str(p)[0] in "/.~" else str(p) for p in each) for each in parts]
+        if basenames and name in PATH_FLAGS:
+            names = [",".join(Path(part).name for part in word.split(",")) for word in words]
+            local = [os.path.exists(word) or re.match("[/.~]|.*,", word) for word in words]  # others are hub ids
+            words = [short if path else word for short, path, word in zip(names, local, words, strict=True)]
         between = "=" if len(words) == 1 and words[0].startswith("-") else " "
         lines.append(f"--{name}{between}{shlex.join(words)}\n")
     return "".join(lines)

@@ -85,6 +85,8 @@ def start(script: Path, words: list[Any], result: Path) -> dict[str, float]:
 
 def make_words(folder: Path, model: str, steps: int, known: set[str]) -> list[Any]:
     """Flags for both scripts: those that every such script has, and of the others those that both know."""
+    import torch
+
     width, size = MODELS[model]
     place, images = ROOT / "tiny_flux2", folder / f"images-{model}"
     if width:
@@ -94,11 +96,8 @@ def make_words(folder: Path, model: str, steps: int, known: set[str]) -> list[An
     words = ["--pretrained_model_name_or_path", place, "--instance_data_dir", draw_images(images, 5, size)]
     words += ["--instance_prompt", "a photo of sks toy", "--resolution", size, "--max_train_steps", steps]
     words += ["--seed", 0, "--rank", 16, "--learning_rate", 1e-4]
-    more = {"--max_sequence_length": [128], "--train_batch_size": [1], "--cache_latents": [], "--mixed_precision": []}
-    more |= {"--dataloader_num_workers": [0]}
-    import torch
-
-    more["--mixed_precision"] = ["bf16" if torch.cuda.is_available() else "no"]
+    more = {"--max_sequence_length": [128], "--train_batch_size": [1], "--cache_latents": []}
+    more |= {"--dataloader_num_workers": [0], "--mixed_precision": ["bf16" if torch.cuda.is_available() else "no"]}
     return words + [word for flag, values in more.items() if flag in known for word in (flag, *values)]
 
 

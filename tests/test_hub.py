@@ -1,7 +1,9 @@
 """The Hub: what a push uploads and what it never does, both failures, and a model that comes from the Hub."""
 
+import argparse
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -339,3 +341,18 @@ def test_an_empty_path_does_not_stop_the_upload(script, tiny, tmp_path):
     """The copy of the settings that leaves the machine is made after training: it must not fail then."""
     run = start_run(script, tiny, tmp_path, "--cache_dir", "")
     assert "--cache_dir ''" in script.write_config(run, basenames=True).splitlines()
+
+
+@pytest.mark.parametrize(
+    "given, uploaded",
+    [
+        ("private/a.png,private/b.png", "a.png,b.png"),
+        ("private,folder/cache", "private,cache"),
+        ("lab/model", "lab/model"),
+    ],
+)
+def test_folders_that_are_gone_stay_out_of_the_upload_and_a_hub_id_stays_whole(script, given, uploaded):
+    """The images may have been moved while the run was going on."""
+    args = argparse.Namespace(**script.DEFAULTS | {"cache_dir": given})
+    run = SimpleNamespace(args=args, dtype=script.torch.float32, seed=0)
+    assert f"--cache_dir {uploaded}" in script.write_config(run, basenames=True).splitlines()
