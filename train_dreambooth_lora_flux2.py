@@ -3339,9 +3339,11 @@ def write_config(run: Run, basenames: bool = False) -> str:
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
         if basenames and name in PATH_FLAGS:
-            names = [",".join(Path(part).name for part in word.split(",")) for word in words]
             local = [os.path.exists(word) or re.match("[/.~]|.*,", word) for word in words]  # others are hub ids
-            words = [short if path else word for short, path, word in zip(names, local, words, strict=True)]
+            words = [
+                ",".join(Path(p).name for p in w.split(",")) if path else w
+                for w, path in zip(words, local, strict=True)
+            ]
         between = "=" if len(words) == 1 and words[0].startswith("-") else " "
         lines.append(f"--{name}{between}{shlex.join(words)}\n")
     return "".join(lines)
