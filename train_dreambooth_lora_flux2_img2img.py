@@ -3555,12 +3555,9 @@ def write_config(run: Run, basenames: bool = False) -> str:
             lines += [f"--{name}\n"] if value else [f"--no-{name}\n"] * (DEFAULTS[name] is not False)
             continue
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
-        if basenames and name in PATH_FLAGS:
-            local = [os.path.exists(word) or re.match("[/.~]|.*,", word) for word in words]  # others are hub ids
-            words = [
-                ",".join(Path(p).name for p in w.split(",")) if path else w
-                for w, path in zip(words, local, strict=True)
-            ]
+        if basenames and name in PATH_FLAGS:  # what is neither here nor looks like a path is a hub id
+            local = [os.path.exists(word) or re.match("[/.~]|.*,", word) for word in words]
+            words = [re.sub("[^,]*/(?=[^,])", "", w) if here else w for w, here in zip(words, local, strict=True)]
         between = "=" if len(words) == 1 and words[0].startswith("-") else " "
         lines.append(f"--{name}{between}{shlex.join(words)}\n")
     return "".join(lines)
