@@ -153,11 +153,14 @@ SHARED_FLAGS = [
     flag("repeats", COUNT, None, "visits of each image in one epoch, one number per folder; None: 1", nargs="+"),
     flag("mask_suffix", str, None, "use loss masks: with -mask, dog-mask.png is the mask of dog.jpg; white is learned",
          resume=True),
-    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where the mask is black", resume=True),
+    flag("alpha_as_mask", bool, False, "use loss masks: what is transparent in an image is not learned", resume=True),
+    flag("unmasked_weight", SHARE, 0.0, "weight of the loss where the mask is black or clear", resume=True),
     flag("on_bad_image", "error|skip", "error", "error: list bad images and stop; skip: train on the rest"),
     flag("dataloader_num_workers", NATURAL, 2, "worker processes that prepare batches; 0: none"),
     "Image size",
     flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
+    flag("train_resolutions", COUNT, None, "train an image at each of these that does not enlarge it; --resolution is "
+         "then the size of generated images", nargs="+"),
     flag("aspect_ratio_buckets", to_sizes, None, "train at these sizes, not squares: 'height,width;height,width'"),
     flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
     flag("center_crop", bool, False, "crop the centre instead of a random place at every visit", resume=True),
@@ -236,6 +239,7 @@ SHARED_FLAGS = [
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
     flag("validation_split", NATURAL, 0, "number of images to hold out for the validation loss, chosen by the seed"),
+    flag("validation_data_dir", to_path, None, "or folder(s) of images for the validation loss alone", nargs="+"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance scale of those images"),
@@ -370,15 +374,20 @@ def check_values(args: Args) -> Iterator[str]:
             bool(args.instance_data_dir) == bool(args.dataset_name),
         "--mask_suffix: masks are files beside the images of --instance_data_dir; a data set has none":
             args.mask_suffix and args.dataset_name,
+        "--mask_suffix and --alpha_as_mask: give only one of them": args.mask_suffix and args.alpha_as_mask,
+        "--train_resolutions and --aspect_ratio_buckets: give only one of them, both are sizes to train at":
+            args.train_resolutions and args.aspect_ratio_buckets,
     }  # fmt: skip
     yield from (problem for problem, holds in together.items() if holds)
-    for folder in itertools.filterfalse(os.path.isdir, args.instance_data_dir or []):
-        yield f"--instance_data_dir {folder}: no such folder"
+    for name in ("instance_data_dir", "cond_data_dir", "validation_data_dir"):
+        for folder in itertools.filterfalse(os.path.isdir, vars(args).get(name) or []):
+            yield f"--{name} {folder}: no such folder"
     if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
         yield f"--repeats: {len(args.repeats)} number(s) for {count} --instance_data_dir; give one for each"
-    if args.resolution % 16:
-        near = max(16, round(args.resolution / 16) * 16)
-        yield f"--resolution {args.resolution}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
+    sides = itertools.zip_longest([args.resolution, *(args.train_resolutions or [])], ["resolution"])
+    for side, name in (pair for pair in sides if pair[0] % 16):
+        near, name = max(16, round(side / 16) * 16), name or "train_resolutions"
+        yield f"--{name} {side}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
     if not re.fullmatch(r"linear|none|empirical|[1-9]\d?(\.\d*)?|0?\.\d?[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
     if not all(map(str.strip, [*(args.validation_prompt or []), args.final_validation_prompt or "none"])):
@@ -482,7 +491,7 @@ def check_own(args: Args) -> Iterator[str]:
 # differs: the image-to-image script has folders of references too
 def data_folders(args: Args) -> list[str]:
     """The folders that images are read from; nothing is written there."""
-    return args.instance_data_dir or []
+    return [*(args.instance_data_dir or []), *(args.validation_data_dir or [])]
 
 
 # region shared: arguments-result
@@ -516,8 +525,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parse_words(parser, sys.argv[1:] if argv is None else argv)
     checks = (check_values, check_launch, check_services, check_folders, check_own)
     if problems := [problem for check in checks for problem in check(args)]:
-        head = f"{len(problems)} problem(s) on the command line, nothing was loaded:"
-        parser.error("\n  - ".join([head, *problems]))
+        parser.error("\n  - ".join([f"{len(problems)} problem(s) on the command line, nothing was loaded:", *problems]))
     return args
 
 
@@ -537,16 +545,14 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+if sys.platform == "linux" and "microsoft" not in platform.release() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation; fails under WSL
 
 import accelerate
 import diffusers
 import huggingface_hub
 import numpy as np
 import PIL.Image
-import PIL.ImageCms
-import PIL.ImageDraw
-import PIL.ImageOps
-import PIL.PngImagePlugin
 import psutil
 import requests
 import torch
@@ -555,19 +561,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, gather
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, training_utils
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.quantizers import DiffusersAutoQuantizer
-from diffusers.training_utils import (
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-    generate_aspect_ratio_buckets,
-)
-from diffusers.training_utils import free_memory as release_memory
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from PIL import ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from requests.adapters import HTTPAdapter, Retry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -619,6 +620,10 @@ class Run:
         four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
         blocks = four_bit or ("int8" if settings else "fp8" if self.args.do_fp8_training else None)
         return f"{dtype}, blocks in {blocks}" if blocks else dtype
+
+    @property
+    def resolutions(self) -> list[int]:  # to train at, the smallest first
+        return sorted(self.args.train_resolutions or [self.args.resolution])
 
     @property
     def is_main(self) -> bool:  # the process that writes what a run has only once
@@ -749,8 +754,7 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     phase = next((name for caller, name in itertools.pairwise(called) if caller == "main"), "start").replace("_", " ")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    peak = max(peak_memory(run).values(), default=math.nan)
-    free = free_memory(run) / 1e9
+    peak, free = max(peak_memory(run).values(), default=math.nan), free_memory(run) / 1e9
     flags = memory_flags(run, phase)
     text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
     text += f"  what would help, most first: {', '.join(flags)}\n"
@@ -1207,12 +1211,12 @@ warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
 DECODE_POLICY = 2  # raise it when decode_image changes: then all images are checked and encoded again
 
 
-def decode_image(data: bytes) -> PIL.Image.Image:
-    """The image as a viewer shows it: upright, in sRGB, on white. Raises ValueError if it cannot be trained on."""
+def decode_image(data: bytes, alpha_only: bool = False) -> PIL.Image.Image:
+    """The image as a viewer shows it: upright, in sRGB, on white; or its alpha channel. Raises ValueError if bad."""
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        image = PIL.ImageOps.exif_transpose(image)  # decodes the whole image; fails on damaged EXIF, too
+        image = ImageOps.exif_transpose(image)  # decodes the whole image; fails on damaged EXIF, too
     except PIL.UnidentifiedImageError:
         raise ValueError("not an image in a known format" if data else "empty file (0 bytes)") from None
     except PIL.Image.DecompressionBombError:
@@ -1230,14 +1234,16 @@ def decode_image(data: bytes) -> PIL.Image.Image:
         if clear is not None:
             image.putalpha(PIL.Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha_only:
+        return (alpha or PIL.Image.new("L", image.size, 255)).convert("RGB")
     image = image.convert({"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
-            source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
                 image = image.convert("RGB")
-            image = PIL.ImageCms.profileToProfile(image, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (PIL.ImageCms.PyCMSError, OSError) as error:
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError) as error:
             raise ValueError(f"unreadable colour profile ({error}); remove it or save the image as sRGB") from None
     image = image.convert("RGB")
     return image if alpha is None else PIL.Image.composite(image, PIL.Image.new("RGB", image.size, "white"), alpha)
@@ -1256,7 +1262,7 @@ def image_to_pixels(
     height, width = resized or cover_size((image.height, image.width), target)
     if height * width > MAX_PIXELS:  # a narrow strip: cropped before it is enlarged, to fit into memory
         place = crop[::-1] if crop else (0.5, 0.5)
-        image = PIL.ImageOps.fit(image, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
+        image = ImageOps.fit(image, target[::-1], PIL.Image.Resampling.LANCZOS, centering=place)
     else:
         image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     down, right = image.height - target[0], image.width - target[1]
@@ -1284,13 +1290,14 @@ class Image:
     target: Size = (0, 0)  # the size it is encoded at, see `make_samples`
     resize_key: str = "centre"  # how it is brought to `target`, for cache keys
     mask: Image | None = None  # loss mask
+    alpha_only: bool = False  # with --alpha_as_mask an image is its own mask
 
     def read(self) -> bytes:  # raises OSError
         return self.cell() if self.cell else self.path.read_bytes()
 
     def decoded(self) -> PIL.Image.Image:
         try:
-            return decode_image(self.read())
+            return decode_image(self.read(), self.alpha_only)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.name}: was good at the start, but now: {error}") from error
 
@@ -1458,10 +1465,13 @@ def list_metadata(args: Args, path: Path, names: dict[Any, Path]) -> tuple[list[
 def list_rows(args: Args) -> list[Row]:
     """The rows of --dataset_name, or of each --instance_data_dir with its number of --repeats."""
     if args.dataset_name:
-        return list_dataset(args)
-    repeats = args.repeats or [1] * len(args.instance_data_dir)
-    folders = zip(args.instance_data_dir, repeats, strict=True)
-    return [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
+        rows = list_dataset(args)
+    else:
+        folders = zip(args.instance_data_dir, args.repeats or [1] * len(args.instance_data_dir), strict=True)
+        rows = [(*row, n // epoch_rounds(args)) for path, n in folders for row in list_folder(args, path, n)]
+    for images, *_ in rows if args.alpha_as_mask else ():
+        images[0] = replace(images[0], mask=replace(images[0], alpha_only=True))
+    return rows
 
 
 def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], Captions, str]]:
@@ -1691,15 +1701,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise CannotWrite(f"{path}: {reason}") from error
 
 
-def remove_left_overs(run: Run) -> None:
-    """Removes half-written files of killed runs; in a cache, which others may share, only those over an hour old."""
-    for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
-        age = 3600 if path.is_relative_to(run.cache_dir) else 0
-        with contextlib.suppress(OSError):
-            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
-                path.unlink()
-
-
 def make_generator(seed: int, *purpose: Any) -> torch.Generator:
     """A CPU generator for one purpose, the same on all machines and processes."""
     key = "\x1f".join(map(str, (seed, *purpose))).encode()
@@ -1763,13 +1764,20 @@ def epoch_rounds(args: Args) -> int:
     return math.gcd(*(args.repeats or [1]))
 
 
-def choose_buckets(run: Run) -> list[Size]:
+def choose_buckets(run: Run, resolution: int = 0) -> list[Size]:
     """The (height, width) sizes to train at: the given list, a computed one, or the square of --resolution."""
+    resolution = resolution or run.args.resolution
     if run.args.aspect_ratio_buckets:
         return parse_sizes(run.args.aspect_ratio_buckets)
     if run.args.use_aspect_ratio_buckets:
-        return generate_aspect_ratio_buckets(run.args.resolution, divisibility=run.token_size)
-    return [(run.args.resolution, run.args.resolution)]
+        return training_utils.generate_aspect_ratio_buckets(resolution, divisibility=run.token_size)
+    return [(resolution, resolution)]
+
+
+def choose_targets(size: Size, choices: list[list[Size]]) -> list[Size]:
+    """The nearest bucket in each of the `choices` that does not enlarge the image, or else the first one's."""
+    targets = [nearest_bucket(size, buckets) for buckets in choices]
+    return [target for target in targets if cover_size(size, target) <= size] or targets[:1]
 
 
 def report_samples(run: Run, samples: list[Sample]) -> None:
@@ -1785,25 +1793,35 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
     for (height, width), count in sorted(Counter(image.target for image in images).items()):
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
-    if run.args.mask_suffix:
-        masked, outside = [image for image in images if image.mask], run.args.unmasked_weight
-        log.info(f"data: {len(masked)} of {len(images)} images have a mask; {outside:g} outside of it")
-        black = [i.name for i in masked if outside == 0 and i.mask.decoded().convert("L").getextrema()[1] == 0]
-        if black:
-            raise UserError(f"--mask_suffix: {len(black)} mask(s) are black all over: {first_few(black)}; remove them")
+    if run.args.mask_suffix or run.args.alpha_as_mask:
+        named, outside = {image.name: image.mask for image in images}, run.args.unmasked_weight
+        levels = {name: mask.decoded().convert("L").getextrema() for name, mask in named.items() if mask}
+        masks = sum(darkest < 255 for darkest, _ in levels.values())
+        log.info(f"data: {masks} of {len(named)} images have a mask; {outside:g} outside of it")
+        if black := [name for name, (_, lightest) in levels.items() if lightest == 0 and outside == 0]:
+            raise UserError(f"{len(black)} mask(s) are black or clear all over: {first_few(black)}; remove them")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
 
 
 def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """The samples to train on, and --validation_split others that are held out. Raises UserError if none is left."""
-    count, order = run.args.validation_split, permutation(run.seed, "held out", 0, 0, len(samples))
-    if count >= len(samples):
-        raise UserError(f"--validation_split {count}: there are only {len(samples)} images; hold out fewer")
-    held_out = [samples[index] for index in sorted(order[:count])]
+    """The samples to train on, and those held out for the validation loss. Raises UserError if none is left."""
+    contents, count = list(dict.fromkeys(sample.image.sha256 for sample in samples)), run.args.validation_split
+    if count >= len(contents):
+        raise UserError(f"--validation_split {count}: there are only {len(contents)} images; hold out fewer")
+    chosen = {contents[index] for index in permutation(run.seed, "held out", 0, 0, len(contents))[:count]}
+    held_out = [sample for sample in samples if sample.image.sha256 in chosen]
+    rest = [sample for sample in samples if sample.image.sha256 not in chosen]
+    if run.args.validation_data_dir:
+        data = {"instance_data_dir": run.args.validation_data_dir, "dataset_name": None, "repeats": None}
+        flags = Args(**vars(run.args) | data)
+        held_out += make_samples(run, fill_captions(flags, list_samples(flags)))
+        trained = {sample.image.sha256 for sample in rest}
+        if both := [sample.image.name for sample in held_out if sample.image.sha256 in trained]:
+            log.warning(f"data: {len(both)} image(s) of --validation_data_dir are also trained on: {first_few(both)}")
     if held_out:
-        log.info(f"data: {count} image(s) are held out: {first_few([sample.image.name for sample in held_out])}")
-    rest = [samples[index] for index in sorted(order[count:])]
+        names = dict.fromkeys(sample.image.name for sample in held_out)
+        log.info(f"data: {len(names)} image(s) are held out: {first_few([*names])}")
     rounds = range(max(sample.repeats for sample in rest))  # a sample is visited as often as it stands in the list
     return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
@@ -1814,24 +1832,26 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
 # differs: samples of the image-to-image script have references
 def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
     """The samples to train on and those held out; every image has been decoded once, every caption is final."""
-    samples = make_samples(run, fill_captions(run.args, list_samples(run.args)), choose_buckets(run))
-    report_samples(run, samples)
+    samples, held_out = split_samples(run, make_samples(run, fill_captions(run.args, list_samples(run.args))))
+    report_samples(run, [*dict.fromkeys(samples + held_out)])
     folder, asked = run.args.class_data_dir, run.args.class_prompt
     for path in sorted(Path(folder).glob("class-*.png")) if folder else []:
         with contextlib.suppress(OSError), PIL.Image.open(path) as image:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
                 was = f"{path.name} was generated from '{prompt}', not from --class_prompt '{asked}'"
                 raise UserError(f"--class_data_dir {folder}: {was}; choose another folder")
-    return split_samples(run, samples)
+    return samples, held_out
 
 
 # differs: samples of the image-to-image script have references
-def make_samples(run: Run, listed: list[Sample], buckets: list[Size]) -> list[Sample]:
-    """The samples with good images, each assigned to its bucket."""
+def make_samples(run: Run, listed: list[Sample]) -> list[Sample]:
+    """The samples with good images, each at the size, or sizes, that it is trained at."""
     good, bad = inspect_images([sample.image for sample in listed], run.cache_dir)
-    kept = [replace(sample, image=good[sample.image]) for sample in listed if sample.image in good]
+    kept = [(sample, good[sample.image]) for sample in listed if sample.image in good]
     refuse_bad_images(run.args, bad, len(listed), len(kept))
-    return [replace(s, image=replace(s.image, target=nearest_bucket(s.image.size, buckets))) for s in kept]
+    choices = [choose_buckets(run, side) for side in run.resolutions]
+    sizes = ((sample, image, target) for sample, image in kept for target in choose_targets(image.size, choices))
+    return [replace(sample, image=replace(image, target=target)) for sample, image, target in sizes]
 
 
 # differs: samples of the image-to-image script have references
@@ -1870,7 +1890,7 @@ class TrainingSet(Dataset):
         if run.args.vae_encode_mode == "sample":
             shape = (channels // 4, 2 * height, 2 * width)
             item["posterior_noise"] = torch.randn(shape, generator=generator("posterior", position))
-        if run.args.mask_suffix:
+        if run.args.mask_suffix or run.args.alpha_as_mask:
             item["weights"] = sample.image.token_weights(run.args, run.token_size, crop, flip)
         return item
 
@@ -1880,6 +1900,10 @@ class TrainingSet(Dataset):
 # Each distinct prompt and image is encoded once, by one process, into a file named after everything it depends on. Text
 # encoder and VAE leave the device before the transformer is loaded; of the encoder only the layers needed are loaded.
 # Training reads the files in the loader's workers. Rejected: keeping them in memory, 15.7 MB per embedding of [dev].
+UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.")  # of the layers only the last ones
+HUB_SILENCE, REMOTE_SILENCE, REMOTE_PATIENCE = 120.0, 60.0, 300.0  # seconds without a byte, and for a whole answer
+
+
 class TensorCache:
     """A folder of safetensors files with one tensor each; a file is named after everything the tensor depends on."""
 
@@ -1941,9 +1965,6 @@ def token_ids(family: ModelFamily, tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, **options)["input_ids"][0].tolist()
 
 
-UNREAD = re.compile(r"lm_head|vision_tower|multi_modal_projector|layers\.(\d+)\.")  # of the layers only the last ones
-
-
 def read_text_encoder(run: Run, **options: Any) -> tuple[nn.Module, dict[str, list]]:
     """The text encoder with only the layers that are needed, and a report on its weights for `refuse_misfits`."""
     kind, folder = getattr(transformers, run.family.text_encoder), run.model.folder / "text_encoder"
@@ -1999,9 +2020,6 @@ def encode_prompt(run: Run, tokenizer: Any, encoder: nn.Module, prompt: str) -> 
     pipeline = getattr(diffusers, run.family.pipeline)(text_encoder=encoder, tokenizer=tokenizer, **nothing)
     options = {"max_sequence_length": run.args.max_sequence_length, "text_encoder_out_layers": run.text_layers}
     return pipeline.encode_prompt(prompt, device=run.device, **options)[0][0].to(run.dtype)
-
-
-REMOTE_SILENCE, REMOTE_PATIENCE = 60.0, 300.0  # time limits in seconds: without a byte, and for a whole answer
 
 
 def encode_prompt_remotely(run: Run, prompt: str) -> torch.Tensor:
@@ -2075,7 +2093,7 @@ def encode_prompts(run: Run, prompts: list[str], limit: int | None = None) -> Te
                     cache.put(encode(prompt), f"prompt {prompt[:80]!r}", prompt)
                     progress.advance()
             del encode
-            release_memory()
+            training_utils.free_memory()
     return cache
 
 
@@ -2178,7 +2196,7 @@ def encode_images(run: Run, codec: LatentCodec, images: list[Image]) -> Autoenco
                     progress.advance()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
-    release_memory()
+    training_utils.free_memory()
     return vae
 
 
@@ -2186,8 +2204,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     """A safetensors file; equal runs must give equal files, but the library writes metadata in random order."""
     data = save(tensors)
     end = 8 + int.from_bytes(data[:8], "little")
-    header = {"__metadata__": metadata} if metadata else {}
-    text = json.dumps({**header, **json.loads(data[8:end])}).encode()
+    text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **json.loads(data[8:end])}).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[end:]])
 
@@ -2209,6 +2226,7 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
 # the device, split over processes, or streamed from the host. Only the LoRA is trained, in fp32. Tried and rejected:
 # torchao's FP8 layers, which keep a bf16 weight for the backward pass; PEFT's own cast, which copies the input of every
 # layer in fp32; accelerate's FSDP, which turns the LoRA into DTensors.
+FP8 = torch.float8_e4m3fn
 ATTENTION = "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"
 TEXT_ATTENTION = "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out"
 FAL = f"{ATTENTION},{TEXT_ATTENTION},ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
@@ -2218,15 +2236,13 @@ DEFAULT_LORA_LAYERS = f"{ATTENTION},{TEXT_ATTENTION},attn.to_qkv_mlp_proj,attn.t
 # FLUX.1 names, which many published lists use, and their FLUX.2 counterparts: there, all blocks share the modulation,
 # and single blocks fuse q, k, v and the MLP.
 FLUX1_NAMES = (
-    (r"(ff|ff_context)\.net\.0\.proj$", r"\1.linear_in"),
-    (r"(ff|ff_context)\.net\.2$", r"\1.linear_out"),
+    (r"(ff|ff_context)\.net\.0\.proj$", r"\1.linear_in"), (r"(ff|ff_context)\.net\.2$", r"\1.linear_out"),
     (r"^(transformer_blocks\.\d+\.)?norm1\.linear$", "double_stream_modulation_img.linear"),
     (r"^(transformer_blocks\.\d+\.)?norm1_context\.linear$", "double_stream_modulation_txt.linear"),
     (r"^(single_transformer_blocks\.\d+\.)?norm\.linear$", "single_stream_modulation.linear"),
-    (r"^(single_transformer_blocks\.\d+\.)attn\.to_[qkv]$", r"\1attn.to_qkv_mlp_proj"),
-    (r"^(single_transformer_blocks\.\d+\.)?proj_mlp$", r"\1attn.to_qkv_mlp_proj"),
-    (r"^(single_transformer_blocks\.\d+\.)?proj_out$", r"\1attn.to_out"),
-)
+    (r"^(single_transformer_blocks\.\d+\.)(attn\.to_[qkv]|proj_mlp)$", r"\1attn.to_qkv_mlp_proj"),
+    ("^proj_mlp$", "attn.to_qkv_mlp_proj"), (r"^(single_transformer_blocks\.\d+\.)?proj_out$", r"\1attn.to_out"),
+)  # fmt: skip
 
 
 def rename(name: str, patterns: Iterable[tuple[str, str]]) -> str:
@@ -2267,9 +2283,6 @@ class LoraLinear(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.weight.to(hidden.dtype))
-
-
-FP8 = torch.float8_e4m3fn
 
 
 def to_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2657,10 +2670,7 @@ def load_lora(parameters: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_comfyui: bool = False) -> None:
-    """Writes the LoRA for diffusers, or for ComfyUI and others, which use BFL's names and ignore alpha in the header.
-
-    The header holds only what differs from PEFT's defaults, since an older PEFT refuses keys it does not know.
-    """
+    """Writes the LoRA for diffusers, or for ComfyUI and others, which use BFL's names and ignore the header's alpha."""
     dtype = torch.float32 if run.args.upcast_before_saving else run.dtype
     header, lora = {"format": "pt", **describe_lora(run)}, run.lora
     tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
@@ -2668,7 +2678,7 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_c
         tensors = bfl_lora(tensors, lora.alpha / lora.rank)
     else:
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-        # diffusers 0.36 to 0.39 fail without rank_pattern
+        # what differs from PEFT's defaults, of which older ones refuse new keys; diffusers < 0.40 needs rank_pattern
         adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "rank_pattern": {}, "target_modules": sorted(lora.targets)}
         header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": adapter[key] for key in adapter})
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
@@ -2677,7 +2687,7 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_c
 
 def describe_lora(run: Run) -> dict[str, str]:
     """What user interfaces show about a LoRA file. Without a date, so that equal runs give equal files."""
-    trigger, size = run.args.instance_prompt or "", run.args.resolution
+    trigger, size = run.args.instance_prompt or "", run.resolutions[-1]
     facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger}
     facts |= {"implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})"}
     facts = {f"modelspec.{name}": value for name, value in {**facts, "resolution": f"{size}x{size}"}.items()}
@@ -2730,7 +2740,7 @@ def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch
 def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
     """One u in [0, 1] from the density of --weighting_scheme; sigma is 1 - u before the shift."""
     density = args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale
-    return compute_density_for_timestep_sampling(*density, generator=generator)[0].clamp(0.0, 1.0)
+    return training_utils.compute_density_for_timestep_sampling(*density, generator=generator)[0].clamp(0.0, 1.0)
 
 
 def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -2790,8 +2800,8 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
     if "weights" in tensors:  # loss masks
         errors_BLC = errors_BLC * tensors["weights"][..., None]
     errors_B = errors_BLC.mean(dim=(1, 2))
-    weights_B = compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)  # sigma_sqrt: 10^6 at sigma 0.001
-    return weights_B.clamp(max=100.0) * errors_B, sigmas_B
+    weights_B = training_utils.compute_loss_weighting_for_sd3(run.args.weighting_scheme, sigmas_B)
+    return weights_B.clamp(max=100.0) * errors_B, sigmas_B  # sigma_sqrt: 10^6 at sigma 0.001
 
 
 # ------------------------------------------------------------------------------------------------------------- The step
@@ -2985,10 +2995,7 @@ def find_checkpoint(args: Args) -> Checkpoint | None:
 
 
 def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
-    """What must not change for a resumed run to be the same run; class images are added later than the rest.
-
-    Values are resolved: a default that is written out, or written in another way, makes no difference.
-    """
+    """What must not change for a resumed run, with defaults resolved; class images are added later than the rest."""
     shift, beta3 = run.args.timestep_shift, run.args.prodigy_beta3
     result = {name: vars(run.args)[name] for name in RESUME_FLAGS} | {"seed": run.seed, "dtype": str(run.dtype)}
     result |= {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "LoRA modules": len(run.lora.targets)}
@@ -3125,11 +3132,11 @@ def restore(run: Run, training: Training) -> None:
 # region shared: validation
 def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
     """The installed pipeline around models that are on the device, without text encoder; it changes neither."""
-    distilled = bool(run.model.index.get("is_distilled"))
-    klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
+    klein, distilled = run.family.pipeline == "Flux2KleinPipeline", bool(run.model.index.get("is_distilled"))
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
     models = {"transformer": transformer, "vae": vae, "text_encoder": None, "tokenizer": None}
-    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models, **klein)
+    models |= {"is_distilled": distilled} if klein else {}
+    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -3178,7 +3185,7 @@ def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path)
 
 def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
     """Writes a PNG, completely or not at all: in lockstep two processes may write the same one."""
-    buffer, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     for name, text in facts.items():
         info.add_text(name, text)
     image.save(buffer, "PNG", pnginfo=info)
@@ -3195,13 +3202,13 @@ def draw_sheet(run: Run, prompts: list[str], folders: list[Path], path: Path) ->
             cells[x, y] = PIL.Image.open(file).convert("RGB")
     titles += [folder.name for folder in folders]
     sheet = PIL.Image.new("RGB", (len(titles) * 264 + 8, len(prompts) * 284 + 24), "white")  # 256 pixels an image
-    draw = PIL.ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
         draw.text((8 + 264 * x, 6), title, fill="black")
     for y, prompt in enumerate(prompts):
         draw.text((8, 284 + 284 * y), prompt[: len(titles) * 36], fill="black")
     for (x, y), image in cells.items():
-        sheet.paste(PIL.ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
+        sheet.paste(ImageOps.contain(image, (256, 256)), (8 + 264 * x, 24 + 284 * y))
     write_image(sheet, path)
     if IN_NOTEBOOK:  # IPython's builtin; a new sheet replaces the previous one below the cell
         builtins.display(sheet, display_id="contact sheet", update="contact sheet" in run.said_once)
@@ -3267,7 +3274,7 @@ def validate(run: Run, training: Training) -> dict[str, float]:
         log.error(f"validation: failed at step {training.step} ({type(error).__name__}: {error}); training goes on")
     training.transformer.train()
     training.rest_vae(run.args)
-    release_memory()  # training needs the memory again
+    training_utils.free_memory()  # training needs the memory again
     return values
 
 
@@ -3294,7 +3301,7 @@ def make_streams(
         report_unused(folder, files, images)
         listed = [Sample(Image(printable(path.name), path), (run.args.class_prompt,)) for path in images]
         with run.accelerator.main_process_first():  # the others use its index of checked images
-            classes = make_samples(run, listed, choose_buckets(run))
+            classes = make_samples(run, listed)
         streams.append(Stream("class", classes, run.args.prior_loss_weight))
     learned = [sample for stream in streams for sample in stream.samples]
     return streams, [sample.image for sample in learned + held_out]
@@ -3313,7 +3320,7 @@ def generate_class_images(run: Run, codec: LatentCodec, folder: Path, batches: l
                 write_image(image, folder / f"class-{number:05d}.png", class_prompt=prompt)
                 progress.advance()
     del pipeline
-    release_memory()
+    training_utils.free_memory()
 
 
 # -------------------------------------------------------------------------------------------------------------- Results
@@ -3402,7 +3409,7 @@ def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> 
     known = {"library_name": "diffusers", "pipeline_tag": TASK, "instance_prompt": trigger, **run.family.license}
     head = huggingface_hub.ModelCardData(**known, tags=tags, widget=widget, **adapted)
     facts = {"base model": base, "rank": run.lora.rank, "alpha": f"{run.lora.alpha:g}"}
-    facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.args.resolution}
+    facts |= {"steps": training.step, "seed": run.seed, "base in": run.base_format, "resolution": run.resolutions[-1]}
     table = "\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in facts.items())
     files = f"[{LORA_FILE}]({LORA_FILE}) is for diffusers."
     if run.args.comfyui_lora:
@@ -3441,10 +3448,7 @@ A LoRA for {escape_markdown(base)}, trained with `{Path(__file__).name}`; the se
 
 
 def card_snippets(run: Run) -> str:
-    """Two ways to use the LoRA: in a few lines, and with a model that is larger than the GPU.
-
-    The second frees the text encoder, 48 GB for [dev], before it loads the transformer.
-    """
+    """Two ways to use the LoRA: in a few lines, and part by part for a model that is larger than the GPU."""
     base, repo = run.model.public_name, run.hub_repo or run.output_dir.absolute().name
     pipeline, encoder, (imports, inputs) = run.family.pipeline, run.family.text_encoder, card_inputs(run)
     given = {name: vars(run.args)[name] for name in ("max_sequence_length", "text_encoder_out_layers")}
@@ -3469,7 +3473,6 @@ Part by part, with the transformer as it was trained:
 
 ```python
 import gc
-
 import torch
 from diffusers import {pipeline}
 from transformers import {encoder}
@@ -3520,9 +3523,6 @@ def escape_markdown(text: str) -> str:  # so that it cannot end a table cell, a 
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(printable(text).split()))
 
 
-HUB_SILENCE = 120.0  # seconds without an answer after which the Hub is asked again
-
-
 def open_hub(args: Args) -> huggingface_hub.HfApi:  # with a time limit, which it does not have by itself
     huggingface_hub.get_session().timeout = HUB_SILENCE
     return huggingface_hub.HfApi(token=args.hub_token)
@@ -3558,6 +3558,14 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     prompts, width = all_prompts(run, samples), run.model.config("transformer")["joint_attention_dim"]
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
+    if run.args.stream_blocks:
+        linears = linear_modules(run.model.config("transformer"))
+        frozen = sum(linear.weight.numel() for name, linear in linears.items() if "blocks." in name)
+        size = run.args.stream_blocks * frozen * (1 if run.args.do_fp8_training else run.dtype.itemsize)
+        need = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9  # each process pins its own
+        if need > (free := psutil.virtual_memory().available / 1e9):
+            advice = "stream a smaller share, or use --do_fp8_training"
+            raise UserError(f"--stream_blocks: pins {need:.1f} GB of host memory, {free:.1f} GB are free; {advice}")
     if run.args.remote_text_encoder:  # so that a server that is down is noticed at once
         encode_prompts(run, prompts, limit=1)
     steps, warm_up = total_steps(run, len(samples)), run.args.lr_warmup_steps
@@ -3571,10 +3579,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 
 
 def begin_output(run: Run) -> Run:
-    """Creates the repository, writes the settings, starts the trackers. Returns the run with its repository.
-
-    Removes what a killed run left half-written, and with --overwrite_output_dir everything of an earlier run.
-    """
+    """Creates the repository, clears what earlier runs left, writes the settings, starts the trackers."""
     if run.is_main and run.args.push_to_hub:  # before training, so that a missing permission is noticed now
         name = run.args.hub_model_id or run.output_dir.absolute().name
         try:
@@ -3589,7 +3594,11 @@ def begin_output(run: Run) -> Run:
             doomed += [path for path in results_in(run.output_dir) if path.name != "config.args"]
         for path in doomed:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        remove_left_overs(run)
+        for path in itertools.chain(run.output_dir.rglob(".*.tmp"), run.cache_dir.rglob(".*.tmp")):
+            age = 3600 if path.is_relative_to(run.cache_dir) else 0  # another run may share the cache
+            with contextlib.suppress(OSError):
+                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= age:
+                    path.unlink()
         rewind(run)
     flags = {name: value for name, value in vars(run.args).items() if name not in SECRET_FLAGS}
     flags |= {name: Path(flags[name]).name for name in PATH_FLAGS if isinstance(flags.get(name), str)}  # no folders
@@ -3618,9 +3627,7 @@ def check_agreement(run: Run, now: dict[str, Any]) -> None:
         raise UserError(f"{where}: start all with the same command, data and --output_dir on a shared drive")
 
 
-def prepare_training(
-    run: Run, codec: LatentCodec, streams: list[Stream], vae: Any, held_out: list[Sample] = ()
-) -> Training:
+def prepare_training(run: Run, codec: LatentCodec, streams: list[Stream], vae: Any, held_out: list = ()) -> Training:
     """Loads the transformer; makes LoRA, optimizer and schedule: new, from --init_lora_from, or from the checkpoint."""
     now, steps = fingerprint(run, streams), total_steps(run, len(streams[0].samples))
     if run.resume:

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SCRIPTS
@@ -313,3 +314,24 @@ def test_a_warning_of_a_spawned_worker_carries_its_level(script, tmp_path):
     (tmp_path / "work.py").write_text(WORKER.format(root=str(ROOT), module=script.__name__))
     ended = run_python(tmp_path / "work.py", timeout=180)
     assert re.search(r"\d\d:\d\d:\d\d WARNING from a worker\n", ended.stderr), ended.stderr
+
+
+@pytest.mark.scripts("t2i")
+@pytest.mark.parametrize(
+    ("release", "given", "set_to"),
+    [
+        ("6.8.0-45-generic", {}, "expandable_segments:True"),
+        ("6.8.0-45-generic", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("6.8.0-45-generic", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+        ("5.15.167.4-microsoft-standard-WSL2", {}, None),
+    ],
+)
+def test_gpu_memory_is_allocated_in_segments_that_grow_unless_the_user_says_otherwise(script, release, given, set_to):
+    """Before torch is imported; not under WSL, whose driver fails at the first allocation."""
+    lines = Path(script.__file__).read_text(encoding="utf-8").split("\n")
+    (start,) = (number for number, line in enumerate(lines) if "PYTORCH_CUDA_ALLOC_CONF" in line)
+    assert start < lines.index("import torch") and lines[start].startswith("if ")
+    surroundings = {"sys": SimpleNamespace(platform="linux"), "platform": SimpleNamespace(release=lambda: release)}
+    os_environ = SimpleNamespace(environ=dict(given))
+    exec("\n".join(lines[start : start + 2]), {**surroundings, "os": os_environ})
+    assert os_environ.environ.get("PYTORCH_ALLOC_CONF") == set_to

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as DatasetImage
 from PIL import Image, ImageOps
-from runs import column, metrics
+from runs import column, metrics, trajectory
 from unit_parts import log_lines, start_run, training_set
 
 pytestmark = pytest.mark.e2e
@@ -94,6 +96,60 @@ def test_masks_are_no_images_and_an_image_without_one_counts_as_a_whole(script, 
     assert torch.equal(training_set(script, run, samples)[bare, 0]["weights"], torch.ones(16))
 
 
+@pytest.fixture
+def cut_out(photos, tmp_path):
+    """The first three photos as PNG: two whose right half is transparent, one opaque; and the same with mask files."""
+    alpha, masks = tmp_path / "alpha", tmp_path / "masks"
+    alpha.mkdir(), masks.mkdir()
+    for number, path in enumerate(sorted(photos.glob("*.jpg"))[:3]):
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+        mask = Image.new("L", image.size, 255)
+        mask.paste(0 if number < 2 else 255, (image.width // 2, 0, image.width, image.height))
+        clear = image.copy()
+        clear.putalpha(mask)
+        (clear if number < 2 else image).save(alpha / f"{path.stem}.png")
+        Image.composite(image, Image.new("RGB", image.size, "white"), mask).save(masks / f"{path.stem}.png")
+        mask.save(masks / f"{path.stem}-mask.png")
+    return alpha, masks
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache_latents",)])
+def test_transparency_as_the_mask_trains_like_the_same_mask_in_files(train, cut_out, cached):
+    alpha, masks = cut_out
+    more = ("--random_flip", "--max_train_steps", "6", *cached)
+    with log_lines() as lines:
+        first = train("--instance_data_dir", alpha, "--alpha_as_mask", *more, output="first")
+    assert any("2 of 3 images have a mask" in line for line in lines)
+    assert trajectory(first) == trajectory(train("--instance_data_dir", masks, *MASKS, *more, output="second"))
+    plain = train("--instance_data_dir", alpha, *more, output="third")
+    assert column(plain, "loss") != pytest.approx(column(first, "loss"), rel=1e-3)
+
+
+def test_transparency_is_read_from_a_data_set_too(script, tiny, cut_out, tmp_path):
+    data = Dataset.from_dict({"image": [str(path) for path in sorted(cut_out[0].iterdir())]})
+    data.cast_column("image", DatasetImage()).save_to_disk(tmp_path / "set")
+    run = start_run(script, tiny, tmp_path, "--dataset_name", tmp_path / "set", "--alpha_as_mask")
+    samples, _ = script.check_data(run)
+    weights = [training_set(script, run, samples)[index, index]["weights"] for index in range(3)]
+    assert weights[0].std() > 0.1 and torch.equal(weights[2], torch.ones(16))
+
+
+def test_an_image_that_is_clear_all_over_is_refused_by_name(script, tiny, tmp_path):
+    Image.new("RGBA", (80, 64), (200, 10, 10, 0)).save((tmp_path / "no-data").mkdir() or tmp_path / "no-data/ghost.png")
+    run = start_run(script, tiny, tmp_path, "--alpha_as_mask")
+    with pytest.raises(script.UserError, match=r"1 mask\(s\) are black or clear all over: ghost\.png; remove them"):
+        script.check_data(run)
+    assert script.check_data(start_run(script, tiny, tmp_path, "--alpha_as_mask", "--unmasked_weight", "0.1"))
+
+
+def test_a_mask_file_and_transparency_are_not_mixed(script, tiny, photos, capsys):
+    words = ("--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, *MASKS, "--alpha_as_mask")
+    with pytest.raises(SystemExit):
+        script.parse_args([*map(str, words)])
+    assert "--mask_suffix and --alpha_as_mask: give only one of them" in capsys.readouterr().err
+
+
 @pytest.mark.scripts("i2i")
 @pytest.mark.parametrize("fault", ["black", "size", "damaged"])
 def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tmp_path, fault):
@@ -104,7 +160,11 @@ def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tm
         path.write_bytes(path.read_bytes()[:60])
     else:
         Image.new("L", (width + (fault == "size"), height), 0).save(path)
-    words = {"black": "black all over", "size": f"is {width + 1} x {height}, the image", "damaged": "truncated"}[fault]
+    words = {
+        "black": "black or clear all over",
+        "size": f"is {width + 1} x {height}, the image",
+        "damaged": "truncated",
+    }[fault]
     run = start_run(script, tiny, tmp_path, "--instance_data_dir", masked, *MASKS)
     with pytest.raises(script.UserError, match=words) as refusal:
         script.check_data(run)

@@ -170,13 +170,15 @@ def test_after_a_validation_without_memory_the_vae_rests_and_memory_is_released(
     """With --offload it would else stay on the device until the next image."""
     events = []
     fail(monkeypatch, script, "generate", DEVICE, call=2)
-    for owner, name in ((script, "release_memory"), (script.Training, "rest_vae"), (script, "train_step")):
+    for owner, name in (
+        (script.training_utils, "free_memory"), (script.Training, "rest_vae"), (script, "train_step")
+    ):  # fmt: skip
         original = getattr(owner, name)
         note = functools.partial(lambda label, call, *args: (events.append(label), call(*args))[1], name, original)
-        monkeypatch.setattr(owner, name, functools.partialmethod(note) if owner is not script else note)
+        monkeypatch.setattr(owner, name, functools.partialmethod(note) if owner is script.Training else note)
     train("--validation_prompt", "a toy", "--validation_steps", "1", *DRAW, "--skip_final_inference", "--cache_latents")
     first = events.index("train_step")
-    assert events[first + 1 : first + 4] == ["rest_vae", "release_memory", "train_step"]
+    assert events[first + 1 : first + 4] == ["rest_vae", "free_memory", "train_step"]
 
 
 @pytest.mark.e2e

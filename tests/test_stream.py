@@ -164,7 +164,7 @@ def samples(script, tiny, photos, reference_flags, tmp_path_factory) -> list:
     data = ("--instance_data_dir", photos, *reference_flags)
     run = start_run(script, tiny, tmp_path_factory.mktemp("samples"), *data)
     rows = [replace(one, captions=(f"caption of {one.image.name}",)) for one in script.list_samples(run.args)]
-    return script.make_samples(run, rows, [SQUARE])
+    return script.make_samples(run, rows)
 
 
 @pytest.fixture(scope="module")

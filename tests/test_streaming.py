@@ -102,3 +102,26 @@ def test_what_cannot_stream_is_refused_before_anything_is_loaded(script, capsys,
     with pytest.raises(SystemExit):
         script.parse_args(list(flags))
     assert "fsdp_offload_params" in capsys.readouterr().err
+
+
+@pytest.mark.scripts("t2i")
+@pytest.mark.parametrize("flags", [("1", "--mixed_precision", "bf16"), ("0.5",), ("1", "--do_fp8_training")])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_blocks_that_host_memory_cannot_hold_are_refused_before_the_model_is_loaded(
+    script, quick, monkeypatch, flags, processes
+):
+    """Just below what is pinned they are refused, just above the run goes on; each process pins its own."""
+    stream = ("--stream_blocks", *flags, "--max_train_steps", "1")
+    loads = spy(monkeypatch, script, "load_transformer")
+    quick(*stream)
+    pinned = processes * sum(home.nbytes for home in loads.pop().result.stream.pinned_blocks)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(script.psutil, "virtual_memory", lambda: SimpleNamespace(available=0.85 * pinned))
+    with pytest.raises(
+        script.UserError, match=r"--stream_blocks: pins 0\.0 GB of host memory, 0\.0 GB are free; stream"
+    ):
+        quick(*stream, output="refused")
+    assert not loads
+    monkeypatch.setattr(script.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.05 * pinned))
+    quick(*stream, output="fits")
+    assert loads

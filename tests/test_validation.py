@@ -1,5 +1,6 @@
 """Images, sheets, losses, trackers and the model card of runs on the tiny model, in this process."""
 
+import json
 import re
 import shutil
 import socket
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from conftest import draw_photo
+from conftest import draw_photo, draw_photos
 from diffusers import Flux2Pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -210,6 +211,57 @@ def test_a_run_that_holds_images_out_is_the_run_without_them(quick, photos, tmp_
     for path in [path for path in fewer.rglob("*") if path.name in told]:
         path.unlink()
     assert column(folder, "loss") == column(quick("--instance_data_dir", fewer, *flags, output="again"), "loss")
+
+
+@pytest.mark.scripts("t2i", "i2i")
+def test_images_of_a_folder_of_their_own_are_measured_and_leave_the_run_as_it_is(script, quick, photos, tmp_path):
+    """Their captions count too; `--validation_split` may hold out others beside them."""
+    other = draw_photos(tmp_path / "other", 2, seed=50)
+    (other / "00.txt").write_text("a caption of its own")
+    flags = ("--instance_data_dir", photos, "--validation_steps", "2", "--max_train_steps", "4", "--seed", "3")
+    plain = quick(*flags, output="plain")
+    with log_lines() as lines:
+        folder = quick(*flags, "--validation_data_dir", other, output="held")
+    assert_same_run(plain, folder)
+    assert any("2 image(s) are held out: 00.jpg, 01.jpg" in line for line in lines)
+    assert any("00.jpg: a caption of its own" in line for line in lines)
+    assert sum("validation_loss" in line for line in metrics(folder)) == 2
+    with log_lines() as lines:
+        quick(*flags, "--validation_data_dir", other, "--validation_split", "1", output="split")
+    assert any("3 image(s) are held out" in line for line in lines) and not any("also trained" in one for one in lines)
+
+
+def test_a_held_out_image_that_is_trained_on_is_named(script, quick, photos):
+    with log_lines() as lines:
+        quick("--validation_data_dir", photos, "--max_train_steps", "1")
+    assert any("5 image(s) of --validation_data_dir are also trained on: 00.jpg" in line for line in lines)
+
+
+def test_two_copies_of_an_image_are_held_out_together(script, quick, photos, tmp_path):
+    """Else the validation loss would be of an image that is trained on."""
+    shutil.copytree(photos, twice := tmp_path / "twice")
+    for path in sorted(twice.glob("*.jpg")):
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    with log_lines() as lines:
+        quick("--instance_data_dir", twice, "--validation_split", "2", "--max_train_steps", "1")
+    (told,) = (line for line in lines if "held out" in line)
+    names = told.partition("held out: ")[2].split(", ")
+    assert len(names) == 4 and {name.removeprefix("copy-") for name in names} == {*names} - {f"copy-{n}" for n in names}
+
+
+@pytest.mark.scripts("i2i")
+def test_held_out_edits_name_their_references_in_metadata(script, quick, photos, references, capsys, tmp_path):
+    shutil.copytree(photos, other := tmp_path / "other")
+    shutil.copytree(references, other / "references")
+    rows = ({"file_name": f"{n:02d}.jpg", "cond_file_name": f"references/{n:02d}.png", "text": "t"} for n in range(2))
+    (other / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--validation_data_dir", other, "--validation_steps", "1", "--max_train_steps", "1")
+    with log_lines() as lines:
+        folder = quick("--instance_data_dir", other, *flags)
+    assert "validation_loss" in metrics(folder)[0] and not any("have no reference" in line for line in lines)
+    with pytest.raises(SystemExit):
+        quick(*flags, output="by-stem")
+    assert "--validation_data_dir: name its references in metadata" in capsys.readouterr().err
 
 
 def test_the_lowest_held_out_loss_keeps_its_lora_and_a_resumed_run_knows_it(script, quick, monkeypatch):

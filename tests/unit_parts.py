@@ -29,8 +29,8 @@ def start_run(script: Any, model: Path, folder: Path, *flags: str | Path) -> Any
 
 def check_samples(script: Any, args: Any, cache_dir: Path) -> list:
     """The good samples of what the flags name, as a start of the script finds them."""
-    run = SimpleNamespace(args=args, cache_dir=cache_dir, token_size=16)
-    return script.make_samples(run, script.list_samples(args), [(64, 64)])
+    run = SimpleNamespace(args=args, cache_dir=cache_dir, token_size=16, resolutions=[64])
+    return script.make_samples(run, script.list_samples(args))
 
 
 def training_set(script: Any, run: Any, samples: list, stream: str = "instance") -> Any:
