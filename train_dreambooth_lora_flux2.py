@@ -1285,8 +1285,9 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills in hash and size
+    sha256: str = ""  # of the file's bytes; `inspect_images` fills in hash, size and levels
     size: Size = (0, 0)
+    levels: tuple[int, int] = (0, 0)  # the darkest and the lightest grey
     target: Size = (0, 0)  # the size it is encoded at, see `make_samples`
     resize_key: str = "centre"  # how it is brought to `target`, for cache keys
     mask: Image | None = None  # loss mask
@@ -1637,20 +1638,20 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size, the names of bad ones with the reason."""
     # `checked_images.json` holds what earlier starts found, so that only new images are decoded
-    file, policy, index, good, bad = cache_dir / "checked_images.json", f"decoder {DECODE_POLICY}", {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"levels, decoder {DECODE_POLICY}", {}, {}, {}
     images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: start a new one
         index = json.loads(file.read_text(encoding="utf-8"))[policy]
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, (sha256, height, width, reason) in zip(images, pool.map(inspect, images), strict=True):
+        for image, (sha256, height, width, *levels, reason) in zip(images, pool.map(inspect, images), strict=True):
             mask = good.get(image.mask)  # masks come before their images
             if image.mask and mask and mask.size != (height, width):
                 reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
             if reason or (image.mask and not mask):
                 bad[image.name] = reason or f"{image.mask.name} is bad"
             else:
-                good[image] = replace(image, sha256=sha256, size=(height, width), mask=mask)
+                good[image] = replace(image, sha256=sha256, size=(height, width), levels=tuple(levels), mask=mask)
             progress.advance()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
@@ -1658,24 +1659,25 @@ def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image
 
 
 def inspect_image(index: dict[str, list], image: Image) -> list:
-    """[sha256, height, width, what is wrong or None]; unchanged files are not read, known content is not decoded."""
+    """[sha256, height, width, darkest, lightest, what is wrong or None]; only what is new is read and decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.path}" if stat else None
+        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.alpha_only} {image.path}" if stat else None
         if stamp in index:
             return index[stamp]
         data = image.read()
     except OSError as error:
-        return ["", 0, 0, f"cannot be read ({error})"]
+        return ["", 0, 0, 0, 0, f"cannot be read ({error})"]
     sha256 = hashlib.sha256(data).hexdigest()
+    key = f"{sha256} {image.alpha_only}"
     try:
-        if sha256 not in index:
-            decoded = decode_image(data)
-            index[sha256] = [sha256, decoded.height, decoded.width, None]
+        if key not in index:
+            decoded = decode_image(data, image.alpha_only)
+            index[key] = [sha256, decoded.height, decoded.width, *decoded.convert("L").getextrema(), None]
     except ValueError as error:
-        index[sha256] = [sha256, 0, 0, str(error)]
-    index[stamp or sha256] = index[sha256]
-    return index[sha256]
+        index[key] = [sha256, 0, 0, 0, 0, str(error)]
+    index[stamp or key] = index[key]
+    return index[key]
 
 
 def refuse_bad_images(args: Args, bad: dict[str, str], listed: int, good: int) -> None:
@@ -1794,11 +1796,10 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         small = sum(i.target == (height, width) and cover_size(i.size, i.target) > i.size for i in images)
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
     if run.args.mask_suffix or run.args.alpha_as_mask:
-        named, outside = {image.name: image.mask for image in images}, run.args.unmasked_weight
-        levels = {name: mask.decoded().convert("L").getextrema() for name, mask in named.items() if mask}
-        masks = sum(darkest < 255 for darkest, _ in levels.values())
-        log.info(f"data: {masks} of {len(named)} images have a mask; {outside:g} outside of it")
-        if black := [name for name, (_, lightest) in levels.items() if lightest == 0 and outside == 0]:
+        distinct = {(image.sha256, image.mask and image.mask.sha256): image for image in images}.values()
+        masks, outside = [i for i in distinct if i.mask and i.mask.levels[0] < 255], run.args.unmasked_weight
+        log.info(f"data: {len(masks)} of {len(distinct)} images have a mask; {outside:g} outside of it")
+        if black := [image.name for image in masks if image.mask.levels[1] == 0 and outside == 0]:
             raise UserError(f"{len(black)} mask(s) are black or clear all over: {first_few(black)}; remove them")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
@@ -1812,9 +1813,8 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     chosen = {contents[index] for index in permutation(run.seed, "held out", 0, 0, len(contents))[:count]}
     held_out = [sample for sample in samples if sample.image.sha256 in chosen]
     rest = [sample for sample in samples if sample.image.sha256 not in chosen]
-    if run.args.validation_data_dir:
-        data = {"instance_data_dir": run.args.validation_data_dir, "dataset_name": None, "repeats": None}
-        flags = Args(**vars(run.args) | data)
+    if folders := run.args.validation_data_dir:
+        flags = Args(**vars(run.args) | {"instance_data_dir": folders, "dataset_name": None, "repeats": None})
         held_out += make_samples(run, fill_captions(flags, list_samples(flags)))
         trained = {sample.image.sha256 for sample in rest}
         if both := [sample.image.name for sample in held_out if sample.image.sha256 in trained]:
