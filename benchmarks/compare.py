@@ -1,14 +1,14 @@
-"""Runs another training script and ours in turn on the same data and models: start, step, wall time, memory.
+"""Compare another training script with ours on the same data and models: start-up, step and wall time, and memory.
 
-    python benchmarks/compare.py --against PATH                      any file that takes diffusers' flags
-    python benchmarks/compare.py --against PATH -- --rank 64         flags for both
-    python benchmarks/compare.py --against train_dreambooth_lora_flux2.py        the noise: our script against itself
+    python benchmarks/compare.py --against PATH                             any script that accepts diffusers' flags
+    python benchmarks/compare.py --against PATH -- --rank 64                extra flags for both scripts
+    python benchmarks/compare.py --against train_dreambooth_lora_flux2.py   our script against itself: shows the noise
 
-Models are the embedded one and one with a wider random transformer. Each round starts both scripts twice, each time in
-a process of its own and in a new output folder; the second start finds what the first one cached, if the script takes
---latents_cache_dir. Flags that only one of the scripts takes are left out. A step ends with the optimizer's, which
-PyTorch tells; on a GPU its work is waited for there. Memory is the peak of the main process, on a GPU that of its
-tensors. Writes compare.json; which of the two goes first changes with the round.
+There are two models: the embedded one and one with a wider random transformer. Each round runs both scripts twice, each
+time in a new process and a new output folder, and the scripts take turns to go first. The second run reuses what the
+first one cached if the script accepts --latents_cache_dir. Flags that only one of the scripts accepts are omitted. A
+step ends when the optimizer's step has finished, on a GPU after synchronising with it. Memory is the peak of the main
+process on the CPU, and of allocated tensors on a GPU. Writes compare.json.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from results import ROOT, write_result
 OURS = ROOT / "train_dreambooth_lora_flux2.py"
 MODELS = {"tiny": (None, 64), "mid": (640, 256)}  # width of the transformer, pixels per side
 FIGURES = {
-    "first_step_seconds": ("to the end of the first step", "s"),
-    "step_seconds": ("a step", "s"),
-    "wall_seconds": ("the whole run", "s"),
+    "first_step_seconds": ("time to the end of the first step", "s"),
+    "step_seconds": ("time per step", "s"),
+    "wall_seconds": ("time of the whole run", "s"),
     "peak_gb": ("peak memory", "GB"),
 }
 
-# Runs the script as the program and writes when its steps ended, and its peak, to the file that comes first.
+# Runs the script as the main program. Writes the end times of its steps and its peak memory to the first argument.
 WATCHED = """
 import atexit, json, re, runpy, sys, time
 from pathlib import Path
@@ -61,13 +61,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def flags_of(script: Path) -> set[str]:
-    """The flags that the script's --help names."""
-    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"--[a-z0-9_]+", shown))
+    """The flags listed in the script's --help."""
+    text = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"--[a-z0-9_]+", text))
 
 
 def start(script: Path, words: list[Any], result: Path) -> dict[str, float]:
-    """One run in a process of its own. Raises RuntimeError with its last words if it fails or makes no two steps."""
+    """Runs the script in a new process. Raises RuntimeError with its last output if it fails or takes only one step."""
     command = [sys.executable, "-c", WATCHED, *map(str, (result, script, *words))]
     began = time.time()
     process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -84,66 +84,66 @@ def start(script: Path, words: list[Any], result: Path) -> dict[str, float]:
 
 
 def make_words(folder: Path, model: str, steps: int, known: set[str]) -> list[Any]:
-    """Flags for both scripts: those that every such script has, and of the others those that both know."""
+    """Command line for both scripts: flags that every such script accepts, and optional ones that are in `known`."""
     import torch
 
     width, size = MODELS[model]
-    place, images = ROOT / "tiny_flux2", folder / f"images-{model}"
+    model_path, images = ROOT / "tiny_flux2", folder / f"images-{model}"
     if width:
         from step_time import make_model
 
-        place = make_model(folder / model, width)
-    words = ["--pretrained_model_name_or_path", place, "--instance_data_dir", draw_images(images, 5, size)]
+        model_path = make_model(folder / model, width)
+    words = ["--pretrained_model_name_or_path", model_path, "--instance_data_dir", draw_images(images, 5, size)]
     words += ["--instance_prompt", "a photo of sks toy", "--resolution", size, "--max_train_steps", steps]
     words += ["--seed", 0, "--rank", 16, "--learning_rate", 1e-4]
-    more = {"--max_sequence_length": [128], "--train_batch_size": [1], "--cache_latents": []}
-    more |= {"--dataloader_num_workers": [0], "--mixed_precision": ["bf16" if torch.cuda.is_available() else "no"]}
-    return words + [word for flag, values in more.items() if flag in known for word in (flag, *values)]
+    optional = {"--max_sequence_length": [128], "--train_batch_size": [1], "--cache_latents": []}
+    optional |= {"--dataloader_num_workers": [0], "--mixed_precision": ["bf16" if torch.cuda.is_available() else "no"]}
+    return words + [word for flag, values in optional.items() if flag in known for word in (flag, *values)]
 
 
 def compare(against: Path, rounds: int, steps: int, models: list[str], more: list[str]) -> list[dict[str, Any]]:
-    """One row for each run: model, script ("other" or "ours"), round, start (1 or 2), figures."""
+    """One row per run: the model, the script ("other" or "ours"), the round, the start (1 or 2) and the figures."""
     scripts, rows = {"other": against, "ours": OURS}, []
-    takes = {name: flags_of(script) for name, script in scripts.items()}
+    accepted = {name: flags_of(script) for name, script in scripts.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in models:
-            words = [*make_words(folder, model, steps, takes["other"] & takes["ours"]), *more]
+            words = [*make_words(folder, model, steps, accepted["other"] & accepted["ours"]), *more]
             for turn in range(rounds):
                 for script in [*scripts] if turn % 2 else [*scripts][::-1]:
-                    place = folder / f"{model}-{turn}-{script}"
-                    place.mkdir()
-                    cache = ["--latents_cache_dir", place / "cache"] * ("--latents_cache_dir" in takes[script])
-                    for again in (1, 2):
-                        output = ["--output_dir", place / f"out-{again}", *cache]
-                        found = start(scripts[script], [*words, *output], place / f"seen-{again}.json")
-                        rows.append({"model": model, "script": script, "round": turn, "start": again, **found})
+                    outputs = folder / f"{model}-{turn}-{script}"
+                    outputs.mkdir()
+                    cache = ["--latents_cache_dir", outputs / "cache"] * ("--latents_cache_dir" in accepted[script])
+                    for number in (1, 2):
+                        output = ["--output_dir", outputs / f"out-{number}", *cache]
+                        found = start(scripts[script], [*words, *output], outputs / f"seen-{number}.json")
+                        rows.append({"model": model, "script": script, "round": turn, "start": number, **found})
                         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians of both scripts over the rounds, and the median of ours divided by the other's in the same round."""
+    """Both scripts' medians over the rounds, and the median ratio of ours to the other script in the same round."""
     found = []
-    for model, again in dict.fromkeys((row["model"], row["start"]) for row in rows):
+    for model, number in dict.fromkeys((row["model"], row["start"]) for row in rows):
         for figure in FIGURES:
             values = {
                 script: [
                     row[figure]
                     for row in sorted(rows, key=lambda row: row["round"])
-                    if (row["model"], row["start"], row["script"]) == (model, again, script)
+                    if (row["model"], row["start"], row["script"]) == (model, number, script)
                 ]
                 for script in ("other", "ours")
             }
             ratio = statistics.median(ours / other for other, ours in zip(*values.values(), strict=True))
             medians = {script: statistics.median(each) for script, each in values.items()}
-            found.append({"model": model, "start": again, "figure": figure, **medians, "ratio": ratio})
+            found.append({"model": model, "start": number, "figure": figure, **medians, "ratio": ratio})
     return found
 
 
 def table(medians: list[dict[str, Any]], against: Path) -> str:
-    """Markdown."""
-    lines = [f"| model, start | | {against.name} | ours | ours / other |", "|---|---|---|---|---|"]
+    """The medians as a Markdown table."""
+    lines = [f"| model, start | figure | {against.name} | ours | ours / other |", "|---|---|---|---|---|"]
     for row in medians:
         what, unit = FIGURES[row["figure"]]
         start = {1: "first", 2: "second"}[row["start"]]
@@ -153,13 +153,13 @@ def table(medians: list[dict[str, Any]], against: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints the table and writes compare.json."""
+    """Runs the comparison, writes compare.json and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, required=True, help="the other script")
-    parser.add_argument("--rounds", type=int, default=3, help="how often both are run")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a run, two or more")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="which models")
-    parser.add_argument("more", nargs="*", help="flags for both scripts, behind --")
+    parser.add_argument("--against", type=Path, required=True, help="path of the other script")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per run, at least two")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="models to run on")
+    parser.add_argument("more", nargs="*", help="flags for both scripts, after --")
     args = parser.parse_args(argv)
     rows = compare(args.against, args.rounds, args.steps, args.models, args.more)
     medians = summary(rows)

@@ -1,8 +1,8 @@
-"""Wall time of the demo by phase: the command of `make demo`, with a clock around the functions of the script.
+"""Measure the wall time of the demo by phase: run the command of `make demo` and time the functions of the script.
 
     python benchmarks/demo_phases.py
 
-The file starts itself through `accelerate launch`, as the demo starts the script, and there calls the script's main.
+This file launches itself with `accelerate launch`, like the demo launches the script, and then calls the script's main.
 """
 
 import argparse
@@ -21,7 +21,7 @@ CONFIG = "configs/accelerate/cpu.yaml"
 RUN = "configs/runs/demo_cpu.args"
 PHOTOS = "outputs/demo/photos"
 
-# Function of the script -> phase; time is counted for the innermost one. What belongs to none is "other".
+# Function of the script -> phase. Time counts only for the innermost phase; time outside all phases is "other".
 PHASES = {
     "start_accelerator": "start",
     "check_data": "check data",
@@ -39,15 +39,15 @@ PHASES = {
 
 
 class Clock:
-    """Adds up the seconds of each phase, without those of phases inside it."""
+    """Adds up the seconds of each phase, excluding the phases inside it."""
 
     def __init__(self) -> None:
-        """Nothing is running."""
+        """Starts with no phase running."""
         self.seconds: dict[str, float] = {}
         self.inner = [0.0]
 
     def around(self, phase: str, function: Callable) -> Callable:
-        """The function with a clock around it."""
+        """Wraps the function so that its time counts for the phase."""
 
         def timed(*arguments: object, **options: object) -> object:
             started = time.perf_counter()
@@ -63,7 +63,7 @@ class Clock:
 
 
 def run_inside(output_dir: str, result: str) -> None:
-    """The launched part: imports the script, puts the clocks in, runs it, leaves the seconds in `result`."""
+    """Runs in the launched process: imports the script, times its functions, writes the seconds to `result`."""
     began = time.perf_counter()
     sys.path.insert(0, str(ROOT))
     import train_dreambooth_lora_flux2 as script
@@ -80,7 +80,7 @@ def run_inside(output_dir: str, result: str) -> None:
 
 
 def measure() -> dict:
-    """Runs the demo once and returns its seconds by phase and in all."""
+    """Runs the demo once and returns its seconds, in total and by phase."""
     if not (ROOT / PHOTOS / "toy-5.jpg").is_file():
         subprocess.run([sys.executable, "tools/draw_demo_photos.py", PHOTOS], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def measure() -> dict:
 def main() -> None:
     """Measures the demo and writes demo_phases.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inside", nargs=2, metavar=("OUTPUT_DIR", "RESULT"), help="used by the file itself")
+    parser.add_argument("--inside", nargs=2, metavar=("OUTPUT_DIR", "RESULT"), help="used internally by this file")
     args = parser.parse_args()
     if args.inside:
         run_inside(*args.inside)

@@ -1,14 +1,13 @@
-"""Peak memory and seconds per step of the real architectures on this GPU, with random weights: nothing is downloaded.
+"""Measure peak memory and seconds per step of the real architectures on this GPU, with random weights.
 
     python benchmarks/gpu.py --budget 500                    adds to benchmarks/gpu.json
-    python benchmarks/gpu.py --budget 500 --out OTHER.json   where that is easier to bring home
+    python benchmarks/gpu.py --budget 500 --out OTHER.json   writes to another file
 
-The script's own training step runs on each row of a list, the most valuable first, at most 25 s each besides compiling.
-Results are written after each row; the next call goes on with the rows that this kind of GPU does not have there. A
-row that runs out of memory or is refused says so, and the next one follows; a refused one is tried again at the next
-call. A compiled row runs in a process of its
-own: a second base in one process would reach torch.compile's recompile limit, and run eagerly in silence.
-`tools/plan_memory.py` reads the file.
+Nothing is downloaded. The script's own training step runs for each row of a list, the most important rows first, for at
+most 25 s plus compilation. Results are written after each row, and the next call continues with the rows that are
+missing for this GPU model. A row that runs out of memory or fails otherwise is stored with its error; only the other
+failures are retried at the next call. A compiled row runs in its own process: with a second base in the same process,
+torch.compile would reach its recompile limit and silently run eagerly. `tools/plan_memory.py` reads the results.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from plan_memory import BASES, Job, step_tflop
 
 ROW_SECONDS, COMPILE_SECONDS, MOST_STEPS = 25.0, 100.0, 10
 KEYS = ("model", "base", "share", "resolution", "references", "compiled", "streamed")
-EAGER = [  # model, base, share of the blocks recomputed, pixels, references of 1 MP
+EAGER = [  # model, base, share of recomputed blocks, resolution, number of 1 MP reference images
     ("dev", "fp8", 1.0, 1024, 0), ("dev", "bf16", 1.0, 1024, 0), ("klein-9B", "bf16", 1.0, 1024, 0),
     ("dev", "nf4", 1.0, 512, 0), ("klein-4B", "bf16", 1.0, 1024, 0), ("dev", "bf16", 1.0, 512, 0),
     ("dev", "fp8", 1.0, 512, 0), ("dev", "int8", 1.0, 512, 0), ("dev", "fp8", 1.0, 1024, 1),
@@ -52,20 +51,20 @@ ROWS = [(*row, True, 0.0) for row in COMPILED] + STREAMED + [(*row, False, 0.0) 
 
 
 def flags_of(row: dict[str, Any]) -> list[Any]:
-    """The script's flags of a row."""
+    """The script's flags for a row."""
     words = [ROOT / word if word.endswith(".json") else word for word in BASES[row["base"]][1]]
     words += ["--gradient_checkpointing", row["share"]] if row["share"] else []
     return words + (["--stream_blocks", row["streamed"]] if row["streamed"] else [])
 
 
 def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]:
-    """Builds the model of a row on the device and trains for some steps; returns what was measured."""
+    """Builds the model of a row on the device and trains for a few steps; returns the measurements."""
     started, job = time.perf_counter(), Job(row["model"], row["resolution"], row["references"])
-    torch.manual_seed(0)  # equal weights, so that losses of rows can be compared
+    torch.manual_seed(0)  # the same weights, so that losses are comparable between rows
     with tempfile.TemporaryDirectory() as folder:
         run = job.run(folder, *flags_of(row))
-        given = bare_training.make_streams(job.script, run, job.references)
-        training = bare_training.set_up(job.script, run, given)
+        streams = bare_training.make_streams(job.script, run, job.references)
+        training = bare_training.set_up(job.script, run, streams)
         built = time.perf_counter() - started
         batches, times, losses = bare_training.make_batches(job.script, run, training), [], []
         if run.device.type == "cuda":
@@ -75,7 +74,7 @@ def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]
             values = job.script.train_step(run, training, batches)
             times.append(values["seconds"])
             losses.append(values["loss"])
-    step = statistics.median(times[1:])  # the first one warms up, and compiles
+    step = statistics.median(times[1:])  # the first step is a warm-up and compiles
     values = {"steps": len(times) - 1, "seconds_per_step": step, "tflops": step_tflop(job, row["share"]) / step}
     values |= {"build_seconds": built, "first_step_seconds": times[0], "losses": losses}
     if row["compiled"]:
@@ -87,12 +86,12 @@ def measure(row: dict[str, Any], seconds: float = ROW_SECONDS) -> dict[str, Any]
 
 
 def attempt(row: dict[str, Any]) -> dict[str, Any]:
-    """`measure`, or why there is no number; a compiled row in a process of its own."""
+    """Returns the result of `measure`, or the error; a compiled row runs in its own process."""
     try:
         return measure_alone(row) if row["compiled"] else measure(row)
     except torch.OutOfMemoryError as error:
         return {"failed": f"out of memory: {str(error).splitlines()[0]}"}
-    except (Exception, SystemExit) as error:  # one row that a library refuses must not cost the others
+    except (Exception, SystemExit) as error:  # one row that fails must not stop the others
         return {"failed": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
@@ -100,7 +99,7 @@ def attempt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_alone(row: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a new process, compiled by Inductor."""
+    """Runs `measure` in a new process, with blocks compiled by Inductor."""
     command = [sys.executable, __file__, "--row", json.dumps(row)]
     environment = {**os.environ, "ACCELERATE_DYNAMO_BACKEND": "inductor"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -110,7 +109,7 @@ def measure_alone(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device, times: int = 10) -> float:
-    """Median seconds of an action, the device's work included."""
+    """Median seconds of an action, including its work on the device."""
     taken = []
     for _ in range(times + 2):
         began = time.perf_counter()
@@ -122,7 +121,7 @@ def seconds_of(action: Callable[[], Any], device: torch.device, times: int = 10)
 
 
 def matmul_peaks(device: torch.device, size: int) -> dict[str, float | None]:
-    """TFLOP/s of one large matrix product in bf16, and in FP8 as the script computes it: what a step could reach."""
+    """TFLOP/s of one large matmul in bf16, and in FP8 as the script computes it: the most that a step could reach."""
     import train_dreambooth_lora_flux2 as script
 
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -138,7 +137,7 @@ def matmul_peaks(device: torch.device, size: int) -> dict[str, float | None]:
 
 
 def predicted_gb(row: dict[str, Any]) -> float | None:
-    """What benchmarks/plan_memory.json says about a row."""
+    """The prediction for a row in benchmarks/plan_memory.json, or None."""
     path = ROOT / "benchmarks" / "plan_memory.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = [] if row["compiled"] or row["streamed"] else rows
@@ -147,7 +146,7 @@ def predicted_gb(row: dict[str, Any]) -> float | None:
 
 
 def version_of(library: str) -> str | None:
-    """Its version, or None if it is not installed."""
+    """The version of an installed library, or None."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -155,17 +154,17 @@ def version_of(library: str) -> str | None:
 
 
 def run_rows(path: Path, rows: list[tuple], budget: float, gpu: str, device: torch.device, size: int) -> list[dict]:
-    """Measures what is missing or was refused in `path` as long as the budget lasts, and writes after each row."""
+    """Measures the rows that are missing in `path` or failed there, within the budget; writes after each row."""
     started = time.perf_counter()
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"peaks": {}, "rows": []}
     if gpu not in content["peaks"]:
         content["peaks"][gpu] = matmul_peaks(device, size)
     content["rows"] = [row for row in content["rows"] if row["gpu"] != gpu or "memory" in row.get("failed", "memory")]
     known = {tuple(row[key] for key in KEYS) for row in content["rows"] if row["gpu"] == gpu}
-    for place in (place for place in rows if place not in known):
-        row = dict(zip(KEYS, place, strict=True))
+    for config in (config for config in rows if config not in known):
+        row = dict(zip(KEYS, config, strict=True))
         if time.perf_counter() - started + ROW_SECONDS + COMPILE_SECONDS * row["compiled"] > budget:
-            print(f"budget: {place} is for the next call")
+            print(f"budget used up: {config} is left for the next call")
             continue
         values = attempt(row)
         peak = content["peaks"][gpu]["fp8" if row["base"] == "fp8" else "bf16"]
@@ -179,17 +178,17 @@ def run_rows(path: Path, rows: list[tuple], budget: float, gpu: str, device: tor
 
 
 def main() -> None:
-    """Runs the list on the first GPU."""
+    """Measures the rows on the first GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=500, help="seconds for this call (default: 500)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json", help="the file that is added to")
-    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # one row as JSON: what measure_alone starts
+    parser.add_argument("--budget", type=float, default=500, help="time limit of this call in seconds (default: 500)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json", help="file to add the results to")
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # one row as JSON, used by measure_alone
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(args.row)))
         return
     if not torch.cuda.is_available():
-        sys.exit("no CUDA GPU here: these rows stay 'not measured'; tools/plan_memory.py predicts them")
+        sys.exit("no CUDA GPU found: nothing is measured; tools/plan_memory.py predicts these rows")
     run_rows(args.out, ROWS, args.budget, torch.cuda.get_device_name(), torch.device("cuda"), 8192)
 
 

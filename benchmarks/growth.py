@@ -1,11 +1,12 @@
-"""What a run costs as it grows: images, captions, resolution, references, rank; on the CPU, with the embedded model.
+"""Measure how costs grow with images, captions, resolution, references and rank, on the CPU with the embedded model.
 
-    python benchmarks/growth.py            all of it, about eight minutes on a quiet machine
-    python benchmarks/growth.py rank       one axis; the others keep their numbers
+    python benchmarks/growth.py            all axes, about eight minutes on an idle machine
+    python benchmarks/growth.py rank       one axis; the others keep their stored results
 
-Time is the processor's, in one thread: others at work on the machine change it little. Of a step it is the median. A
-start on many images or captions is measured twice: what the first one encodes, the second finds in the cache. Needs
-Linux, as memory.py does. Writes growth.json and docs/growth.png; `table.py growth` prints the tables of docs/memory.md.
+Times are CPU time in one thread, so other programs on the machine change them little; the time of a step is a median.
+With images and captions each run is started twice: the second start reads from the cache what the first one encoded.
+Needs Linux, like memory.py. Writes growth.json and docs/growth.png; `table.py growth` prints the tables for
+docs/memory.md.
 """
 
 import argparse
@@ -31,15 +32,15 @@ AXES = {
     "rank": (4, 16, 64, 256),
 }
 TEXT_TOKENS = 64
-ON_PROCESSOR = "import time\ntime.perf_counter = time.process_time\n"  # so the script times its steps
+ON_PROCESSOR = "import time\ntime.perf_counter = time.process_time\n"  # makes the script measure its steps in CPU time
 
 
 def make_words(axis: str, value: int, folder: Path) -> list[str | Path]:
-    """The data and the flags of one point; everything else is as small as it can be."""
+    """Writes the images of one point and returns its flags; everything else is as small as possible."""
     size = {"resolution": value, "references": 256}.get(axis, 64)
     count = value if axis == "images" else 50 if axis == "captions" else 4
     images = draw_images(folder / "images", count, size)
-    if axis == "captions":  # shared out to the images
+    if axis == "captions":  # distributed over the images
         texts = [[f"a photo of toy number {number}" for number in range(row, value, count)] for row in range(count)]
         rows = [{"file_name": f"{row:04d}.jpg", "text": text} for row, text in enumerate(texts)]
         (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -51,7 +52,7 @@ def make_words(axis: str, value: int, folder: Path) -> list[str | Path]:
 
 
 def start(script: str, words: list[str | Path], folder: Path, name: str) -> dict[str, float]:
-    """Runs the script once in a process of its own: its peak memory, its seconds, and those of a step."""
+    """Runs the script once in a new process; returns its peak memory, its times, and the time of a step."""
     words = [ROOT / script, "--pretrained_model_name_or_path", ROOT / "tiny_flux2", *words, "--cache_latents"]
     words += ["--output_dir", folder / name, "--latents_cache_dir", folder / "cache", "--seed", 0]
     words += ["--max_sequence_length", TEXT_TOKENS, "--report_to", "none", "--dataloader_num_workers", 0]
@@ -68,12 +69,12 @@ def start(script: str, words: list[str | Path], folder: Path, name: str) -> dict
         "peak_mb": round(peak * 1024 / 1e6, 1),
         "cpu_seconds": round(cpu, 2),
         "wall_seconds": round(time.monotonic() - began, 2),
-        "step_seconds": round(statistics.median(steps[1:]), 5),  # the first one warms up
+        "step_seconds": round(statistics.median(steps[1:]), 5),  # the first step is a warm-up
     }
 
 
 def measure(axis: str, value: int) -> dict[str, Any]:
-    """One point: its first start, for what is cached a second one, and the bytes of what is on disk."""
+    """Measures one point: a first start, a second one for images and captions, and the bytes on disk."""
     script = "train_dreambooth_lora_flux2" + "_img2img" * (axis == "references") + ".py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -90,55 +91,55 @@ def measure(axis: str, value: int) -> dict[str, Any]:
 
 
 def disk_of_models() -> dict[str, dict[str, int]]:
-    """Bytes in the cache for each caption and each image of 1024 px of a real model in bf16, from its config alone."""
+    """Bytes in the cache per caption and per 1024 px image for the real models in bf16, computed from their configs."""
     found = {}
     for model, parts in json.loads((ROOT / "tools" / "architectures.json").read_text(encoding="utf-8")).items():
         config = parts["transformer"]
-        # a prompt embedding has 512 tokens in bf16; an image's mean and log-variance are fp32, a token has 16 x 16 px
+        # a prompt embedding has 512 tokens in bf16; an image has mean and log-variance in fp32, 16 x 16 px per token
         caption, image = 512 * config["joint_attention_dim"] * 2, 2 * config["in_channels"] * (1024 // 16) ** 2 * 4
         found[model] = {"caption": caption, "image_1024": image}
     return found
 
 
 def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory against the number of images and captions, and the step against its tokens."""
+    """Plots time and memory against the number of images and captions, and step time against the number of tokens."""
     sys.path.insert(0, str(ROOT / "tools"))
     from PIL import Image
     from plot_metrics import COLOURS, Curve, draw_panel
 
-    def curve(axis: str, key: str, label: str, colour: int, place: Any = lambda value: value) -> Curve:
-        points = [(place(row["value"]), row[key]) for row in rows if row["axis"] == axis and key in row]
+    def curve(axis: str, key: str, label: str, colour: int, x_of: Any = lambda value: value) -> Curve:
+        points = [(x_of(row["value"]), row[key]) for row in rows if row["axis"] == axis and key in row]
         return Curve(label, COLOURS[colour], points, marked=True)
 
     counted = ("images", "captions")
     first = [curve(axis, "cpu_seconds", f"{axis}, first start", n) for n, axis in enumerate(counted)]
     again = [curve(axis, "again_cpu_seconds", f"{axis}, next start", n + 3) for n, axis in enumerate(counted)]
     peaks = [curve(axis, "peak_mb", axis, n) for n, axis in enumerate(counted)]
-    cells = (256 // 16) ** 2
+    tokens = (256 // 16) ** 2
     steps = [curve("resolution", "step_seconds", "resolution", 0, lambda side: (side // 16) ** 2 + TEXT_TOKENS)]
-    steps += [curve("references", "step_seconds", "references", 1, lambda n: (n + 1) * cells + TEXT_TOKENS)]
+    steps += [curve("references", "step_seconds", "references", 1, lambda n: (n + 1) * tokens + TEXT_TOKENS)]
     panels = {"seconds of start and five steps, by number": [*first, *again], "peak memory in MB, by number": peaks}
     panels["seconds of a step, by tokens"] = steps
-    drawn = []
+    images = []
     for title, curves in panels.items():
         last = max(x for one in curves for x, _ in one.points)
-        drawn.append(draw_panel(title, curves, last, lowest=0.0))
-    sheet = Image.new("RGB", (drawn[0].width, sum(panel.height for panel in drawn)), "white")
-    for number, panel in enumerate(drawn):
-        sheet.paste(panel, (0, number * panel.height))
+        images.append(draw_panel(title, curves, last, lowest=0.0))
+    sheet = Image.new("RGB", (images[0].width, sum(image.height for image in images)), "white")
+    for number, image in enumerate(images):
+        sheet.paste(image, (0, number * image.height))
     sheet.quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
-    """Measures the axes that are asked for and writes growth.json and the plot."""
+    """Measures the given axes, or all of them, and writes growth.json and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("axes", nargs="*", metavar="AXIS", help=f"which of {', '.join(AXES)}; all without any")
+    parser.add_argument("axes", nargs="*", metavar="AXIS", help=f"axes to measure: {', '.join(AXES)} (default: all)")
     args = parser.parse_args()
     if unknown := set(args.axes) - set(AXES):
-        parser.error(f"{unknown.pop()} is no axis; there are {', '.join(AXES)}")
-    asked = args.axes or [*AXES]
-    kept = [row for row in (read_result("growth") or {"rows": []})["rows"] if row["axis"] not in asked]
-    rows = kept + [measure(axis, value) for axis in asked for value in AXES[axis]]
+        parser.error(f"unknown axis {unknown.pop()}; choose from {', '.join(AXES)}")
+    axes = args.axes or [*AXES]
+    kept = [row for row in (read_result("growth") or {"rows": []})["rows"] if row["axis"] not in axes]
+    rows = kept + [measure(axis, value) for axis in axes for value in AXES[axis]]
     rows.sort(key=lambda row: ([*AXES].index(row["axis"]), row["value"]))
     write_result("growth", {"rows": rows, "disk": disk_of_models()})
     draw_plot(rows, ROOT / "docs" / "growth.png")

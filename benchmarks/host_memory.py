@@ -1,12 +1,13 @@
-"""What a run takes of host memory, by part: loading in each format, the loader's workers, saving a checkpoint.
+"""Measure the host memory that a run needs for loading in each format, for data loader workers and for checkpoints.
 
     python benchmarks/host_memory.py
 
-Draws a model whose transformer has 2.3 GB of random bf16 weights and whose text encoder has 1 GB, loads it with the
-script's own functions on the CPU, and samples its `smaps_rollup` every 5 ms. "Mapped" are pages of the weight
-files: the kernel drops them when memory is short. "Anonymous" is what cannot go; on a GPU, what a row calls "device" of
-it lies there. glibc's mmap threshold is fixed, so that what is freed goes back at once, as layers above 32 MB do in any
-case. Needs Linux. Writes host_memory.json; tools/plan_memory.py adds up what it says for real models.
+Creates a model with random bf16 weights (transformer 2.3 GB, text encoder 1 GB), loads it with the script's own
+functions on the CPU, and samples `smaps_rollup` every 5 ms. "Mapped" memory consists of pages of the weight files; the
+kernel can drop them when memory is short. "Anonymous" memory cannot be dropped; on a GPU, the part of it that is stored
+as "device_gb" is in GPU memory instead. glibc's mmap threshold is fixed so that freed memory is returned at once, as it
+always is for layers above 32 MB. Needs Linux. Writes host_memory.json, from which tools/plan_memory.py computes the
+needs of real models.
 """
 
 import argparse
@@ -36,7 +37,7 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFL
 
 
 def read_memory(process: int | str = "self") -> dict[str, float]:
-    """GB of a process: its anonymous memory, its share of mapped files (PSS), and what no other process has."""
+    """Memory of a process in GB: anonymous, its share of mapped files, its PSS, and pages no other process uses."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     found = {name: int(rest.split()[0]) * 1024 / 1e9 for name, rest in (line.split(":") for line in lines)}
     private = found["Private_Clean"] + found["Private_Dirty"]
@@ -44,7 +45,7 @@ def read_memory(process: int | str = "self") -> dict[str, float]:
 
 
 def sample(process: str) -> None:
-    """Reads the memory of a process until the end of the input, then prints the largest value seen of each kind."""
+    """Samples the memory of a process until stdin is closed, then prints the peak of each kind."""
     peak, ended = read_memory(process), threading.Thread(target=sys.stdin.read)
     ended.start()
     print("ready", flush=True)
@@ -55,9 +56,9 @@ def sample(process: str) -> None:
 
 
 def watch(action: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """(result, GB above the start: peaks while `action` runs and what it keeps).
+    """Returns (result of `action`, GB above the start: the peaks while it runs, and what remains afterwards).
 
-    Sampled from another process: a thread of this one would wait wherever Python copies bytes.
+    Another process takes the samples: a thread of this process would have to wait while Python copies bytes.
     """
     gc.collect()
     command = [sys.executable, str(Path(__file__).resolve()), "--sample", str(os.getpid())]
@@ -72,7 +73,7 @@ def watch(action: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def make_model(folder: Path, heads: int) -> Path:
-    """The embedded model with a random bf16 transformer 128 x `heads` wide, and a text encoder of a third of it."""
+    """Writes the embedded model with a bf16 transformer 128 * `heads` wide and a text encoder a third as wide."""
     import torch
     import transformers
     from diffusers import Flux2Transformer2DModel
@@ -98,7 +99,7 @@ def make_model(folder: Path, heads: int) -> Path:
 
 
 def load(script: Any, run: Any) -> Any:
-    """The transformer with its adapter as a run has it before its first step, every weight touched as by a forward."""
+    """Loads the transformer and adapter as a run does, and reads every weight once, as a forward pass would."""
     transformer = script.load_transformer(run)
     script.add_lora(run, transformer)
     script.place_transformer(run, transformer)
@@ -108,7 +109,7 @@ def load(script: Any, run: Any) -> Any:
 
 
 def measure_loading(script: Any, model: Path, folder: Path) -> dict[str, dict[str, float]]:
-    """Loads text encoder and, in each format, the transformer: peaks, and the bytes of the blocks' tensors."""
+    """Loads the text encoder, then the transformer in each format; returns peaks and the size of the blocks."""
     words = ["--pretrained_model_name_or_path", model, "--instance_data_dir", model, "--instance_prompt", "a toy"]
     words += ["--output_dir", folder / "out", "--mixed_precision", "bf16", "--report_to", "none"]
     runs = {
@@ -130,7 +131,7 @@ def measure_loading(script: Any, model: Path, folder: Path) -> dict[str, dict[st
 
 
 def measure_saving(script: Any, folder: Path, rank: int = 256) -> dict[str, float]:
-    """Peak while a checkpoint is saved, per parameter of the adapter, beyond adapter and moments themselves."""
+    """Peak while a checkpoint is saved, per adapter parameter, not counting the adapter and its moments."""
     import bare_training
 
     architecture = bare_training.read_architecture(str(ROOT / "tiny_flux2"))
@@ -145,13 +146,13 @@ def measure_saving(script: Any, folder: Path, rank: int = 256) -> dict[str, floa
 
 
 def family(process: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [process, *(one for child in children for one in family(int(child)))]
+    return [process, *(descendant for child in children for descendant in family(int(child)))]
 
 
 def measure_workers(count: int, folder: Path) -> dict[str, float]:
-    """A run on the embedded model: peaks of all processes together, of the main one, and of what a worker has alone."""
+    """Trains the embedded model; returns peaks of all processes, of the main one, and of a worker's private pages."""
     from memory import draw_images
 
     images = folder / "images"
@@ -169,8 +170,8 @@ def measure_workers(count: int, folder: Path) -> dict[str, float]:
     peaks = {"together": 0.0, "main_anonymous": 0.0, "worker_private": 0.0}
     while process.poll() is None:
         try:
-            main, *workers = [read_memory(one) for one in family(process.pid)]
-        except OSError:  # one of them has just ended
+            main, *workers = [read_memory(member) for member in family(process.pid)]
+        except OSError:  # one of the processes has just exited
             continue
         peaks["together"] = max(peaks["together"], sum(each["pss"] for each in (main, *workers)))
         peaks["main_anonymous"] = max(peaks["main_anonymous"], main["anonymous"])
@@ -178,19 +179,19 @@ def measure_workers(count: int, folder: Path) -> dict[str, float]:
         time.sleep(0.02)
     drain.join()
     if process.returncode:
-        raise RuntimeError(f"the run with {count} workers ended with {process.returncode}")
+        raise RuntimeError(f"the run with {count} workers exited with code {process.returncode}")
     return {"workers": count, **{f"{name}_gb": value for name, value in peaks.items()}}
 
 
 def in_one_process(model: Path, folder: Path) -> dict[str, Any]:
-    """What is measured in a process of its own: loading and saving."""
+    """Measures loading and saving; called in a new process."""
     import train_dreambooth_lora_flux2 as script
 
     return {"loading": measure_loading(script, model, folder), "saving": measure_saving(script, folder)}
 
 
 def measure(heads: int, folder: Path) -> dict[str, Any]:
-    """Makes the model below `folder` and measures loading and saving in a process of their own."""
+    """Writes the model below `folder` and measures loading and saving in a new process."""
     model = make_model(folder / "model", heads)
     sizes = {part: sum(path.stat().st_size for path in (model / part).glob("*.safetensors")) / 1e9 for part in
              ("transformer", "text_encoder")}  # fmt: skip
@@ -200,7 +201,7 @@ def measure(heads: int, folder: Path) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """The same with numbers of three decimals."""
+    """The value with all floats in it rounded to three decimals."""
     if isinstance(value, (dict, list)):
         return (
             {key: rounded(each) for key, each in value.items()} if isinstance(value, dict) else [*map(rounded, value)]
@@ -215,8 +216,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--here"]:
         return print(json.dumps(in_one_process(*map(Path, sys.argv[2:]))))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=24, help="width of the transformer in heads of 128")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="processes that prepare batches")
+    parser.add_argument("--heads", type=int, default=24, help="attention heads of the transformer, 128 channels each")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="numbers of data loader workers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = measure(args.heads, Path(name))

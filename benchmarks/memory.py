@@ -1,8 +1,8 @@
-"""Peak memory of the host at 50 and at 400 images of 512 px with cached latents: it must not grow with the data.
+"""Measure peak host memory with 50 and 400 images of 512 px and cached latents: it must not grow with the data.
 
     python benchmarks/memory.py
 
-Needs Linux: the peak is VmHWM of the training process, which unlike ru_maxrss starts at zero with the program.
+Needs Linux: the peak is VmHWM of the training process, which starts at zero with the program, unlike ru_maxrss.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from results import ROOT, write_result
 
-# Runs the script as the program and prints the peak of its resident memory at the end.
+# Runs the script as the main program and prints its peak resident memory at exit.
 WATCHED = """
 import atexit, re, runpy, sys
 from pathlib import Path
@@ -28,7 +28,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def draw_images(folder: Path, count: int, size: int) -> Path:
-    """`count` different JPEGs of `size` x `size`; smooth noise, which compresses like a photograph."""
+    """Writes `count` different JPEGs of `size` x `size` pixels: smooth noise, which compresses like a photo."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -39,7 +39,7 @@ def draw_images(folder: Path, count: int, size: int) -> Path:
 
 
 def measure(count: int, folder: Path, size: int = 512, model: Path = ROOT / "tiny_flux2") -> dict[str, float]:
-    """Trains five steps on `count` images below `folder`; returns peak in MB and seconds of the process."""
+    """Trains for five steps on `count` images below `folder`; returns the process's peak memory and wall time."""
     images = draw_images(folder / f"images-{count}", count, size)
     words = [ROOT / "train_dreambooth_lora_flux2.py", "--pretrained_model_name_or_path", model]
     words += ["--instance_data_dir", images, "--instance_prompt", "a photo of sks toy", "--resolution", size]
@@ -54,10 +54,10 @@ def measure(count: int, folder: Path, size: int = 512, model: Path = ROOT / "tin
 
 
 def main() -> None:
-    """Measures both sizes and writes memory.json."""
+    """Measures each number of images and writes memory.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[50, 400], help="numbers of images")
-    parser.add_argument("--size", type=int, default=512, help="pixels per side of images and training")
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 400], help="numbers of images to train on")
+    parser.add_argument("--size", type=int, default=512, help="image size and training resolution in pixels")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [measure(count, Path(folder), args.size) for count in args.counts]

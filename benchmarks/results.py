@@ -1,4 +1,4 @@
-"""Where a benchmark's numbers go: a JSON file beside it, with what they depend on."""
+"""Stores a benchmark's results as JSON next to it, with the command, date, machine and library versions."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safete
 
 
 def cpu_model() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name, as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -24,13 +24,13 @@ def cpu_model() -> str:
 
 
 def write_result(name: str, values: dict) -> Path:
-    """Writes `name`.json: the values, the command, and the machine and versions they were measured on."""
+    """Writes `name`.json: the values, the command, the date, the machine and the library versions."""
     content = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "load_average": LOAD,  # at the start: more than 0.5 means that others were at work
+        "load_average": LOAD,  # at the start; above 0.5, other programs were running
         "python": platform.python_version(),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
         **values,

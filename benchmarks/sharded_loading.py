@@ -1,12 +1,12 @@
-"""Host memory per process while FSDP2 loads a transformer: does a process keep its part only?
+"""Measure host memory per process while FSDP2 loads a transformer: does each process keep only its own shard?
 
     python benchmarks/sharded_loading.py [--processes 1 2 4] [--output benchmarks/sharded_loading.json]
-    python benchmarks/sharded_loading.py --fp8 --processes 2           adds FP8 to the JSON that is there
+    python benchmarks/sharded_loading.py --fp8 --processes 2           adds FP8 results to the existing JSON
 
-Makes a transformer of about a thousand million random bf16 weights, starts the script's own loading (load_transformer,
-add_lora, place_transformer) on the CPU in so many processes, and samples each process's PSS, in which a page that n
-processes map counts as 1/n, and its anonymous memory, in which no mapped file counts. With one process the model is
-whole. Linux only.
+Creates a transformer with about a billion random bf16 weights, runs the script's own loading (load_transformer,
+add_lora, place_transformer) on the CPU in the given number of processes, and samples each process's PSS, where a page
+mapped by n processes counts as 1/n, and its anonymous memory, which does not include mapped files. With one process the
+model is not sharded. Linux only.
 """
 
 import argparse
@@ -28,20 +28,20 @@ WIDE = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 2, "
 
 
 def read_memory(name: str = "Pss") -> float:
-    """This process's proportional set size in GB, or its "Anonymous" memory."""
+    """This process's proportional set size (PSS) in GB, or its "Anonymous" memory."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / 1e9
 
 
 class Sampler(threading.Thread):
-    """Keeps the largest PSS and anonymous memory seen, ten times a second."""
+    """Samples PSS and anonymous memory ten times a second and keeps the largest values."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.anonymous, self.running = 0.0, 0.0, True
 
     def run(self) -> None:
-        """Samples until told to stop."""
+        """Samples until `running` is set to False."""
         while self.running:
             self.peak = max(self.peak, read_memory())
             self.anonymous = max(self.anonymous, read_memory("Anonymous"))
@@ -49,7 +49,7 @@ class Sampler(threading.Thread):
 
 
 def make_model(folder: Path) -> int:
-    """The embedded model with a wide transformer in bf16; returns the bytes of its weights."""
+    """Writes the embedded model with a wide transformer in bf16; returns the size of its weights in bytes."""
     import torch
     from diffusers import Flux2Transformer2DModel
 
@@ -62,7 +62,7 @@ def make_model(folder: Path) -> int:
 
 
 def measure_here(arguments: list[str]) -> None:
-    """In one of the processes: loads as a run does, and writes what this process used."""
+    """Runs in each launched process: loads the model like a training run and writes the memory that it used."""
     sys.path.insert(0, str(ROOT))
     from torch.distributed.tensor import DTensor
 
@@ -75,7 +75,7 @@ def measure_here(arguments: list[str]) -> None:
     transformer = script.load_transformer(run)
     script.add_lora(run, transformer)
     script.place_transformer(run, transformer)
-    if run.processes == 1:  # touch every weight, as a first forward would
+    if run.processes == 1:  # read every weight, as the first forward pass would
         sum(parameter.float().sum() for parameter in transformer.parameters())
     run.accelerator.wait_for_everyone()
     sampler.running = False
@@ -88,7 +88,7 @@ def measure_here(arguments: list[str]) -> None:
 
 
 def launch(processes: int, model: Path, scratch: Path, *flags: str) -> list[dict]:
-    """Starts so many processes with more flags of the script; returns what each saw."""
+    """Launches the processes with these extra flags of the script; returns the measurements of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -110,11 +110,11 @@ def launch(processes: int, model: Path, scratch: Path, *flags: str) -> list[dict
 
 
 def main() -> None:
-    """Makes the model, measures each number of processes, writes the JSON."""
+    """Creates the model, measures each number of processes and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/sharded_loading.json")
-    parser.add_argument("--fp8", action="store_true", help="with --do_fp8_training")
+    parser.add_argument("--fp8", action="store_true", help="load with --do_fp8_training")
     args = parser.parse_args()
     import torch
 

@@ -1,15 +1,16 @@
-"""What one training step asks of a GPU, counted on a machine without one, and the seconds that a roofline predicts.
+"""Count the kernels of a training step on a machine without a GPU, and predict their time with a roofline model.
 
-    python benchmarks/step_cost.py               adds to benchmarks/step_cost.json what is not there yet
-    python benchmarks/step_cost.py --only dev    of one model; --again counts anew
+    python benchmarks/step_cost.py               adds missing rows to benchmarks/step_cost.json
+    python benchmarks/step_cost.py --only dev    only the rows of one model; --again recounts all rows
 
-The script's own step runs on the pretended GPU of tests/fake_gpu.py. Each operator that a GPU would compute is a kernel
-with bytes and operations; `compiled` counts what Inductor schedules for a GPU instead: graphs are lowered and fused, no
-code is generated. Blocks are alike, so few of them are counted and multiplied.
+The script's own step runs on the fake GPU of tests/fake_gpu.py. Each operator that runs on the GPU counts as one kernel
+with its operations and bytes. `compiled` rows count the kernels that Inductor schedules for a GPU instead: graphs are
+lowered and fused, but no code is generated. Blocks of a kind are alike, so only a few are counted and multiplied.
 
-A kernel takes the longest of three times: its operations, its bytes, and 3 microseconds. FRACTIONS of the data sheets'
-peaks are reached; they are measurements of single kernels on an H200, none was fitted to a row. The time that the host
-needs to launch is not predicted: where the GPU would be faster (FP8 or small models at 512 px), it is the limit.
+A kernel takes the longest of three times: the time for its operations, the time for its bytes, and 3 microseconds. It
+reaches the FRACTIONS of the data sheets' peaks; these were measured on single kernels on an H200, and none was fitted
+to a row. Launch overhead on the host is not predicted. It is the limit where the GPU would be faster (FP8 or small
+models at 512 px).
 """
 
 import argparse
@@ -43,12 +44,12 @@ from fake_gpu import MAIN_STREAM, pretended_gpu, really
 import train_dreambooth_lora_flux2 as script
 
 MODELS, BASES, SIZES = ("dev", "klein-9B", "klein-4B"), {"bf16": (), "fp8": ("--do_fp8_training",)}, (1024, 512)
-RANKS = {"dev": 16, "klein-9B": 32, "klein-4B": 16}  # as benchmarks/gpu.json has them
+RANKS = {"dev": 16, "klein-9B": 32, "klein-4B": 16}  # the same as in benchmarks/gpu.json
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its data sheet has it: dense TFLOP/s with fp32 accumulation, TB/s, GB."""
+    """The data sheet of a GPU: dense TFLOP/s with fp32 accumulation, TB/s and GB."""
 
     bf16: float
     fp8: float
@@ -59,12 +60,12 @@ class Card:
 CARDS = {
     "H200": Card(989.5, 1979.0, 4.8, 141),  # NVIDIA H200 data sheet, SXM; without sparsity
     "H100": Card(989.5, 1979.0, 3.35, 80),  # NVIDIA H100 data sheet, SXM; without sparsity
-    "4090": Card(165.2, 330.3, 1.008, 24),  # NVIDIA Ada GPU architecture, table of the GeForce RTX 4090
+    "4090": Card(165.2, 330.3, 1.008, 24),  # NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090
 }
-# Shares of those peaks, from single kernels on an H200: a product of 4608 x 6144 x 55296 at 770 TFLOP/s in bf16, 1,562
-# in FP8, 1,408 without fast accumulation; attention of 48 heads at 666 forward and 537 backward; a byte matrix is
-# transposed at 0.3 TB/s; quantising 4608 x 55296 values takes 1.37 ms, which leaves 0.46 TB/s for the norms of its rows
-# when other eager kernels have the 3.0 TB/s that they reach on the average. Not measured: 0.8 for what is fused.
+# Shares of those peaks, from single kernels on an H200. A matmul of 4608 x 6144 x 55296 ran at 770 TFLOP/s in bf16,
+# 1,562 in FP8, and 1,408 in FP8 without fast accumulation; attention with 48 heads at 666 forward and 537 backward. A
+# byte matrix is transposed at 0.3 TB/s. Eager kernels reach 3.0 TB/s on average; quantising 4608 x 55296 values takes
+# 1.37 ms, which leaves 0.46 TB/s for its row norms. Not measured: 0.8 for fused kernels.
 FRACTIONS = {"bf16": 0.78, "fp8": 0.79, "fp8 exact": 0.71, "attention": 0.67, "attention backward": 0.54,
              "eager": 0.62, "norm of rows": 0.095, "transposed": 0.063, "fused": 0.8}  # fmt: skip
 LAUNCH = 3e-6
@@ -74,7 +75,7 @@ NO_KERNEL = ("empty", "new_empty", "detach", "lift", "_local_scalar", "set_", "r
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is launched at once: its class, floating point operations, bytes read and written."""
+    """One kernel: its class, floating point operations, and bytes read and written."""
 
     kind: str
     rate: str  # its entry in FRACTIONS
@@ -83,7 +84,7 @@ class Kernel:
     name: str = ""
 
     def seconds(self, card: Card) -> float:
-        """By the roofline."""
+        """The time that the roofline model predicts."""
         peak = card.fp8 if self.rate.startswith("fp8") else card.bf16
         memory = FRACTIONS.get(self.rate if self.kind == "elementwise" else "fused", 0.0) * card.bandwidth * 1e12
         compute = self.flop / (FRACTIONS[self.rate] * peak * 1e12) if self.flop else 0.0
@@ -91,24 +92,24 @@ class Kernel:
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    """Bytes that a kernel moves for it; an expanded one is in memory once."""
+    """Bytes that a kernel reads or writes for the tensor; an expanded tensor is in memory only once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def kernel_of(operator: Any, args: tuple, kwargs: dict, result: Any) -> Kernel | None:
-    """What an operator asks of the GPU; None for a view, a new empty tensor, or work of the host."""
+    """The kernel that an operator launches; None for a view, a new empty tensor, or work on the host."""
     inputs, outputs = ([t for t in tree_leaves(tree) if torch.is_tensor(t)] for tree in ((args, kwargs), result))
     name = operator._schema.name.removeprefix("aten::")
     if not any(tensor.device.type == "cuda" for tensor in (*inputs, *outputs)) or name.startswith(NO_KERNEL):
         return None
-    given = {tensor.untyped_storage()._cdata for tensor in inputs}
-    if not operator._schema.is_mutable and all(tensor.untyped_storage()._cdata in given for tensor in outputs):
+    input_storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    if not operator._schema.is_mutable and all(t.untyped_storage()._cdata in input_storages for t in outputs):
         return None
     moved = sum(map(size_of, {id(tensor): tensor for tensor in (*inputs, *outputs)}.values()))
     count = flop_registry.get(operator.overloadpacket)
     if count is None:
-        turned = name in ("clone", "copy_") and inputs[-1].element_size() == 1 and inputs[-1].stride(-1) != 1
-        rate = "transposed" if turned else "norm of rows" if name == "linalg_vector_norm" else "eager"
+        transposed = name in ("clone", "copy_") and inputs[-1].element_size() == 1 and inputs[-1].stride(-1) != 1
+        rate = "transposed" if transposed else "norm of rows" if name == "linalg_vector_norm" else "eager"
         return Kernel("elementwise", rate, 0, moved, name)
     flop = count(*args, **kwargs, out_val=result)
     if "attention" in name:
@@ -118,19 +119,19 @@ def kernel_of(operator: Any, args: tuple, kwargs: dict, result: Any) -> Kernel |
 
 
 class Counter(TorchDispatchMode):
-    """The kernels of all operators; of a compiled graph those that Inductor schedules, as one entry of `graphs`."""
+    """Collects the kernels of all operators; the kernels of each compiled graph are one entry of `graphs`."""
 
     current: "Counter | None" = None
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
-        self.graphs: list[list[Kernel]] = []  # in the order in which they ran
+        self.graphs: list[list[Kernel]] = []  # in the order of execution
         self.paused = False
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """torch.compile, which else gives way to a mode, goes on."""
+        """Keeps torch.compile active, which is disabled under a dispatch mode by default."""
         return True
 
     def __enter__(self) -> "Counter":
@@ -150,7 +151,7 @@ class Counter(TorchDispatchMode):
 
 
 # ----------------------------------------------------------------------------------------------------------- Compiled
-# What Inductor asks about a GPU while it schedules; none of it changes what is fused.
+# The GPU properties that Inductor reads while it schedules; none of them changes which kernels are fused.
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_block=1024,
     max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, shared_memory_per_block=49152,
@@ -162,13 +163,13 @@ H200 = SimpleNamespace(
 
 @contextlib.contextmanager
 def compilable() -> Iterator[None]:
-    """On the pretended GPU: Dynamo and Inductor find what they ask for."""
+    """On the fake GPU, gives Dynamo and Inductor the device properties that they query."""
     import torch._inductor.config
     from torch._dynamo.device_interface import CudaInterface
 
     stream = {"device": torch.device("cuda", 0), "device_index": 0, "device_type": 1, "stream_id": 0}
     answers = {"get_device_properties": H200, "_get_device_properties": H200, "_lazy_init": None, "set_rng_state": None}
-    # nothing may be computed, and nothing is compiled by workers
+    # Inductor must not compute anything or start worker processes
     settings = {"shape_padding": False, "joint_graph_constant_folding": False, "compile_threads": 1}
     answers |= {"get_rng_state": torch.zeros(16, dtype=torch.uint8), "_exchange_device": 0, "_maybe_exchange_device": 0}
     with contextlib.ExitStack() as stack:
@@ -188,7 +189,7 @@ def compilable() -> Iterator[None]:
 
 
 def schedule(graph: torch.fx.GraphModule, inputs: list[Any], backward: bool) -> list[Kernel]:
-    """The kernels of a graph: products and attention as the graph has them, the rest as Inductor fuses it."""
+    """The kernels of a graph: matmuls and attention as in the graph, all others as fused by Inductor."""
     from torch._inductor import scheduler
     from torch._inductor.compile_fx import fake_tensor_prop, record_original_output_strides, view_to_reshape
     from torch._inductor.debug import DebugContext
@@ -220,7 +221,7 @@ def schedule(graph: torch.fx.GraphModule, inputs: list[Any], backward: bool) -> 
 
 
 def count_graph(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-    """In the place of Inductor's compiler: the graph as it is, which adds its kernels to the counter when it runs."""
+    """Replaces Inductor's compiler: returns the graph uncompiled; running it adds its kernels to the counter."""
     kernels = schedule(copy.deepcopy(graph), inputs, options.get("is_backward", False))
 
     def run(args: list[Any]) -> Any:
@@ -240,7 +241,7 @@ def count_graph(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) 
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """torch.compile's backend: all of Inductor but its code."""
+    """Backend for torch.compile: Inductor without code generation."""
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs, inner_compile=count_graph)
@@ -250,7 +251,10 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 def count_blocks(
     architecture: dict, blocks: tuple[int, int], resolution: int, flags: Iterable, compiled: bool
 ) -> Counter:
-    """The second step of a transformer with so many double and single blocks, checkpointed, batch 1, cached latents."""
+    """Counts the second step of a transformer with these numbers of double and single blocks.
+
+    With gradient checkpointing, batch size 1 and cached latents.
+    """
     import accelerate.state
 
     architecture = copy.deepcopy(architecture)
@@ -260,7 +264,7 @@ def count_blocks(
             stack.enter_context(mock.patch.object(owner, name, really(getattr(owner, name))))
         stack.enter_context(mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
         stack.enter_context(pretended_gpu())
-        accelerate.state.AcceleratorState._reset_state(True)  # it would remember the device of an earlier run
+        accelerate.state.AcceleratorState._reset_state(True)  # otherwise it keeps the device of an earlier run
         stack.callback(accelerate.state.AcceleratorState._reset_state, True)
         words = ("--resolution", resolution, "--gradient_checkpointing", *flags)
         run = bare_training.start_run(script, architecture, Path(folder, "run"), *words)
@@ -278,7 +282,7 @@ def count_blocks(
 
 
 def add_up(parts: Iterable[tuple[float, list[Kernel]]]) -> dict[str, Any]:
-    """Kernels, TFLOP and GB by class, and seconds by card, of lists that are there so many times."""
+    """Sums of (times, kernels) pairs: kernels, TFLOP and GB by class, and seconds by GPU."""
     classes = {kind: {"kernels": 0, "tflop": 0.0, "gb": 0.0} for kind in CLASSES}
     seconds = defaultdict(float)
     for times, kernels in parts:
@@ -295,10 +299,11 @@ def add_up(parts: Iterable[tuple[float, list[Kernel]]]) -> dict[str, Any]:
 
 
 def count_step(architecture: dict, resolution: int, flags: Iterable, compiled: bool) -> dict[str, Any]:
-    """The step of the whole transformer.
+    """Counts the step of the whole transformer from a few blocks.
 
-    The first block passes no gradient on, so it is not like the others: eagerly two double blocks and a single one, and
-    one more of each. Compiled, each graph is its block's; what is outside is counted once, and the optimizer for all.
+    The first block computes no gradient of its input, so it differs from the others. In eager mode, counts two double
+    blocks and one single block, then one more of each. Compiled, each block has its own graphs; kernels outside the
+    graphs are counted once, and the optimizer's are scaled to all blocks.
     """
     double, single = (architecture["transformer"][name] for name in ("num_layers", "num_single_layers"))
     count = functools.partial(count_blocks, architecture, resolution=resolution, flags=flags, compiled=compiled)
@@ -307,8 +312,8 @@ def count_step(architecture: dict, resolution: int, flags: Iterable, compiled: b
         times = double - 2, single - 1
         return add_up([(1 - sum(times), few), (times[0], another_double), (times[1], another_single)])
     counter = count((2, 1))
-    times = (1, double - 1, single)  # of the first double block, of the others, of single blocks
-    assert len(counter.graphs) == 6, f"{len(counter.graphs)} graphs ran, not one forward and one backward per block"
+    times = (1, double - 1, single)  # first double block, other double blocks, single blocks
+    assert len(counter.graphs) == 6, f"{len(counter.graphs)} graphs, not one forward and one backward for each block"
     blocks = zip((*times, *reversed(times)), counter.graphs, strict=True)
     foreach = [kernel for kernel in counter.kernels if kernel.name.startswith("_foreach")]
     others = [kernel for kernel in counter.kernels if not kernel.name.startswith("_foreach")]
@@ -316,7 +321,7 @@ def count_step(architecture: dict, resolution: int, flags: Iterable, compiled: b
 
 
 def fits(row: dict[str, Any], card: Card) -> bool:
-    """Whether the planner says that the row fits the card's memory; compiling is taken to change nothing."""
+    """Whether the row fits the GPU's memory according to the planner; assumes that compiling makes no difference."""
     keys = {"model": row["model"], "base": row["base"], "share": 1.0, "resolution": row["resolution"], "references": 0}
     known = read_result("plan_memory") or {"rows": []}
     peaks = [plan["training_gb"] for plan in known["rows"] if all(plan[key] == value for key, value in keys.items())]
@@ -324,7 +329,7 @@ def fits(row: dict[str, Any], card: Card) -> bool:
 
 
 def measured(row: dict[str, Any]) -> float | None:
-    """Seconds of the row in benchmarks/gpu.json, on an H200."""
+    """The row's seconds per step on an H200 in benchmarks/gpu.json, or None if it was not measured."""
     wanted = {"model": row["model"], "base": row["base"], "resolution": row["resolution"], "compiled": row["compiled"]}
     wanted |= {"share": 1.0, "references": 0, "streamed": 0.0}
     rows = (read_result("gpu") or {"rows": []})["rows"]
@@ -333,7 +338,7 @@ def measured(row: dict[str, Any]) -> float | None:
 
 
 def count_row(model: str, base: str, resolution: int, compiled: bool) -> dict[str, Any]:
-    """A row of the result."""
+    """Counts and predicts one row of the result."""
     row = {"model": model, "base": base, "resolution": resolution, "rank": RANKS[model], "compiled": compiled}
     flags = ("--rank", RANKS[model], *BASES[base])
     row |= count_step(bare_training.read_architecture(model), resolution, flags, compiled)
@@ -344,7 +349,7 @@ def count_row(model: str, base: str, resolution: int, compiled: bool) -> dict[st
 
 
 def main(args: argparse.Namespace) -> None:
-    """Counts row by row, and writes after each."""
+    """Counts the missing rows and writes the result after each."""
     logging.disable(logging.WARNING)
     rows = [] if args.again else (read_result("step_cost") or {"rows": []})["rows"]
     keys = ("model", "base", "resolution", "compiled")
@@ -365,7 +370,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Counts what a training step asks of a GPU.")
-    parser.add_argument("--only", choices=MODELS, help="rows of this model")
-    parser.add_argument("--again", action="store_true", help="forget what was counted before")
+    parser = argparse.ArgumentParser(description="Counts the GPU kernels of a training step and predicts their time.")
+    parser.add_argument("--only", choices=MODELS, help="count only the rows of this model")
+    parser.add_argument("--again", action="store_true", help="discard the stored rows and count all again")
     main(parser.parse_args())

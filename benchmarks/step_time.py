@@ -1,10 +1,10 @@
-"""Seconds per step of the training loop against a bare loop of the same forward, backward and optimizer step.
+"""Compare the time of a training step with that of a bare loop of the same forward, backward and optimizer step.
 
     python benchmarks/step_time.py
 
-The script's own start builds model, adapter, loader and optimizer: its loop then works with cached latents from a real
-loader and writes metrics. The bare loop has its tensors in memory. Both take turns in one process, so that what else
-the machine does hits both alike.
+The script itself builds the model, adapter, data loader and optimizer. Its loop reads cached latents from the loader
+and writes metrics; the bare loop has its tensors in memory. Both alternate in one process, so that other load on the
+machine affects them equally.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import train_dreambooth_lora_flux2 as script
 
 
 class Built(Exception):
-    """Carries what the script had built when it was about to train."""
+    """Carries the objects that the script built before training."""
 
 
 def make_model(folder: Path, width: int) -> Path:
-    """The tiny model with a random transformer of `width` in place of its own."""
+    """Writes a copy of the tiny model with a random transformer of the given width."""
     shutil.copytree(ROOT / "tiny_flux2", folder, ignore=shutil.ignore_patterns("transformer"))
     config = Flux2Transformer2DModel.load_config(ROOT / "tiny_flux2" / "transformer")
     sizes = {"num_attention_heads": width // 64, "attention_head_dim": 64, "axes_dims_rope": [16, 16, 16, 16]}
@@ -40,7 +40,7 @@ def make_model(folder: Path, width: int) -> Path:
 
 
 def build(folder: Path, width: int, size: int) -> tuple:
-    """(run, training) as the script hands them to its training loop."""
+    """Returns (run, training), as the script passes them to its training loop."""
     words = ["--pretrained_model_name_or_path", make_model(folder / "model", width)]
     words += ["--instance_data_dir", draw_images(folder / "images", 5, size), "--instance_prompt", "a photo"]
     words += ["--output_dir", folder / "out", "--resolution", size, "--cache_latents", "--max_train_steps", 10**6]
@@ -58,7 +58,7 @@ def build(folder: Path, width: int, size: int) -> tuple:
 
 
 def real_step(run: object, training: object) -> Callable[[], None]:
-    """One turn of the script's loop: step, metrics, trackers."""
+    """Returns one iteration of the script's loop: training step, metrics and trackers."""
     batches = script.make_loaders(run, training)
 
     def step() -> None:
@@ -70,15 +70,15 @@ def real_step(run: object, training: object) -> Callable[[], None]:
 
 
 def bare_step(run: object, training: object, size: int) -> Callable[[], None]:
-    """Forward, backward and AdamW on tensors in memory, nothing else."""
-    cells = size // run.token_size
+    """Returns an iteration of forward, backward and AdamW on tensors in memory, and nothing else."""
+    side = size // run.token_size  # in tokens
     optimizer = torch.optim.AdamW(list(training.parameters.values()), lr=1e-4)
     inputs = {
-        "hidden_states": torch.randn(1, cells * cells, training.codec.channels),
+        "hidden_states": torch.randn(1, side * side, training.codec.channels),
         "encoder_hidden_states": script.open_prompts(run).get("a photo")[None].to(run.device, run.dtype),
         "timestep": torch.full([1], 0.5),
         "guidance": torch.ones(1),
-        "img_ids": script.position_ids(cells, cells),
+        "img_ids": script.position_ids(side, side),
         "txt_ids": script.position_ids(1, 1, length=run.args.max_sequence_length),
     }
     target = torch.randn_like(inputs["hidden_states"])
@@ -93,13 +93,13 @@ def bare_step(run: object, training: object, size: int) -> Callable[[], None]:
 
 
 def measure(width: int, size: int, pairs: int) -> dict:
-    """Medians of both loops over `pairs` turns, and the median of the ratios of neighbours."""
+    """Times `pairs` steps of each loop; returns their medians and the median ratio of consecutive steps."""
     with tempfile.TemporaryDirectory() as folder:
         run, training = build(Path(folder), width, size)
         training.transformer.train()
         loops = {"real": real_step(run, training), "bare": bare_step(run, training, size)}
         seconds = {name: [] for name in loops}
-        for turn in range(pairs + 1):  # the first one warms up
+        for turn in range(pairs + 1):  # the first step is a warm-up
             for name in ("real", "bare") if turn % 2 else ("bare", "real"):
                 began = time.perf_counter()
                 loops[name]()
@@ -121,11 +121,11 @@ def measure(width: int, size: int, pairs: int) -> dict:
 
 
 def main() -> None:
-    """Measures and writes step_time.json."""
+    """Measures both loops and writes step_time.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=640, help="width of the random transformer, a multiple of 64")
-    parser.add_argument("--size", type=int, default=512, help="pixels per side")
-    parser.add_argument("--pairs", type=int, default=11, help="timed steps of each loop")
+    parser.add_argument("--size", type=int, default=512, help="image size in pixels")
+    parser.add_argument("--pairs", type=int, default=11, help="number of timed steps per loop")
     args = parser.parse_args()
     print(write_result("step_time", measure(args.width, args.size, args.pairs)).read_text())
 
