@@ -109,7 +109,7 @@ def print_learning() -> None:
     drift, edit = found["prior preservation"], found["edit"]
     rows["drift of the class from the base model: without, with prior preservation"] = tuple(drift.values())
     rows["edits of unseen scenes, distance to the correct image: base, LoRA"] = (edit["base"], edit["lora"])
-    rows["the same with a LoRA trained without references"] = ("", edit["references_dropped"])
+    rows["the same with a LoRA trained without references"] = ("", found["edit without references"]["lora"])
     losses = found["loss over the last 50 steps"]
     for pair in (("rank 1", "rank 32"), ("alpha 2", "alpha 64"), ("rate 1e-4", "rate 4e-3")):
         names = ", ".join(pair).replace("rate", "learning rate")

@@ -28,11 +28,12 @@ def quick_model(tmp_path) -> Path:
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from /proc")
-def test_the_peak_at_400_images_of_512_px_is_within_a_tenth_of_that_at_50(quick_model, tmp_path):
+def test_the_peak_at_150_images_of_512_px_is_within_a_tenth_of_that_at_30(quick_model, tmp_path):
     from memory import measure
 
-    few, many = measure(50, tmp_path, model=quick_model), measure(400, tmp_path, model=quick_model)
-    assert len(list((tmp_path / "out-400" / "cache" / "latents").glob("*.safetensors"))) == 400
+    """Kept images would be 0.38 GB more, of about one."""
+    few, many = measure(30, tmp_path, model=quick_model), measure(150, tmp_path, model=quick_model)
+    assert len(list((tmp_path / "out-150" / "cache" / "latents").glob("*.safetensors"))) == 150
     assert many["peak_mb"] < 1.1 * few["peak_mb"], (few, many)
 
 

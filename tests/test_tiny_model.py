@@ -42,6 +42,7 @@ def made(tmp_path_factory, small_recipe) -> dict[str, str]:
     return make_model(tmp_path_factory.mktemp("seed0"))
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_recipe_gives_the_same_bytes_by_its_seed_also_after_interruptions(tmp_path, made, monkeypatch):
     """A run that broke off within each part and was started again agrees in every file with one that did not."""
