@@ -30,6 +30,7 @@ def test_a_ratio_is_that_of_runs_of_the_same_round():
     assert "other.py | ours | ours / other" in shown[0] and shown[2].endswith("| 4 s | 2 s | 0.50 |")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why_and_one_step_is_no_measure(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.exit('no such flag')")

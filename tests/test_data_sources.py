@@ -315,9 +315,9 @@ def counted(script, monkeypatch) -> dict[str, int]:
         counts["read"] += 1
         return read(image)
 
-    def counting_decode(data):
+    def counting_decode(*given):
         counts["decoded"] += 1
-        return decode(data)
+        return decode(*given)
 
     monkeypatch.setattr(script.Image, "read", counting_read)
     monkeypatch.setattr(script, "decode_image", counting_decode)
@@ -375,7 +375,7 @@ def test_a_refusal_is_remembered_too(script, tmp_path, counted):
     assert counted == {"read": 2, "decoded": 2}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"policy -1": {}}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"decoder 2": {"0": []}}'])
 def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
     (tmp_path / "checked_images.json").write_bytes(content)

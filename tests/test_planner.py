@@ -293,6 +293,7 @@ def test_what_streams_on_a_small_gpu_is_counted_and_the_line_is_parsed(small, ca
         assert "does not fit" in plan_memory.find_line(job, lacking, 1e-6)
 
 
+@pytest.mark.slow
 def test_host_memory_is_the_sum_of_its_parts_and_follows_the_flags(small, t2i, tmp_path):
     """What streams is pinned; the peak is that of training, or of a text encoder that lies on the host."""
     plain, more = (
@@ -312,6 +313,7 @@ def test_host_memory_is_the_sum_of_its_parts_and_follows_the_flags(small, t2i, t
     assert plain["mapped"] * GB == sum(parameter.nbytes for parameter in folder.parameters())
 
 
+@pytest.mark.slow
 def test_a_line_that_the_host_has_no_memory_for_gives_way_to_another(small, capsys, monkeypatch):
     """Pinned blocks to a base that needs none, the encoder on the host to one in NF4, at last a smaller image."""
     job, base = (
@@ -335,6 +337,7 @@ def test_a_line_that_the_host_has_no_memory_for_gives_way_to_another(small, caps
     assert "--resolution 256" in shown and "--stream_blocks" not in shown
 
 
+@pytest.mark.slow
 def test_a_text_encoder_that_neither_fits_the_gpu_nor_the_host_is_loaded_in_nf4():
     """That of [dev]: 36 GB in bf16, 10.5 GB in NF4."""
     places = dict(plan_memory.encoder_places(Job("dev", 512), 24))

@@ -728,7 +728,7 @@ def test_one_reference_of_many_rows_is_decoded_once(i2i, tiny, pairs, tmp_path, 
     write_metadata(pairs, *rows)
     decoded = []
     monkeypatch.setattr(
-        i2i, "decode_image", lambda data, original=i2i.decode_image: decoded.append(1) or original(data)
+        i2i, "decode_image", lambda *given, original=i2i.decode_image: decoded.append(1) or original(*given)
     )
     _, samples, _ = checked(i2i, tiny, tmp_path, "--instance_data_dir", pairs)
     assert len(decoded) == 4 and len({sample.references[0].sha256 for sample in samples}) == 1

@@ -42,6 +42,7 @@ def test_each_size_has_buckets_of_its_own(script, tiny, tmp_path, mixed):
     assert len(found) == 3 and all(height < width for height, width in found) and areas == sorted(areas)
 
 
+@pytest.mark.e2e
 def test_one_size_is_the_run_of_its_resolution(train):
     """And --resolution is then only the size of what is generated."""
     one = train("--train_resolutions", "64", output="one")

@@ -8,6 +8,7 @@ catch and good ones that it must let pass, so that no rule is a rule that cannot
 """
 
 import ast
+import functools
 import io
 import json
 import os
@@ -110,6 +111,12 @@ def docstring_lines(tree: ast.Module) -> set[int]:
     return lines
 
 
+@functools.lru_cache
+def parsed(source: str) -> ast.Module:
+    """The tree of a script, which no rule changes."""
+    return ast.parse(source)
+
+
 def count_code_lines(source: str) -> int:
     """Count the lines that hold code: not blank, not only a comment, not a docstring."""
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -117,7 +124,7 @@ def count_code_lines(source: str) -> int:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in silent:
             lines.update(range(token.start[0], token.end[0] + 1))
-    return len(lines - docstring_lines(ast.parse(source)))
+    return len(lines - docstring_lines(parsed(source)))
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -179,7 +186,7 @@ def flag_calls(tree: ast.Module) -> list[ast.Call]:
 
 def declared_flags(source: str) -> list[str]:
     """Return the names of the declared flags in the order of the file."""
-    calls = flag_calls(ast.parse(source))
+    calls = flag_calls(parsed(source))
     return [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
 
 
@@ -253,7 +260,7 @@ def formatting_by_hand_is_rare(source: str) -> list[str]:
 def functions_are_short(source: str) -> list[str]:
     """`main` has fewer than 80 lines, any other function fewer than 90, from `def` to the end with its docstring."""
     violations = []
-    for node in functions_of(ast.parse(source)):
+    for node in functions_of(parsed(source)):
         limit = MAX_MAIN_LINES if node.name == "main" else MAX_FUNCTION_LINES
         length = node.end_lineno - node.lineno + 1
         if length >= limit:
@@ -285,7 +292,7 @@ def nesting_of(node: ast.AST, depth: int = 0) -> tuple[int, int]:
 )
 def nesting_is_shallow(source: str) -> list[str]:
     """Blocks (if, for, while, with, try, match) are nested at most four deep; an elif is no deeper than its if."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     found = ((getattr(node, "name", "the module"), *nesting_of(node)) for node in (tree, *functions_of(tree)))
     return [f"line {line}: {name} is nested {depth} deep" for name, depth, line in found if depth > MAX_NESTING]
 
@@ -296,7 +303,7 @@ def nesting_is_shallow(source: str) -> list[str]:
 )
 def no_global_state(source: str) -> list[str]:
     """No `global` and no `nonlocal`."""
-    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Global, ast.Nonlocal)))
+    nodes = (node for node in ast.walk(parsed(source)) if isinstance(node, (ast.Global, ast.Nonlocal)))
     return [f"line {node.lineno}: {ast.unparse(node)}" for node in nodes]
 
 
@@ -311,7 +318,7 @@ def no_global_state(source: str) -> list[str]:
 def no_nested_functions(source: str) -> list[str]:
     """No function is defined in a function; methods of a top-level class are fine."""
     violations = []
-    for outer in functions_of(ast.parse(source)):
+    for outer in functions_of(parsed(source)):
         inner = (node for node in ast.walk(outer) if isinstance(node, FUNCTIONS) and node is not outer)
         violations += [f"line {node.lineno}: {node.name} is defined inside {outer.name}" for node in inner]
     return violations
@@ -333,7 +340,7 @@ def no_nested_functions(source: str) -> list[str]:
 def everything_longer_has_a_docstring(source: str) -> list[str]:
     """Every function, method and class of six lines or more has a docstring of at least one whole sentence."""
     violations = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, (ast.ClassDef, *FUNCTIONS)) and node.end_lineno - node.lineno >= 5:
             if not re.search(r"[.!?](\s|$)", ast.get_docstring(node) or ""):
                 violations.append(f"line {node.lineno}: {node.name} has no docstring with a whole sentence")
@@ -399,7 +406,7 @@ def args_bindings(tree: ast.Module) -> list[ast.Name]:
 )
 def args_are_never_assigned_to(source: str) -> list[str]:
     """`args` is bound once, in `parse_args`, and never changed; derived values live elsewhere."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     violations = [f"line {node.lineno}: {ast.unparse(node)}" for node in ast.walk(tree) if writes_args(node)]
     parsers = [node for node in tree.body if isinstance(node, FUNCTIONS) and node.name == "parse_args"]
     inside = {name for parser in parsers for name in ast.walk(parser)}
@@ -432,7 +439,7 @@ def args_are_never_assigned_to(source: str) -> list[str]:
 )
 def flags_are_declared_and_read(source: str) -> list[str]:
     """Every declared flag is read or said to have no effect, every flag read is declared, each is declared once."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     declared, read, without_effect = declared_flags(source), read_flags(tree), flags_without_effect(tree)
     violations = [f"--{name} is declared and never read" for name in sorted({*declared} - read - without_effect)]
     violations += [f"args.{name} is read and not declared" for name in sorted(read - {*declared})]
@@ -474,7 +481,7 @@ LAST = 'if __name__ == "__main__":\n    main(COMMAND_LINE)\n'
 )
 def arguments_stand_before_the_heavy_imports(source: str) -> list[str]:
     """The command line is parsed, once, and the marker stands, before all but the standard library; main is last."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     guards = main_guards(tree)
     if len(guards) != 2:
         return [f'expected two statements `if __name__ == "__main__":`, found {len(guards)}']
@@ -543,7 +550,7 @@ def dangerous_call(node: ast.Call) -> bool:
 )
 def nothing_dangerous(source: str) -> list[str]:
     """No pickle, no eval or exec, no shell, no code from the Hub; `torch.load` only with `weights_only=True`."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     violations = [f"line {line}: import of {module}" for line, module in imports_of(tree) if module in PICKLE_MODULES]
     for node in ast.walk(tree):
         hidden = isinstance(node, ast.Constant) and node.value == "trust_remote_code"
@@ -577,7 +584,7 @@ def imports_are_declared(source: str) -> list[str]:
     """A script imports the standard library and the packages of its own header, nothing of this repository."""
     allowed = {import_name(requirement) for requirement in header_of(source).get("dependencies", [])}
     allowed |= sys.stdlib_module_names
-    found = imports_of(ast.parse(source))
+    found = imports_of(parsed(source))
     return [f"line {line}: {module} is not in the header" for line, module in found if module not in allowed]
 
 
@@ -625,7 +632,7 @@ def posix_uses(node: ast.AST) -> Iterator[tuple[int, str]]:
 )
 def nothing_posix_only_at_import(source: str) -> list[str]:
     """Importing a script works on Windows: what only POSIX has is used in functions or behind a guard."""
-    return [f"line {line}: {name} is missing on Windows" for line, name in posix_uses(ast.parse(source))]
+    return [f"line {line}: {name} is missing on Windows" for line, name in posix_uses(parsed(source))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -653,7 +660,7 @@ def nothing_posix_only_at_import(source: str) -> list[str]:
 def regions_are_balanced(source: str) -> list[str]:
     """Region markers stand at column 0 between top-level statements, in pairs, not nested, each name once."""
     violations: list[str] = []
-    statements = ast.parse(source).body
+    statements = parsed(source).body
     open_name, seen = None, set()
     for line, column, text in comments_of(source):
         if not re.match(r"#\s*(end)?region\b", text, re.IGNORECASE):
