@@ -926,29 +926,21 @@ class Progress(tqdm):
         """`total` things to do, `done` of them already done."""
         self.in_lines = not (sys.stderr.isatty() or IN_NOTEBOOK)
         options = {"file": io.StringIO(), "mininterval": 10, "miniters": 1} if self.in_lines else {}
-        width = {"dynamic_ncols": True} if IN_NOTEBOOK else {"ncols": shutil.get_terminal_size().columns}  # never 0
-        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} |{bar}| {left}{postfix}", **width}
+        options |= {"dynamic_ncols": True} if IN_NOTEBOOK else {"ncols": shutil.get_terminal_size().columns}  # never 0
+        end = "{postfix}, {remaining} left" if self.in_lines else " |{bar}| {remaining} left{postfix}"
+        options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt}" + end, "smoothing": 0}
         super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
     def advance(self, note: str = "") -> None:
         self.set_postfix_str(note, refresh=False)
         self.update()
 
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """What `bar_format` may name: tqdm's own values, and the time left as h:mm:ss."""
-        facts = super().format_dict
-        done, more = facts["n"] - facts["initial"], facts["total"] - facts["n"]
-        left = timedelta(seconds=round(facts["elapsed"] / done * more)) if done else "?"
-        return facts | {"left": f"{left} left"}
-
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
             super().display(*args, **options)
         elif self.n > self.last_print_n:
-            facts = [f"{self.desc}: {self.n}/{self.total}", self.postfix, self.format_dict["left"]]
-            log.info(", ".join(filter(None, facts[: 2 + (self.n < self.total)])))
+            log.info(str(self).removesuffix(", 00:00 left"))
 
 
 class LogHandler(logging.Handler):
@@ -3680,7 +3672,8 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
     """Logs the numbers of the run as equations, before the first step."""
     rounds, per_step = epoch_rounds(run.args), samples_per_step(run)
     epoch, groups = rounds * len(training.samples), Counter(Counter(training.samples).values())
-    images = " + ".join(f"{count} images x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
+    what = "pairs of image and size" if run.args.train_resolutions else "images"
+    images = " + ".join(f"{count} {what} x {shares * rounds} repeats" for shares, count in sorted(groups.items()))
     batch, micro, visits = run.args.train_batch_size, run.args.gradient_accumulation_steps, steps * per_step
     log.info(f"train: {images} = {epoch} samples per epoch")
     log.info(f"train: batch {batch} x accumulation {micro} x {run.processes} process(es) = {per_step} samples per step")

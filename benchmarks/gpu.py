@@ -140,7 +140,7 @@ def predicted_gb(row: dict[str, Any]) -> float | None:
     """The prediction for a row in benchmarks/plan_memory.json, or None."""
     path = ROOT / "benchmarks" / "plan_memory.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    rows = [] if row["compiled"] or row["streamed"] else rows
+    rows = [] if row["compiled"] or row["streamed"] or row.get("flags") else rows  # those are of the default flags
     found = [known["training_gb"] for known in rows if all(known[key] == row[key] for key in KEYS[:5])]
     return found[0] if found else None
 

@@ -1,5 +1,6 @@
 """tools/plan_memory.py: what it counts is what is allocated, what it prints fits and runs."""
 
+import json
 import shlex
 import sys
 from types import SimpleNamespace
@@ -349,14 +350,29 @@ def test_a_text_encoder_that_neither_fits_the_gpu_nor_the_host_is_loaded_in_nf4(
 @pytest.mark.slow
 def test_the_predictions_of_streaming_are_near_what_was_measured_on_a_gpu():
     """Rows of benchmarks/gpu.json with --stream_blocks at rank 16; real architectures, seconds each."""
-    import json
-
     rows = json.loads(plan_memory.MEASURED.read_text(encoding="utf-8"))["rows"]
     rows = [row for row in rows if row["streamed"] and not row["compiled"] and row["model"] == "klein-9B"]
     for row in rows:
         predicted = plan_memory.streamed(Job(row["model"], row["resolution"]), row["base"], row["streamed"])["gpu"]
         assert predicted == pytest.approx(row["peak_gb"], rel=0.05)
     assert rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["bf16", "fp8", "nf4"])
+def test_the_stored_predictions_are_those_of_the_present_scripts(base):
+    """If the training step needs more memory, or less, `python tools/plan_memory.py --all` has to be run again."""
+    place = {"model": "klein-4B", "base": base, "share": 1.0, "resolution": 512, "references": 0}
+    rows = json.loads(plan_memory.RESULT.read_text(encoding="utf-8"))["rows"]
+    (stored,) = (row["training_gb"] for row in rows if place.items() <= row.items())
+    found = count_training(Job("klein-4B", 512), base, 1.0)
+    assert found.peak / GB == pytest.approx(stored, rel=0.005)
+
+
+def test_predictions_are_within_two_percent_of_what_a_gpu_measured():
+    rows = json.loads(plan_memory.MEASURED.read_text(encoding="utf-8"))["rows"]
+    ratios = [row["predicted_gb"] / row["peak_gb"] for row in rows if row.get("predicted_gb")]
+    assert len(ratios) >= 10 and all(ratio == pytest.approx(1, abs=0.02) for ratio in ratios)
 
 
 def test_the_predictions_in_the_docs_are_those_of_the_stored_file():

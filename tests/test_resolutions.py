@@ -75,6 +75,7 @@ def test_a_run_over_several_sizes_learns_at_each_and_resumes_exactly(script, tra
         whole = train(*flags, "--max_train_steps", "6", output="whole")
     assert sizes == {(32, 32): 3, (64, 64): 2, (96, 96): 1}
     assert any("96 x 96" in line and "1 image(s)" in line for line in lines)
+    assert any("6 pairs of image and size x 1 repeats = 6 samples per epoch" in line for line in lines)
     parts = train(*flags, "--max_train_steps", "3", output="parts")
     train(*flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", output="parts")
     assert_same_run(whole, parts)

@@ -568,7 +568,10 @@ def measured_cell(model: str, rung: Rung) -> str:
     rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.is_file() else []
     found = [row for row in rows if (row["model"], row["base"], row["share"]) == (model, rung.base, rung.share)]
     found = [row for row in found if row.get("peak_gb") and not (row["compiled"] or row["streamed"])]
-    cells = {f"{row['resolution']} px" + " + 1 ref." * row["references"]: row["peak_gb"] for row in found}
+    cells = {}
+    for row in found:
+        flags = f" (`{' '.join(row['flags'])}`)" if row.get("flags") else ""
+        cells[f"{row['resolution']} px" + " + 1 ref." * row["references"] + flags] = row["peak_gb"]
     return ", ".join(f"{size}: {peak:.1f}" for size, peak in sorted(cells.items())) or "not measured"
 
 
