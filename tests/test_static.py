@@ -38,7 +38,7 @@ from helpers import (
 )
 from mutations import MUTATIONS
 
-MAX_CODE_LINES = 3023
+MAX_CODE_LINES = 3025
 MAX_EDITOR_LINES = 4072
 MAX_MAIN_LINES = 50
 MAX_FUNCTION_LINES = 90
