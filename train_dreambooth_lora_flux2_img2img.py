@@ -240,7 +240,7 @@ SHARED_FLAGS = [
     flag("validation_prompt", str, None, "generate images from these prompts while training", nargs="+"),
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
-    flag("validation_split", NATURAL, 0, "number of images to hold out for the validation loss, chosen by the seed"),
+    flag("validation_split", NATURAL, 0, "number of images to hold out for the validation loss", resume=True),
     flag("validation_data_dir", to_path, None, "or folder(s) of images for the validation loss alone", nargs="+"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
@@ -270,8 +270,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 # What a run writes into the output folder besides its cache. It is taken for ours only beside a config.args of ours.
 CONFIG_HEAD = "# Settings of a FLUX.2 LoRA run, which is repeated by giving @ and the path of this file.\n"
-OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?checkpoint-\d+|"
-             r"best|logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
+OWN_FILES = (rf"{LORA_FILE}|{COMFYUI_FILE}|README\.md|config\.args|metrics\.jsonl|(abandoned-)?(checkpoint-\d+|best)|"
+             r"logs/flux2-lora|samples/(step-\d+|final|given|contact_sheet\.png)")  # fmt: skip
 LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch", b"torchrun", b"torch.distributed.run"}
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "aim")
 # endregion shared: arguments
@@ -640,7 +640,7 @@ class Run:
 
     @property
     def resolutions(self) -> list[int]:  # to train at, the smallest first
-        return sorted(self.args.train_resolutions or [self.args.resolution])
+        return sorted({*(self.args.train_resolutions or [self.args.resolution])})
 
     @property
     def is_main(self) -> bool:  # the process that writes what a run has only once
@@ -1294,9 +1294,10 @@ class Image:
     name: str
     path: Path | None = None
     cell: Callable[[], bytes] | None = None
-    sha256: str = ""  # of the file's bytes; `inspect_images` fills in hash, size and levels
+    sha256: str = ""  # of the file's bytes; filled in by `inspect_images`, like the next four
     size: Size = (0, 0)
-    levels: tuple[int, int] = (0, 0)  # the darkest and the lightest grey
+    darkest: int = 0  # grey
+    light: tuple[int, ...] = ()  # left, top, right, bottom of what is not black
     target: Size = (0, 0)  # the size it is encoded at, see `make_samples`
     resize_key: str = "centre"  # how it is brought to `target`, for cache keys
     mask: Image | None = None  # loss mask
@@ -1313,6 +1314,13 @@ class Image:
 
     def pixels(self, crop: list[float] | None = None, flip: bool = False) -> torch.Tensor:
         return image_to_pixels(self.decoded(), self.target, crop, flip)
+
+    def shows_mask(self, centre: bool) -> bool:
+        """Whether the mask is light anywhere, or with `centre` in the centre crop."""
+        full, part = (cover_size(self.size, self.target), self.target) if centre else (self.size, self.size)
+        left, top, right, bottom = self.mask.light or (0, 0, 0, 0)
+        spans = zip((top, left), (bottom, right), self.size, full, part, strict=True)
+        return all(abs((a + b) / side - 1) < (b - a) / side + size / whole for a, b, side, whole, size in spans)
 
     def token_weights(self, args: Args, token_size: int, crop: list[float] | None, flip: bool) -> torch.Tensor:
         """Loss weights (L) with mean 1: the share of each token's pixels that are in the mask."""
@@ -1522,8 +1530,9 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
     root = os.path.commonpath(every[: len(args.instance_data_dir)])  # names of images start here
     others = [other for other in every if other != folder and other.is_relative_to(folder)]
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
-    found = {path for path in images if args.mask_suffix and path.stem.endswith(args.mask_suffix)}
-    masks = {path.with_name(path.stem.removesuffix(args.mask_suffix)): path for path in found}
+    found = {path: path.stem.removesuffix(args.mask_suffix or "") for path in images}
+    found = {path: stem for path, stem in found.items() if stem not in ("", path.stem)}
+    masks = {path.with_name(stem): path for path, stem in found.items()}
     images = [path for path in images if path not in found]
     names = {key: path for path in reversed(files) for key in (path, folded(path))}
     metadata = {path.parent: path for name in METADATA for path in files if folded(path.name) == name}
@@ -1539,7 +1548,7 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
-        raise UserError(f"--instance_data_dir {folder}: has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{folder}: has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
     stems = [path.with_suffix("") for path in texts]  # the image's name with or without its suffix
     beside = dict(zip([*map(folded, stems), *stems], [*texts, *texts], strict=True))
@@ -1776,20 +1785,21 @@ def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
 def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image, Image], dict[str, str]]:
     """Checks every image once, in threads: the good ones with hash and size, the names of bad ones with the reason."""
     # `checked_images.json` holds what earlier starts found, so that only new images are decoded
-    file, policy, index, good, bad = cache_dir / "checked_images.json", f"levels, decoder {DECODE_POLICY}", {}, {}, {}
+    file, policy, index, good, bad = cache_dir / "checked_images.json", f"masks, decoder {DECODE_POLICY}", {}, {}, {}
     images = list(dict.fromkeys(other for image in images for other in (image.mask, image) if other))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: start a new one
-        index = json.loads(file.read_text(encoding="utf-8"))[policy]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
+        index = {key: facts for key, facts in json.loads(file.read_bytes())[policy].items() if len(facts) == 6}
     known, inspect = len(index), functools.partial(inspect_image, index)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress("check images", len(images)) as progress:
-        for image, (sha256, height, width, *levels, reason) in zip(images, pool.map(inspect, images), strict=True):
+        for image, (key, height, width, darkest, light, reason) in zip(images, pool.map(inspect, images), strict=True):
             mask = good.get(image.mask)  # masks come before their images
             if image.mask and mask and mask.size != (height, width):
                 reason = reason or f"{mask.name} is {mask.size[1]} x {mask.size[0]}, the image {width} x {height}"
             if reason or (image.mask and not mask):
                 bad[image.name] = reason or f"{image.mask.name} is bad"
             else:
-                good[image] = replace(image, sha256=sha256, size=(height, width), levels=tuple(levels), mask=mask)
+                facts = {"sha256": key, "size": (height, width), "darkest": darkest, "light": (*light,)}
+                good[image] = replace(image, **facts, mask=mask)
             progress.advance()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
@@ -1797,7 +1807,7 @@ def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image
 
 
 def inspect_image(index: dict[str, list], image: Image) -> list:
-    """[sha256, height, width, darkest, lightest, what is wrong or None]; only what is new is read and decoded."""
+    """[sha256, height, width, darkest, light, what is wrong or None]; only what is new is read and decoded."""
     try:
         stat = image.path.stat() if image.path else None
         stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.alpha_only} {image.path}" if stat else None
@@ -1805,15 +1815,15 @@ def inspect_image(index: dict[str, list], image: Image) -> list:
             return index[stamp]
         data = image.read()
     except OSError as error:
-        return ["", 0, 0, 0, 0, f"cannot be read ({error})"]
+        return ["", 0, 0, 0, [], f"cannot be read ({error})"]
     sha256 = hashlib.sha256(data).hexdigest()
     key = f"{sha256} {image.alpha_only}"
     try:
         if key not in index:
-            decoded = decode_image(data, image.alpha_only)
-            index[key] = [sha256, decoded.height, decoded.width, *decoded.convert("L").getextrema(), None]
+            grey = decode_image(data, image.alpha_only).convert("L")
+            index[key] = [sha256, grey.height, grey.width, grey.getextrema()[0], grey.getbbox() or [], None]
     except ValueError as error:
-        index[key] = [sha256, 0, 0, 0, 0, str(error)]
+        index[key] = [sha256, 0, 0, 0, [], str(error)]
     index[stamp or key] = index[key]
     return index[key]
 
@@ -1935,10 +1945,12 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         log.info(f"data: {height:5d} x {width:<5d} {count:6d} image(s)" + f", {small} of them enlarged" * (small > 0))
     if run.args.mask_suffix or run.args.alpha_as_mask:
         distinct = {(image.sha256, image.mask and image.mask.sha256): image for image in images}.values()
-        masks, outside = [i for i in distinct if i.mask and i.mask.levels[0] < 255], run.args.unmasked_weight
-        log.info(f"data: {len(masks)} of {len(distinct)} images have a mask; {outside:g} outside of it")
-        if black := [image.name for image in masks if image.mask.levels[1] == 0 and outside == 0]:
-            raise UserError(f"{len(black)} mask(s) are black or clear all over: {first_few(black)}; remove them")
+        masks, outside = [i for i in distinct if i.mask and i.mask.darkest < 255], run.args.unmasked_weight
+        level, centre = logging.INFO if masks else logging.WARNING, run.args.center_crop or run.args.cache_latents
+        log.log(level, f"data: {len(masks)} of {len(distinct)} images have a mask; {outside:g} outside of it")
+        if lost := [image.name for image in masks if outside == 0 and not image.shows_mask(centre)]:
+            where = "in the centre crop" if centre else "all over"
+            raise UserError(f"{len(lost)} mask(s) are black or clear {where}: {first_few(lost)}; change or remove them")
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
 
@@ -1952,14 +1964,15 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     held_out = [sample for sample in samples if sample.image.sha256 in chosen]
     rest = [sample for sample in samples if sample.image.sha256 not in chosen]
     if folders := run.args.validation_data_dir:
-        flags = Args(**vars(run.args) | {"instance_data_dir": folders, "dataset_name": None, "repeats": None})
+        usual = {"dataset_name": None, "repeats": None, "image_column": "image", "caption_column": None}
+        flags = Args(**vars(run.args) | usual | {"cond_image_column": None, "instance_data_dir": folders})
         held_out += make_samples(run, fill_captions(flags, list_samples(flags)))
         trained = {sample.image.sha256 for sample in rest}
         if both := [sample.image.name for sample in held_out if sample.image.sha256 in trained]:
             log.warning(f"data: {len(both)} image(s) of --validation_data_dir are also trained on: {first_few(both)}")
     if held_out:
-        names = dict.fromkeys(sample.image.name for sample in held_out)
-        log.info(f"data: {len(names)} image(s) are held out: {first_few([*names])}")
+        names = [name for _, name in dict.fromkeys((s.image.sha256, s.image.name) for s in held_out)]
+        log.info(f"data: {len(names)} image(s) are held out: {first_few(names)}")
     rounds = range(max(sample.repeats for sample in rest))  # a sample is visited as often as it stands in the list
     return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
@@ -3243,7 +3256,7 @@ def fingerprint(run: Run, streams: list[Stream]) -> dict[str, Any]:
 def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     """Raises UserError that lists every setting that differs from the checkpoint's, and how to use it anyway."""
     then, lines = checkpoint.state["fingerprint"], ""
-    changed = [key for key in now if then.get(key) != now[key]]
+    changed = [key for key in now if then.get(key, DEFAULTS.get(key)) != now[key]]  # it may be older than a flag
     for key in changed:
         is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
         lines += f"\n    {key}: " + ("has changed" if is_hash else f"was {then.get(key)}, is {now[key]}")
@@ -3273,6 +3286,7 @@ def save_checkpoint(run: Run, training: Training) -> Path:
     content = {
         "format": CHECKPOINT_FORMAT, "step": training.step, "skipped": training.skipped, "seed": run.seed,
         "smoothed_loss": training.smoothed_loss, "best": training.best, "fingerprint": training.fingerprint,
+        "held_out": digest(*(sample.content for sample in training.held_out)),
         "optimizer": {"state": scalars, "groups": groups}, "schedule": schedule, "compiled": training.compiled > 0,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }  # fmt: skip
@@ -3315,12 +3329,14 @@ def flush_to_disk(path: Path) -> None:
 def rewind(run: Run) -> None:
     """Takes the output folder back to the step a run continues from: no newer checkpoints, no metrics twice."""
     step, path, kept = run.resume.state["step"] if run.resume else 0, run.output_dir / "metrics.jsonl", []
-    for folder in reversed(list_checkpoints(run.output_dir)):
-        if run.resume and step_of(folder) > step:
-            aside = folder.with_name(f"abandoned-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            log.warning(f"checkpoint: {folder.name} is newer than the one resumed from: it is now {aside}")
+    later, best = [p for p in list_checkpoints(run.output_dir) if step_of(p) > step], run.output_dir / "best"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or its file is damaged
+        later += [best] * (json.loads((best / "validation.json").read_bytes())["step"] > step)
+    for folder in later:
+        aside = folder.with_name(f"abandoned-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        log.warning(f"checkpoint: {folder.name} is newer than the one resumed from: it is now {aside}")
     if path.is_file():
         for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -3341,7 +3357,8 @@ def restore(run: Run, training: Training) -> None:
     training.optimizer.load_state_dict({"state": dict(enumerate(slots.values())), "param_groups": groups})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **stored["schedule"]})
     training.step, training.skipped, training.smoothed_loss = (stored[k] for k in ("step", "skipped", "smoothed_loss"))
-    training.best = tuple(stored["best"]) if stored.get("best") else None
+    if stored.get("best") and stored.get("held_out") == digest(*(sample.content for sample in training.held_out)):
+        training.best = tuple(stored["best"])
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
@@ -3473,10 +3490,12 @@ def validation_loss(run: Run, training: Training) -> dict[str, float]:
     u is spread evenly over [0, 1], so that the values of different steps can be compared.
     """
     samples = training.held_out or training.samples[:4]
-    fixed, visits = TrainingSet(run, training.codec, samples, "validation"), max(8, 4 * len(samples))
+    visits = max(8, 4 * len(samples))
+    fixed = Args(**vars(run.args) | {"caption_dropout": 0.0, "cond_dropout": 0.0, "random_flip": False})
+    data = TrainingSet(replace(run, args=fixed), training.codec, samples, "validation")
     losses, sigmas = [], []
     for number in range(visits):
-        item = fixed[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
+        item = data[(number % len(samples), number)] | {"u": torch.tensor((number + 0.5) / visits)}
         for found, value in zip((losses, sigmas), batch_losses(run, training, collate([item])), strict=True):
             found.append(value.item())
     by_sigma = loss_by_sigma(losses, sigmas, [1.0] * visits).items()
@@ -3486,7 +3505,7 @@ def validation_loss(run: Run, training: Training) -> dict[str, float]:
 def validate(run: Run, training: Training) -> dict[str, float]:
     """Images, contact sheet and validation loss at the current step, in eval mode; training is not affected.
 
-    At a new low on held-out samples the LoRA is saved to best/; the first value to beat is that of step 0.
+    At a new low on held-out samples the LoRA is saved to best/; the first value, of step 0, is the one to beat.
     """
     samples_dir, prompts, values = run.output_dir / "samples", run.args.validation_prompt, {}
     folder = samples_dir / f"step-{training.step:06d}"
@@ -3501,9 +3520,10 @@ def validate(run: Run, training: Training) -> dict[str, float]:
         values = validation_loss(run, training)
         lowest = training.best[0] if training.best else math.inf
         if training.held_out and values["validation_loss"] < lowest:  # never true for nan
+            if run.is_main and training.best:
+                save_lora(run, training.parameters, best := run.output_dir / "best")
+                write_atomically(best / "validation.json", json.dumps({"step": training.step, **values}).encode())
             training.best = values["validation_loss"], training.step
-            if run.is_main and training.step:
-                save_lora(run, training.parameters, run.output_dir / "best")
     except Exception as error:
         if run.sharding:
             raise
@@ -3769,7 +3789,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
         size = run.args.stream_blocks * frozen * (1 if run.args.do_fp8_training else run.dtype.itemsize)
         need = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9  # each process pins its own
         if need > (free := psutil.virtual_memory().available / 1e9):
-            advice = "stream a smaller share, or use --do_fp8_training"
+            advice = "stream a smaller share" + ", or use --do_fp8_training" * (not run.args.do_fp8_training)
             raise UserError(f"--stream_blocks: pins {need:.1f} GB of host memory, {free:.1f} GB are free; {advice}")
     if run.args.remote_text_encoder:  # so that a server that is down is noticed at once
         encode_prompts(run, prompts, limit=1)
@@ -3947,6 +3967,8 @@ def train(run: Run, training: Training) -> None:
     epochs = run.args.validation_epochs * len(training.samples) * epoch_rounds(run.args) / samples_per_step(run)
     drawing = run.args.validation_prompt and run.args.num_validation_images
     period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
+    if steps < period < math.inf:
+        log.warning(f"validation: one is due every {period} steps, this run has {steps}; see --validation_steps")
     if training.step == 0 and period < math.inf:
         values = validate(run, training)
         track(run, lambda tracker: tracker.log(values, step=0))

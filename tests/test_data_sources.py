@@ -375,10 +375,23 @@ def test_a_refusal_is_remembered_too(script, tmp_path, counted):
     assert counted == {"read": 2, "decoded": 2}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"decoder 2": {"0": []}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe\x00",
+        b'{"decoder 2": {"0": []}}',
+        b'{"POLICY": null}',
+        b'{"POLICY": {"0": null}}',
+        b'{"POLICY": {"0": ["", 1, 2]}}',
+    ],
+)
 def test_a_damaged_or_outdated_index_is_begun_anew(script, tmp_path, photos, counted, content):
     """It is a cache: losing it costs time only."""
-    (tmp_path / "checked_images.json").write_bytes(content)
+    policy = f"masks, decoder {script.DECODE_POLICY}".encode()
+    (tmp_path / "checked_images.json").write_bytes(content.replace(b"POLICY", policy))
     assert len(check(script, photos, tmp_path)) == 5
     assert counted["decoded"] == 5
     check(script, photos, tmp_path)

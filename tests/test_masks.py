@@ -1,5 +1,7 @@
 """Loss masks: which file is whose mask, what a token weighs, and that only what is white is learned."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -138,7 +140,9 @@ def test_transparency_is_read_from_a_data_set_too(script, tiny, cut_out, tmp_pat
 def test_an_image_that_is_clear_all_over_is_refused_by_name(script, tiny, tmp_path):
     Image.new("RGBA", (80, 64), (200, 10, 10, 0)).save((tmp_path / "no-data").mkdir() or tmp_path / "no-data/ghost.png")
     run = start_run(script, tiny, tmp_path, "--alpha_as_mask")
-    with pytest.raises(script.UserError, match=r"1 mask\(s\) are black or clear all over: ghost\.png; remove them"):
+    with pytest.raises(
+        script.UserError, match=r"1 mask\(s\) are black or clear all over: ghost\.png; change or remove them"
+    ):
         script.check_data(run)
     assert script.check_data(start_run(script, tiny, tmp_path, "--alpha_as_mask", "--unmasked_weight", "0.1"))
 
@@ -169,6 +173,49 @@ def test_a_mask_that_cannot_be_meant_is_refused_by_name(script, tiny, masked, tm
     with pytest.raises(script.UserError, match=words) as refusal:
         script.check_data(run)
     assert path.stem.removesuffix("-mask") in str(refusal.value)
+
+
+@pytest.mark.parametrize("flags", [("--center_crop",), ("--cache_latents",), ()])
+@pytest.mark.parametrize(
+    ("shape", "left", "shown"), [((128, 64), 0, False), ((128, 64), 40, True), ((64, 128), 0, False)]
+)
+def test_a_mask_that_the_centre_crop_leaves_out_is_refused_by_name(script, tiny, tmp_path, flags, shape, left, shown):
+    """Nothing would be learned from the image, in silence; a random crop meets the mask now and then."""
+    folder = tmp_path / "no-data"
+    folder.mkdir()
+    Image.new("RGB", shape, "red").save(folder / "dog.png")
+    mask = Image.new("L", shape, 0)
+    mask.paste(255, (left, left, left + 24, left + 24))
+    mask.save(folder / "dog-mask.png")
+    run = start_run(script, tiny, tmp_path, *MASKS, "--resolution", "64", *flags)
+    if shown or not flags:
+        assert script.check_data(run)[0][0].image.shows_mask(bool(flags))
+        return
+    with pytest.raises(script.UserError, match=r"1 mask\(s\) are black or clear in the centre crop: dog\.png"):
+        script.check_data(run)
+    assert script.check_data(start_run(script, tiny, tmp_path, *MASKS, *flags, "--unmasked_weight", "0.1"))
+
+
+def test_of_two_masks_the_same_one_is_taken_at_every_start_and_the_other_is_named(script, tiny, masked, tmp_path):
+    path = sorted(masked.glob("*-mask.png"))[0]
+    Image.open(path).save(path.with_suffix(".webp"))
+    with log_lines() as lines:
+        samples, _ = script.check_data(start_run(script, tiny, tmp_path, "--instance_data_dir", masked, *MASKS))
+    assert samples[0].image.mask.path.suffix == ".webp" and any("1 .png file(s) not used" in line for line in lines)
+
+
+def test_a_suffix_that_is_a_whole_name_makes_no_mask(script, tiny, masked, tmp_path):
+    flags = ("--instance_data_dir", masked, "--mask_suffix=-mask")
+    (masked / "-mask.png").write_bytes(sorted(masked.glob("*-mask.png"))[0].read_bytes())
+    samples, _ = script.check_data(start_run(script, tiny, tmp_path, *flags))
+    assert sum(sample.image.mask is None for sample in samples) == 1
+
+
+def test_a_suffix_without_any_mask_is_a_warning(script, tiny, photos, tmp_path):
+    run = start_run(script, tiny, tmp_path, "--instance_data_dir", photos, "--mask_suffix=-none")
+    with log_lines(logging.WARNING) as lines:
+        script.check_data(run)
+    assert any("0 of 5 images have a mask" in line for line in lines)
 
 
 @pytest.mark.scripts("i2i")

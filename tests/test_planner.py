@@ -358,6 +358,12 @@ def test_the_predictions_of_streaming_are_near_what_was_measured_on_a_gpu():
     assert rows
 
 
+def test_several_resolutions_are_planned_by_the_largest(capsys):
+    with pytest.raises(SystemExit):
+        plan_memory.main(["--model", "klein-4B", "--", "--train_resolutions", "512", "1024"])
+    assert "give it as --resolution" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["bf16", "fp8", "nf4"])
 def test_the_stored_predictions_are_those_of_the_present_scripts(base):

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 from conftest import draw_photo
 from PIL import Image
-from runs import assert_same_run
+from runs import assert_same_run, spy
 from unit_parts import log_lines, start_run
 
-SIZES = ("--train_resolutions", "96", "32", "64")
+SIZES = ("--train_resolutions", "96", "32", "64", "64")
 
 
 @pytest.fixture
@@ -57,6 +57,16 @@ def test_every_image_at_every_size_is_visited_equally_often(script, tiny, mixed,
     stream = script.SampleStream([sample.geometry for sample in samples], batch, 0, "instance")
     visits = Counter(index for step in range(60) for index, _ in stream.micro_batch(step))
     assert visits == dict.fromkeys(range(6), 10 * batch)
+
+
+@pytest.mark.scripts("t2i")
+def test_class_images_are_generated_at_the_largest_size_and_trained_at_all(t2i, train, mixed, tmp_path, monkeypatch):
+    sizes = spy(monkeypatch, t2i, "generate")
+    flags = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a toy")
+    made = spy(monkeypatch, t2i, "make_streams")
+    train("--instance_data_dir", mixed, *SIZES, *flags, "--num_class_images", "1", "--num_inference_steps", "1")
+    assert [call.args[5] for call in sizes] == [(96, 96)]
+    assert [sample.image.target for sample in made[0].result[0][1].samples] == [(32, 32), (64, 64), (96, 96)]
 
 
 @pytest.mark.e2e

@@ -231,6 +231,96 @@ def test_images_of_a_folder_of_their_own_are_measured_and_leave_the_run_as_it_is
     assert any("3 image(s) are held out" in line for line in lines) and not any("also trained" in one for one in lines)
 
 
+def test_the_validation_folder_has_columns_of_its_own(script, quick, photos, tmp_path):
+    """The flags for columns are about the data that are trained on."""
+    shutil.copytree(photos, data := tmp_path / "data")
+    names = sorted(path.name for path in data.glob("*.jpg"))
+    rows = [json.dumps({"output": name, "words": f"caption {name}"}) for name in names]
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    flags = ("--instance_data_dir", data, "--image_column", "output", "--caption_column", "words")
+    other = draw_photos(tmp_path / "others", 2, seed=50)
+    with log_lines() as lines:
+        quick(*flags, "--validation_data_dir", other, "--max_train_steps", "1")
+    assert any("2 image(s) are held out" in line for line in lines)
+
+
+def test_dropouts_do_not_change_the_validation_loss(quick):
+    flags = ("--validation_split", "2", "--validation_steps", "1", "--max_train_steps", "1", "--learning_rate", "1e-9")
+    plain, dropped = quick(*flags, output="plain"), quick(*flags, "--caption_dropout", "1", output="dropped")
+    values = [column(folder, "validation_loss")[0] for folder in (plain, dropped)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_a_run_too_short_for_a_validation_says_so(quick):
+    with log_lines() as lines:
+        quick("--validation_split", "1", "--max_train_steps", "2")
+    assert any("one is due every 200 steps, this run has 2" in line for line in lines)
+
+
+def test_other_held_out_images_begin_a_new_search_for_the_lowest(script, quick, tmp_path, monkeypatch):
+    """The first value after that is the one to beat, as the base's is at the start."""
+    values = iter([0.9, 0.2, 0.8, 0.7])
+    monkeypatch.setattr(script, "validation_loss", lambda *_: {"validation_loss": next(values)})
+    folders = [draw_photos(tmp_path / name, 1, seed=seed) for seed, name in ((50, "one"), (60, "two"))]
+    flags = ("--validation_steps", "1", "--checkpointing_steps", "1", "--validation_data_dir")
+    folder = quick(*flags, folders[0], "--max_train_steps", "1")
+    with log_lines() as lines:
+        quick(*flags, folders[1], "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    assert "lowest 0.7000, after step 3" in lines[-1]
+    assert json.loads((folder / "best" / "validation.json").read_text()) == {"step": 3, "validation_loss": 0.7}
+
+
+def test_a_best_lora_of_a_later_step_than_the_one_resumed_from_is_set_aside(script, quick, monkeypatch):
+    values = iter([0.9, 0.8, 0.7, 0.75])
+    monkeypatch.setattr(script, "validation_loss", lambda *_: {"validation_loss": next(values)})
+    flags = (
+        "--validation_split",
+        "1",
+        "--validation_steps",
+        "1",
+        "--checkpointing_steps",
+        "1",
+        "--max_train_steps",
+        "2",
+    )
+    folder = quick(*flags)
+    lora = (folder / "best" / LORA).read_bytes()
+    with log_lines() as lines:
+        quick(*flags, "--resume_from_checkpoint", "checkpoint-1")
+    assert (folder / "abandoned-best" / LORA).read_bytes() == lora
+    assert "lowest 0.7500, after step 2" in lines[-1] and (folder / "best" / LORA).is_file()
+
+
+def test_a_low_that_could_not_be_saved_is_no_low(script, quick, monkeypatch):
+    values = iter([0.9, 0.8, 0.8])
+    monkeypatch.setattr(script, "validation_loss", lambda *_: {"validation_loss": next(values)})
+    failed = []
+
+    def write_atomically(path, data, original=script.write_atomically):
+        if path.parent.name == "best" and not failed:
+            failed.append(path)
+            raise script.CannotWrite("no space")
+        original(path, data)
+
+    monkeypatch.setattr(script, "write_atomically", write_atomically)
+    folder = quick("--validation_split", "1", "--validation_steps", "1", "--max_train_steps", "2")
+    assert failed and json.loads((folder / "best" / "validation.json").read_text())["step"] == 2
+
+
+def test_a_checkpoint_older_than_a_flag_is_resumed(script, quick):
+    """A flag that its fingerprint does not know had the default's effect."""
+    flags = ("--checkpointing_steps", "1")
+    older = quick(*flags, "--max_train_steps", "1") / "checkpoint-1"
+    state = json.loads((older / "state.json").read_text())
+    del state["fingerprint"]["alpha_as_mask"], state["fingerprint"]["validation_split"]
+    (older / "state.json").write_text(json.dumps(state))
+    stamps = {path.name: script.file_stamp(path) for path in older.iterdir() if path.name != "manifest.json"}
+    (older / "manifest.json").write_text(json.dumps(stamps))
+    quick(*flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    with pytest.raises(script.UserError, match="validation_split: was 0, is 1"):
+        quick(*flags, "--max_train_steps", "3", "--resume_from_checkpoint", "latest", "--validation_split", "1")
+
+
 def test_a_held_out_image_that_is_trained_on_is_named(script, quick, photos):
     with log_lines() as lines:
         quick("--validation_data_dir", photos, "--max_train_steps", "1")

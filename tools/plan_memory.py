@@ -716,7 +716,10 @@ def parse_words(words: list[str] | None) -> argparse.Namespace:
         "--all", action="store_true", help="write benchmarks/plan_memory.json, print the tables of docs/memory.md"
     )
     parser.add_argument("flags", nargs="*", help="flags of the training script, after --")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if "--train_resolutions" in args.flags:
+        parser.error("memory is that of the largest size: give it as --resolution instead of --train_resolutions")
+    return args
 
 
 def main(words: list[str] | None = None) -> None:
