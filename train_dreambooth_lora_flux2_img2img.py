@@ -187,7 +187,7 @@ SHARED_FLAGS = [
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0 means more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
-    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (the pipelines'), a number"),
+    flag("timestep_shift", str, "linear", "shift of sigma: linear (in tokens), none, empirical (pipelines), a number"),
     flag("guidance_scale", NOT_NEGATIVE, 1.0, "embedded guidance in training ([dev] only)", resume=True),
     "Steps",
     flag("train_batch_size", COUNT, 1, "samples per micro-batch and process"),
