@@ -46,6 +46,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -580,6 +581,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
+tqdm.set_lock(threading.RLock())  # its own one is shared with workers: one that is killed would keep it for ever
 # endregion shared: imports
 
 

@@ -10,6 +10,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +35,23 @@ RESUME = ("--resume_from_checkpoint", "latest")
 def checkpoints(folder: Path) -> list[str]:
     """Names of the checkpoints in a folder, set aside ones too."""
     return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+def test_a_worker_that_is_killed_while_it_logs_does_not_silence_the_run(script, tmp_path):
+    """The lock of a progress bar must not be one that processes share: the run would wait for it for ever."""
+
+    def log_and_die() -> None:
+        script.tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    script.set_up_logging()
+    script.log.warning("the lock is made at the first line")
+    with forked(log_and_die, log=tmp_path / "log") as child:
+        child.wait()
+    line = threading.Thread(target=script.log.warning, args=["the run goes on"], daemon=True)
+    line.start()
+    line.join(timeout=5)
+    assert not line.is_alive()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
