@@ -1501,7 +1501,8 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
             captions[image] = captions.get(image, ((), ""))[0] + texts, origin
         found = [([image], *texts) for image, texts in captions.items()]
     if not found:
-        raise UserError(f"{folder}: has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        name = "validation" if args.instance_data_dir == args.validation_data_dir else "instance"
+        raise UserError(f"--{name}_data_dir {folder}: has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     texts = [p for suffix in CAPTION_SUFFIXES[::-1] for p in files if p.suffix.lower() == suffix and p.is_file()]
     stems = [path.with_suffix("") for path in texts]  # the image's name with or without its suffix
     beside = dict(zip([*map(folded, stems), *stems], [*texts, *texts], strict=True))
