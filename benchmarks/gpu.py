@@ -46,7 +46,8 @@ EAGER = [  # model, base, share of recomputed blocks, resolution, number of 1 MP
 COMPILED = [("dev", "fp8", 1.0, 1024, 0), ("dev", "bf16", 1.0, 1024, 0), ("klein-9B", "fp8", 1.0, 1024, 0),
             ("klein-9B", "bf16", 1.0, 1024, 0), ("dev", "fp8", 1.0, 512, 0)]  # fmt: skip
 STREAMED = [("dev", "fp8", 1.0, 1024, 0, False, 1.0), ("dev", "bf16", 1.0, 1024, 0, False, 1.0),
-            ("dev", "fp8", 1.0, 1024, 0, False, 0.5), ("klein-9B", "bf16", 1.0, 1024, 0, False, 1.0)]  # fmt: skip
+            ("dev", "fp8", 1.0, 1024, 0, False, 0.5), ("dev", "bf16", 1.0, 1024, 0, False, 0.5),
+            ("klein-9B", "bf16", 1.0, 1024, 0, False, 1.0)]  # fmt: skip
 ROWS = [(*row, True, 0.0) for row in COMPILED] + STREAMED + [(*row, False, 0.0) for row in EAGER]
 
 
