@@ -61,7 +61,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # endregion shared: arguments-imports
 
@@ -649,8 +649,7 @@ class Run:
         return self.process_index == 0
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Samples that are batched among themselves; every micro-step takes one batch of each stream."""
 
     name: str
@@ -978,8 +977,7 @@ class LogHandler(logging.Handler):
 # Which checkpoint it is, and whether it is complete. What differs between the FLUX.2 models stands in FAMILIES; sizes
 # come from their configs. Names and shapes of all weights are checked before anything is loaded, since transformers
 # initialises missing ones at random. The parts of a Hub model are downloaded, and checked, when they are needed.
-@dataclass(frozen=True)
-class ModelFamily:
+class ModelFamily(NamedTuple):
     """What differs between the FLUX.2 checkpoints."""
 
     name: str
@@ -1969,10 +1967,11 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     if folders := run.args.validation_data_dir:
         usual = {"dataset_name": None, "repeats": None, "image_column": "image", "caption_column": None}
         flags = Args(**vars(run.args) | usual | {"cond_image_column": None, "instance_data_dir": folders})
-        held_out += make_samples(run, fill_captions(flags, list_samples(flags)))
-        trained = {sample.image.sha256 for sample in rest}
-        if both := [sample.image.name for sample in held_out if sample.image.sha256 in trained]:
-            log.warning(f"data: {len(both)} image(s) of --validation_data_dir are also trained on: {first_few(both)}")
+        others, trained = make_samples(run, fill_captions(flags, list_samples(flags))), {s.image.sha256 for s in rest}
+        held_out += [sample for sample in others if sample.image.sha256 not in trained]
+        if both := [sample.image.name for sample in others if sample.image.sha256 in trained]:
+            reason = f"{len(both)} image(s) of --validation_data_dir are also trained on, so they are not held out"
+            log.warning(f"data: {reason}: {first_few(both)}")
     if held_out:
         names = [name for _, name in dict.fromkeys((s.image.sha256, s.image.name) for s in held_out)]
         log.info(f"data: {len(names)} image(s) are held out: {first_few(names)}")
@@ -2844,8 +2843,7 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], float]:
     return {name.removeprefix("transformer."): matrix for name, matrix in converted.items()}, alpha
 
 
-@dataclass(frozen=True)
-class LoraShape:
+class LoraShape(NamedTuple):
     """`targets` are the Linear modules with a LoRA; each is updated by alpha / rank times lora_B times lora_A."""
 
     rank: int
@@ -3181,8 +3179,7 @@ def loss_by_sigma(losses: list[float], sigmas: list[float], weights: list[float]
 CHECKPOINT_FORMAT = 2
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     folder: Path  # verified
     state: dict[str, Any]  # its state.json
 

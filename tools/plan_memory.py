@@ -616,7 +616,7 @@ def write(result: dict[str, Any]) -> None:
     RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-MODELS, CARDS = ("dev", "klein-9B", "klein-4B"), (8, 12, 16, 24)
+MODELS, CARDS = ("dev", "klein-9B", "klein-4B"), (8, 12, 16, 24, 32, 48, 80, 141)
 GPUS = (8, 12, 16, 24, 48, 80, 141)  # GB, of the README's table
 
 
@@ -654,19 +654,34 @@ def gpu_lines() -> Iterator[str]:
 
 
 def stream_lines() -> Iterator[str]:
-    """Markdown lines: what to stream on small GPUs."""
+    """Markdown lines: what to stream on each GPU; what streaming all blocks pins and copies; what hides the copies."""
     rows = json.loads(RESULT.read_text(encoding="utf-8")).get("streamed", [])
-    yield f"| predicted, 1024 px | {' | '.join(f'{size} GB' for size in CARDS)} | pinned, all blocks |"
-    yield "|---" * (len(CARDS) + 2) + "|"
-    for model, base in dict.fromkeys((row["model"], row["base"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["base"]) == (model, base)]
+    found = {(row["model"], row["base"], row["gpu_gb"]): row for row in rows}
+    columns = list(dict.fromkeys((row["model"], row["base"]) for row in rows))
+    yield f"| predicted, 1024 px | {' | '.join(f'{model}, {BASES[base][0]}' for model, base in columns)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for gpu_gb in CARDS:
         cells = []
-        for row in own:
+        for row in (found[*column, gpu_gb] for column in columns):
             flags = {None: "does not fit", 0.0: "fits without", 1.0: f"`{STREAM}`"}
             flag = flags.get(row["share"], f"`{STREAM} {row['share']:g}`" if row["share"] else "")
             cells.append(f"{flag}: {row['gpu']:.1f} GB" if row["share"] else flag)
-        whole = next((row["pinned"] / row["share"] for row in own if row["share"]), math.nan)
-        yield f"| {model}, {BASES[base][0]} | {' | '.join(cells)} | {whole:.0f} GB |".replace("nan GB", "-")
+        yield f"| {gpu_gb} GB | {' | '.join(cells)} |"
+    whole = [found[*column, None] for column in columns]
+    seconds = [measured_step(*column) for column in columns]
+    speeds = [f"{row['copied'] / time:.0f} GB/s" if time else "-" for row, time in zip(whole, seconds, strict=True)]
+    pinned, copied = ([f"{row[name]:.0f} GB" for row in whole] for name in ("pinned", "copied"))
+    yield f"| all blocks: pinned | {' | '.join(pinned)} |"
+    yield f"| all blocks: copied per step | {' | '.join(copied)} |"
+    yield f"| bandwidth that hides it behind the eager step of an H200 (measured) | {' | '.join(speeds)} |"
+
+
+def measured_step(model: str, base: str) -> float | None:
+    """Seconds of the eager step at 1024 px in benchmarks/gpu.json, all blocks recomputed; None if not measured."""
+    place = {"model": model, "base": base, "share": 1.0, "resolution": 1024, "references": 0}
+    place |= {"compiled": False, "streamed": 0.0}
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.is_file() else []
+    return next((row["seconds_per_step"] for row in rows if place.items() <= row.items()), None)
 
 
 def everything() -> None:
@@ -689,7 +704,11 @@ def everything() -> None:
         row["host"] = host(Job(row["model"], row["resolution"], row["references"]))
     for row in result["fits"]:
         row["host"] = host(Job(row["model"], row["resolution"]), row["host"]["pinned"], row["host"]["encoder"])
-    result["streamed"] = [card(model, base, gpu_gb) for model in MODELS for base in ("fp8", "bf16") for gpu_gb in CARDS]
+    result["streamed"] = []
+    for model, base in itertools.product(MODELS, ("fp8", "bf16")):
+        whole = {"model": model, "base": base, "gpu_gb": None, "share": 1.0}
+        result["streamed"] += [card(model, base, gpu_gb) for gpu_gb in CARDS]
+        result["streamed"].append(whole | streamed(Job(model, 1024), base, 1.0))
     jobs = [(Job("dev", 1024), base, nodes) for base in ("bf16", "fp8", "nf4") for nodes in (1, 2)]
     jobs.append((Job("dev", 512), "bf16", 1))
     result["processes"] = [sharded(job, base, 1.0, 8, nodes) for job, base, nodes in jobs]
