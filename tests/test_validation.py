@@ -344,13 +344,17 @@ def test_two_copies_of_an_image_are_held_out_together(script, quick, photos, tmp
 
 @pytest.mark.scripts("i2i")
 def test_held_out_edits_name_their_references_in_metadata(script, quick, photos, references, capsys, tmp_path):
-    shutil.copytree(photos, other := tmp_path / "other")
-    shutil.copytree(references, other / "references")
-    rows = ({"file_name": f"{n:02d}.jpg", "cond_file_name": f"references/{n:02d}.png", "text": "t"} for n in range(2))
-    (other / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder, numbers in ((data, range(2, 5)), (other, range(2))):
+        shutil.copytree(photos, folder)
+        shutil.copytree(references, folder / "references")
+        rows = (
+            {"file_name": f"{n:02d}.jpg", "cond_file_name": f"references/{n:02d}.png", "text": "t"} for n in numbers
+        )
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--validation_data_dir", other, "--validation_steps", "1", "--max_train_steps", "1")
     with log_lines() as lines:
-        folder = quick("--instance_data_dir", other, *flags)
+        folder = quick("--instance_data_dir", data, *flags)
     assert "validation_loss" in metrics(folder)[0] and not any("have no reference" in line for line in lines)
     with pytest.raises(SystemExit):
         quick(*flags, output="by-stem")
