@@ -798,14 +798,17 @@ def memory_flags(run: Run, phase: str) -> list[str]:
     elif re.search("data|images|samples", phase):
         names, smaller = [], ["resolution"]
     else:
-        base = ["do_fp8_training"] if run.sharding else ["stream_blocks", "bnb_quantization_config_path"]
+        fewer_bits = "do_fp8_training" if run.sharding or run.args.stream_blocks else "bnb_quantization_config_path"
+        base = ["stream_blocks"] * (not run.sharding and run.args.stream_blocks < 1)
+        base += [fewer_bits] * (not run.args.do_fp8_training)
         names = ["gradient_checkpointing"] * (phase == "train" and checkpointed_share(run) < 1)
         names += ([] if run.quantization else base) + ["cache_latents", "offload", "use_8bit_adam"]
         smaller = ["resolution", "rank"]
     useless = ["stream_blocks", "offload"] if run.device.type == "cpu" else []
     useless += ["fsdp_text_encoder"] if run.processes == 1 or run.text_quantization else []
     useless += ["text_encoder_bnb_config_path"] if run.args.fsdp_text_encoder else []
-    helping = [f"--{name}" for name in names if name not in useless and not getattr(run.args, name)]
+    useless += [name for name, value in vars(run.args).items() if value and not isinstance(value, float)]  # on already
+    helping = [f"--{name}" for name in names if name not in useless]
     return helping + [f"a smaller --{name}" for name in smaller]
 
 
@@ -1969,7 +1972,7 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
         flags = Args(**vars(run.args) | usual | {"cond_image_column": None, "instance_data_dir": folders})
         others, trained = make_samples(run, fill_captions(flags, list_samples(flags))), {s.image.sha256 for s in rest}
         held_out += [sample for sample in others if sample.image.sha256 not in trained]
-        if both := [sample.image.name for sample in others if sample.image.sha256 in trained]:
+        if both := list(dict.fromkeys(sample.image.name for sample in others if sample.image.sha256 in trained)):
             reason = f"{len(both)} image(s) of --validation_data_dir are also trained on, so they are not held out"
             log.warning(f"data: {reason}: {first_few(both)}")
     if held_out:
@@ -3784,9 +3787,10 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     need = len(set(prompts)) * run.args.max_sequence_length * width * run.dtype.itemsize
     check_space(run.cache_dir, need, f"the cache of {len(set(prompts))} prompts", "--latents_cache_dir")
     if run.args.stream_blocks:
-        linears = linear_modules(run.model.config("transformer"))
-        frozen = sum(linear.weight.numel() for name, linear in linears.items() if "blocks." in name)
-        size = run.args.stream_blocks * frozen * (1 if run.args.do_fp8_training else run.dtype.itemsize)
+        linears = [item for item in linear_modules(run.model.config("transformer")).items() if "blocks." in item[0]]
+        blocks = enumerate(itertools.groupby(linears, key=lambda item: item[0].split(".")[:2]))
+        frozen = sum(linear.weight.numel() for n, (_, b) in blocks if is_streamed(run, n) for _, linear in b)
+        size = frozen * (1 if run.args.do_fp8_training else run.dtype.itemsize)
         need = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9  # each process pins its own
         if need > (free := psutil.virtual_memory().available / 1e9):
             advice = "stream a smaller share" + ", or use --do_fp8_training" * (not run.args.do_fp8_training)

@@ -99,7 +99,11 @@ FOUR_BIT = ("--text_encoder_bnb_config_path", ROOT / "configs" / "quantization" 
     [
         ("train", (), ["--gradient_checkpointing", "--stream_blocks"]),
         ("train", ("--gradient_checkpointing",), ["--stream_blocks", "--bnb_quantization_config_path"]),
-        ("train", ("--stream_blocks",), ["--bnb_quantization_config_path", "--cache_latents"]),
+        ("train", ("--stream_blocks",), ["--do_fp8_training", "--cache_latents"]),
+        ("train", ("--stream_blocks", "0.5"), ["--stream_blocks", "--do_fp8_training"]),
+        ("train", ("--stream_blocks", "--do_fp8_training"), ["--cache_latents", "--offload"]),
+        ("train", ("--do_fp8_training", "--gradient_checkpointing"), ["--stream_blocks", "--cache_latents"]),
+        ("train", ("--gradient_checkpointing", "0.5"), ["--gradient_checkpointing", "--stream_blocks"]),
         ("prepare training", (), ["--stream_blocks", "--bnb_quantization_config_path"]),
         ("encode prompts", (), ["--offload", "--text_encoder_bnb_config_path", "--remote_text_encoder"]),
         ("encode prompts", (*FOUR_BIT, "--offload"), ["--remote_text_encoder", "a smaller --max_sequence_length"]),

@@ -105,7 +105,7 @@ def test_what_cannot_stream_is_refused_before_anything_is_loaded(script, capsys,
 
 
 @pytest.mark.scripts("t2i")
-@pytest.mark.parametrize("flags", [("1", "--mixed_precision", "bf16"), ("0.5",), ("1", "--do_fp8_training")])
+@pytest.mark.parametrize("flags", [("1", "--mixed_precision", "bf16"), ("0.3",), ("1", "--do_fp8_training")])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_blocks_that_host_memory_cannot_hold_are_refused_before_the_model_is_loaded(
     script, quick, monkeypatch, flags, processes
