@@ -163,7 +163,7 @@ SHARED_FLAGS = [
     "Image size",
     flag("resolution", COUNT, 512, "pixels of the short side, a multiple of 16"),
     flag("train_resolutions", COUNT, None, "train an image at each of these that does not enlarge it; --resolution is "
-         "then the size of generated images", nargs="+"),
+         "then the size of validation images", nargs="+"),
     flag("aspect_ratio_buckets", to_sizes, None, "train at these sizes, not squares: 'height,width;height,width'"),
     flag("use_aspect_ratio_buckets", bool, False, "compute such a list from --resolution"),
     flag("center_crop", bool, False, "crop the centre instead of a random place at every visit", resume=True),
@@ -3376,11 +3376,11 @@ def restore(run: Run, training: Training) -> None:
 # region shared: validation
 def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
     """The installed pipeline around models that are on the device, without text encoder; it changes neither."""
-    klein, distilled = run.family.pipeline == "Flux2KleinPipeline", bool(run.model.index.get("is_distilled"))
+    distilled = bool(run.model.index.get("is_distilled"))
+    klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
     models = {"transformer": transformer, "vae": vae, "text_encoder": None, "tokenizer": None}
-    models |= {"is_distilled": distilled} if klein else {}
-    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models)
+    pipeline = getattr(diffusers, run.family.pipeline)(scheduler=scheduler, **models, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -3808,7 +3808,7 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
 
 
 def begin_output(run: Run) -> Run:
-    """Creates the repository, clears what earlier runs left, writes the settings, starts the trackers."""
+    """Clears what earlier runs left, creates the repository, writes settings, starts trackers; returns the new run."""
     if run.is_main and run.args.push_to_hub:  # before training, so that a missing permission is noticed now
         name = run.args.hub_model_id or run.output_dir.absolute().name
         try:
