@@ -25,7 +25,7 @@ from unit_parts import start_run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quantization"
 KINDS = ("nf4", "int8")
-pytestmark = [pytest.mark.usefixtures("bnb_on_cpu"), pytest.mark.scripts("t2i")]
+pytestmark = [pytest.mark.usefixtures("bnb_on_cpu"), pytest.mark.scripts("t2i"), pytest.mark.slow]
 # Relative error of a layer's output and input gradient against fp32. Seen: NF4 0.09; 8 bit 0.0074 to 0.0108,
 # the most where an image is drawn and activations are 8 bit too.
 ERRORS = {"nf4": (0.08, 0.1), "int8": (0.005, 0.012)}
@@ -138,7 +138,6 @@ def test_frozen_blocks_take_the_share_of_bf16_that_the_format_promises(script, t
     assert low < sizes[1] / sizes[0] < high
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "worst", "cosine"), [("nf4", 0.12, 0.95), ("int8", 0.02, 0.999)])
 def test_the_whole_model_is_near_the_unquantised_one_in_output_and_lora_gradient(
     script, tiny, tmp_path, kind, worst, cosine
@@ -259,7 +258,6 @@ def test_a_wrong_setting_is_refused_by_name_and_value_before_anything_is_loaded(
         start_run(script, tiny, tmp_path, "--bnb_quantization_config_path", path)
 
 
-@pytest.mark.slow
 def test_without_a_gpu_a_base_of_bitsandbytes_is_refused_at_start(script, tiny, stored_models, tmp_path, monkeypatch):
     """In one sentence, whether the flag asks for it or the checkpoint is stored so."""
     monkeypatch.undo()
@@ -430,7 +428,6 @@ EMBEDDING_ERRORS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model, kind", EMBEDDING_ERRORS)
 def test_embeddings_of_a_quantised_encoder_are_within_the_error_of_the_format(script, request, tmp_path, kind, model):
     """Every layer that is read is quantised, the head is gone, nothing is trained; the error is printed (pytest -s)."""
@@ -583,7 +580,6 @@ def test_the_cards_snippet_draws_with_the_base_that_was_trained_on(
 # ------------------------------------------------------------------------------------------------------------ its noise
 
 
-@pytest.mark.slow
 def test_importing_a_script_prints_nothing(t2i):
     """bitsandbytes, torchao and diffusers have news for their own maintainers at import; both scripts share it."""
     command = [sys.executable, "-c", f"import {t2i.__name__}"]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import convert_lora
 from bare_training import read_architecture
 
-pytestmark = pytest.mark.scripts("t2i")
+pytestmark = [pytest.mark.scripts("t2i"), pytest.mark.slow]
 
 PRESETS = (None, "attention", "fal", "ai-toolkit")
 
@@ -108,7 +108,6 @@ def test_it_merges_to_the_same_weights_as_the_main_file(script, tiny, tiny_klein
         assert torch.allclose(found[name], weight, rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.slow
 def test_a_run_writes_it_beside_the_main_file_unless_it_is_not_wanted(script, quick):
     """Checkpoints have the main file only."""
     folder = quick("--max_train_steps", "1", "--lora_alpha", "6")

@@ -422,6 +422,7 @@ def test_the_saved_file_gives_the_training_models_output_in_a_fresh_pipeline(scr
     assert (actual - expected).abs().max() == 0
 
 
+@pytest.mark.slow
 def test_every_published_list_reloads_in_diffusers(script, tiny, tmp_path):
     """Modulation layers and the last layer included."""
     _, transformer, _ = trained(script, tiny, tmp_path, "--lora_layers", EVERYTHING, "--lora_alpha", "2")

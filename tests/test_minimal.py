@@ -63,6 +63,7 @@ def test_the_minimal_file_has_the_losses_of_the_full_script_to_the_last_bit(both
     assert len(set(both.losses)) == 8
 
 
+@pytest.mark.slow
 def test_the_minimal_file_saves_the_lora_of_the_full_script(both):
     """Names and numbers of every tensor."""
     one, other = lora(both.minimal), lora(both.full)
@@ -71,6 +72,7 @@ def test_the_minimal_file_saves_the_lora_of_the_full_script(both):
     assert all(tensor.any() for tensor in one.values())
 
 
+@pytest.mark.slow
 def test_the_file_that_the_minimal_file_saves_loads_in_diffusers_with_rank_and_alpha(both):
     """Every tensor of the file is in the pipeline's transformer."""
     without_text = {"text_encoder": None, "tokenizer": None, "dtype": torch.float32}

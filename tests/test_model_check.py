@@ -133,6 +133,7 @@ def test_a_layer_that_a_flag_asks_for_is_needed(message, models):
     assert "layers.31." in message(model, "--text_encoder_out_layers", "10", "20", "31")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["text_encoder", "transformer"])
 def test_float8_weights_without_scales_are_taken_as_they_are(script, models, tmp_path, part):
     """Their values are what they say: a plain cast, as some checkpoints are stored."""
@@ -180,6 +181,7 @@ def split(model: Path, part: str, variant: str = "") -> Path:
     return index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", ".bf16"])
 def test_a_model_in_shards_passes_and_loads(script, models, tmp_path, variant):
     """As the libraries name the shards of a variant, too."""

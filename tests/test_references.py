@@ -812,6 +812,7 @@ def test_aligned_pairs_above_a_megapixel_are_refused(i2i, tiny, tmp_path):
         checked(i2i, tiny, tmp_path, *flags, "--aspect_ratio_buckets", "800,1328")
 
 
+@pytest.mark.slow
 def test_references_are_dropped_with_the_probability_asked_for_and_by_the_position_alone(i2i, tiny, folders, tmp_path):
     """0 never, 1 always; a visit is the same whenever it is made."""
     counts = {}
@@ -831,6 +832,7 @@ def test_a_dropped_reference_leaves_noise_sigma_and_caption_as_they_are(i2i, tin
         assert torch.equal(kept[name], dropped[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--align_cond_image",)])
 def test_cached_references_are_those_that_are_encoded_on_the_way(i2i, tiny, folders, tmp_path, extra):
     """Both orientations; the target's too."""

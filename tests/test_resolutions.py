@@ -59,6 +59,7 @@ def test_every_image_at_every_size_is_visited_equally_often(script, tiny, mixed,
     assert visits == dict.fromkeys(range(6), 10 * batch)
 
 
+@pytest.mark.slow
 @pytest.mark.scripts("t2i")
 def test_class_images_are_generated_at_the_largest_size_and_trained_at_all(t2i, train, mixed, tmp_path, monkeypatch):
     sizes = spy(monkeypatch, t2i, "generate")
