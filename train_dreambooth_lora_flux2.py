@@ -21,7 +21,7 @@ examples/minimal_flux2_lora.py is the same training in 261 lines: read it first,
 Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
 """
 
-# region shared: arguments-imports
+# region shared: arguments
 from __future__ import annotations
 
 import argparse
@@ -31,6 +31,7 @@ import csv
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -61,13 +62,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-# endregion shared: arguments-imports
-
-
 # ------------------------------------------------------------------------------------------------------------ Arguments
 # The flags, one per entry under the title of their group, and every check that needs neither torch nor a model, so that
 # mistakes are reported within a second, all at once. Rejected: dataclasses, which separate a flag from its help text.
-# region shared: arguments
 Args = argparse.Namespace  # the flags, as parse_args returns them
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -291,7 +288,7 @@ OWN_FLAGS = [
 ]  # fmt: skip
 
 
-# region shared: arguments-parsing
+# region shared: parsing
 FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
@@ -476,7 +473,7 @@ def results_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
 
-# endregion shared: arguments-parsing
+# endregion shared: parsing
 
 
 # differs: prior preservation is a text-to-image technique
@@ -495,7 +492,7 @@ def data_folders(args: Args) -> list[str]:
     return [*(args.instance_data_dir or []), *(args.validation_data_dir or [])]
 
 
-# region shared: arguments-result
+# region shared: run
 def flag_notes(args: Args) -> list[str]:
     """A line for each flag whose effect, or lack of one, is easily overlooked."""
     rate, usual = args.learning_rate, 1.0 if args.optimizer == "prodigy" else 1e-4
@@ -535,9 +532,7 @@ if __name__ == "__main__":
     COMMAND_LINE = parse_args()
 
 # The heavy imports stand below the arguments so that --help and usage errors are answered at once.
-# endregion shared: arguments-result
 
-# region shared: imports
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     with contextlib.suppress(OSError):
         print(f"{time.strftime('%T')} INFO    start: importing torch and diffusers, some seconds", file=sys.stderr)
@@ -548,6 +543,7 @@ for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops",
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if sys.platform == "linux" and "microsoft" not in platform.release() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation; fails under WSL
+gc.disable()  # imports leave little garbage, and the search for it would take a seventh of their time
 
 import accelerate
 import diffusers
@@ -582,13 +578,12 @@ from tqdm.auto import tqdm
 
 log, IN_NOTEBOOK = logging.getLogger("flux2_lora"), "ipykernel" in sys.modules
 tqdm.set_lock(threading.RLock())  # its own one is shared with workers: one that is killed would keep it for ever
-# endregion shared: imports
+gc.enable()
 
 
 # -------------------------------------------------------------------------------------------------------------- The run
 # What is decided once (`Run`), how a run starts, and how it ends: on its own, by a signal, by a known failure with its
 # exit code, or out of memory. After a signal or the time limit the step is finished and saved; nothing else is caught.
-# region shared: run
 @dataclass(frozen=True)
 class Run:
     """The flags, and what follows from them and from the machine, worked out once at the start."""
@@ -697,6 +692,8 @@ EXIT_CODES = {UserError: 2, NotFinite: 3, SaveFailed: 4, OutOfMemory: 6, Keyboar
 def start_run(args: Args) -> Iterator[Run]:
     """The run, alone in its output folder. Run as a program, a known failure is one message and its exit code."""
     set_up_logging()
+    if __name__ == "__main__":
+        gc.freeze()  # what is imported is never garbage; searching it would take 0.3 s each time
     try:
         with output_lock(args):
             run = start_accelerator(args)
@@ -955,11 +952,7 @@ class LogHandler(logging.Handler):
             tqdm.write(f"{time.strftime('%T')} {record.levelname:7} {record.getMessage()}", file=sys.stderr)
 
 
-# endregion shared: run
-
-
 # ------------------------------------------------------------------------------------------------------- Model families
-# region shared: families
 # Which checkpoint it is, and whether it is complete. What differs between the FLUX.2 models stands in FAMILIES; sizes
 # come from their configs. Names and shapes of all weights are checked before anything is loaded, since transformers
 # initialises missing ones at random. The parts of a Hub model are downloaded, and checked, when they are needed.
@@ -1188,11 +1181,7 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
-# endregion shared: families
-
-
 # ----------------------------------------------------------------------------------------------------------------- Data
-# region shared: data
 # Every image is decoded once before anything heavy is loaded, so that one message lists all problems; an index in the
 # cache makes the next start quick. Images are not kept in memory: each visit decodes its image or reads cached latents.
 # Everything random in a visit is keyed by (seed, purpose, position), so a resumed run needs nothing but its step.
@@ -1318,7 +1307,7 @@ class Image:
         return weights_L / weights_L.mean().clamp(min=1e-6)  # all 0 if the crop misses the mask
 
 
-# endregion shared: data
+# endregion shared: run
 
 
 # differs: samples of the image-to-image script have references
@@ -1906,7 +1895,7 @@ class TrainingSet(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------- Text and latents (once)
-# region shared: text
+# region shared: models
 # Each distinct prompt and image is encoded once, by one process, into a file named after everything it depends on. Text
 # encoder and VAE leave the device before the transformer is loaded; of the encoder only the layers needed are loaded.
 # Training reads the files in the loader's workers. Rejected: keeping them in memory, 15.7 MB per embedding of [dev].
@@ -2227,11 +2216,7 @@ def check_space(folder: Path, need: float, what: str, remedy: str) -> None:
         raise UserError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; see {remedy}")
 
 
-# endregion shared: text
-
-
 # ------------------------------------------------------------------------------------------------------ Models and LoRA
-# region shared: lora
 # The base is frozen: loaded once, quantised block by block (FP8 here, NF4 and int8 by diffusers), then kept whole on
 # the device, split over processes, or streamed from the host. Only the LoRA is trained, in fp32. Tried and rejected:
 # torchao's FP8 layers, which keep a bf16 weight for the backward pass; PEFT's own cast, which copies the input of every
@@ -2517,8 +2502,7 @@ def load_transformer(run: Run) -> Flux2Transformer2DModel:
     """The frozen transformer in the compute dtype: memory-mapped on the CPU, or on the device by bitsandbytes."""
     folder, stored = fetch_part(run, "transformer"), run.model.config("transformer").get("quantization_config")
     options = {"torch_dtype": run.dtype, "variant": run.model.variant, "use_safetensors": True}
-    if run.quantization:
-        options["device_map"] = {"": run.device}
+    options |= {"device_map": {"": run.device}} if run.quantization else {}
     if run.quantization and not stored:
         options["quantization_config"] = diffusers.BitsAndBytesConfig(**run.quantization)
     transformer = Flux2Transformer2DModel.from_pretrained(folder, **options)
@@ -2739,11 +2723,7 @@ def bfl_lora(matrices: dict[str, torch.Tensor], scale: float) -> dict[str, torch
     return tensors
 
 
-# endregion shared: lora
-
-
 # -------------------------------------------------------------------------------------------------------- Flow matching
-# region shared: flow-matching
 # Flow matching: x_t lies on the straight line from the image (sigma 0) to noise (sigma 1); the model learns to predict
 # the direction of that line, the velocity. `batch_losses` is all of it, from the data loader's tensors to the loss.
 def draw_u(args: Args, generator: torch.Generator) -> torch.Tensor:
@@ -2767,7 +2747,7 @@ def shift_sigmas(args: Args, sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-# endregion shared: flow-matching
+# endregion shared: models
 
 
 # differs: in the image-to-image script some samples have references
@@ -2814,7 +2794,7 @@ def batch_losses(run: Run, training: Training, batch: dict[str, Any]) -> tuple[t
 
 
 # ------------------------------------------------------------------------------------------------------------- The step
-# region shared: optimizer
+# region shared: step
 def samples_per_step(run: Run) -> int:
     return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.processes
 
@@ -2939,11 +2919,7 @@ def loss_by_sigma(losses: list[float], sigmas: list[float], weights: list[float]
     return {f"loss_sigma_{tenth / 10}": sum(values) / len(values) for tenth, values in sorted(tenths.items())}
 
 
-# endregion shared: optimizer
-
-
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
-# region shared: checkpoints
 # A checkpoint is a folder of safetensors and JSON that gets its name only when it is complete: it is written as .tmp-*,
 # flushed to disk, renamed, and verified against its manifest; only then older ones are deleted. It does not depend on
 # the number of processes. Rejected: torch.distributed.checkpoint and accelerate's save_state, which pickle.
@@ -3033,8 +3009,7 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         lines += f"\n    {key}: " + ("has changed" if is_hash else f"was {then.get(key)}, is {now[key]}")
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
-        lines += "\n  Or start a new run from this LoRA: replace --resume_from_checkpoint with\n    "
-        lines += shlex.join(new)
+        lines += f"\n  Or start a new run from this LoRA: replace --resume_from_checkpoint with\n    {shlex.join(new)}"
     if changed:
         raise UserError(f"{checkpoint.folder}: is of a run with other settings. Restore these:{lines}")
 
@@ -3133,15 +3108,11 @@ def restore(run: Run, training: Training) -> None:
     log.info(f"checkpoint: resumed from {run.resume.folder} at step {training.step}")
 
 
-# endregion shared: checkpoints
-
-
 # ------------------------------------------------------------------------------------------------ Images while training
 # The pipeline of diffusers around the transformer in training, so that you see what users of the LoRA will get. One
 # image costs --num_inference_steps forward passes; processes share the images. Seeds are fixed, so images differ only
 # by training, and training itself is not affected. If images fail, the run goes on with a warning, except with
 # sharding, where the other processes wait for this one's part of the weights.
-# region shared: validation
 def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
     """The installed pipeline around models that are on the device, without text encoder; it changes neither."""
     distilled = bool(run.model.index.get("is_distilled"))
@@ -3171,7 +3142,7 @@ def generate(
     return decode_tokens(codec, pipeline.vae, tokens_BLC, *(side // run.token_size for side in size))
 
 
-# endregion shared: validation
+# endregion shared: step
 
 
 # differs: images of the image-to-image script have references
@@ -3180,7 +3151,7 @@ def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
     return (parse_sizes(run.args.validation_size) if run.args.validation_size else choose_buckets(run))[0], {}
 
 
-# region shared: sheets
+# region shared: images
 def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
     """Generates --num_validation_images of each prompt in `folder`, by all processes, in lockstep if they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
@@ -3293,7 +3264,7 @@ def validate(run: Run, training: Training) -> dict[str, float]:
     return values
 
 
-# endregion shared: sheets
+# endregion shared: images
 
 
 # differs: the image-to-image script has references and no class images
@@ -3558,14 +3529,10 @@ def push(run: Run) -> None:
         log.warning(f"hub: the upload failed ({type(error).__name__}: {error}). Upload the results with\n    {line}")
 
 
-# endregion shared: results
-
-
 # ----------------------------------------------------------------------------------------------------------------- Main
 # A run from its plan to its last line. If a checkpoint cannot be written, training goes on and tries again; if training
 # fails, the last complete step is saved; only the final save must succeed. Nothing is retried when memory runs out:
 # with a smaller batch it would be another run.
-# region shared: training
 def check_plan(run: Run, samples: list[Sample]) -> None:
     """The last checks before anything heavy: resume, disk space, steps; all that --dry_run prints."""
     if run.resume:
@@ -3709,10 +3676,9 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
     if pinned_blocks := training.transformer.stream.pinned_blocks:
         pinned = sum(home.nbytes for home in pinned_blocks) / 1e9
         log.info(f"train: {len(pinned_blocks)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
-    if run.sharding and run.quantization:
-        log.info("train: bitsandbytes' weights are not split, each device holds all; --do_fp8_training would be split")
-    elif run.sharding:
-        log.info(f"train: the frozen blocks are split over {run.processes} processes (FSDP2)")
+    if run.sharding:
+        whole = "; bitsandbytes' weights are not, only --do_fp8_training's would be" * (run.quantization is not None)
+        log.info(f"train: the frozen blocks are split over {run.processes} processes (FSDP2){whole}")
     if steps < 100 and not run.args.max_train_steps:
         log.warning(f"train: only {steps} steps; a LoRA needs hundreds: see --max_train_steps, --num_train_epochs")
 
@@ -3850,10 +3816,6 @@ def finish(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None
     log.info("done" + "".join(f"\n    {label:<18}  {value}" for label, value in facts.items()))
 
 
-# endregion shared: training
-
-
-# region shared: main
 def main(args: Args) -> None:
     """One run, from checked flags to the uploaded result. Encoder, VAE and transformer are in memory one at a time."""
     with start_run(args) as run:
@@ -3881,4 +3843,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     main(COMMAND_LINE)
-# endregion shared: main
+# endregion shared: results

@@ -1,5 +1,6 @@
 """The loss is the one that the pipelines' denoising loop undoes: same forward, same timestep, same schedule."""
 
+import gc
 import math
 from types import SimpleNamespace
 
@@ -327,3 +328,7 @@ def test_a_micro_batch_is_the_loss_of_its_parts(script, tiny, tmp_path):
     cached = {**batch, "moments": script.encode_pixels(vae, batch["pixels"])}
     del cached["pixels"]
     assert script.batch_losses(run, training, cached)[0].equal(losses)
+
+
+def test_importing_a_script_leaves_the_garbage_collector_on(script):
+    assert gc.isenabled()

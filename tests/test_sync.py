@@ -35,7 +35,7 @@ def test_one_changed_character_in_a_region_is_a_diff_and_exit_1(copies, capsys, 
     change(copies, script, "return shift * sigmas / (1 + (shift - 1) * sigmas)", "return shift * sigmas")
     assert sync_regions.main([], copies) == 1
     printed = capsys.readouterr().out
-    assert "flow-matching" in printed and "shift * sigmas / (1" in printed and printed.count("\n-") >= 1
+    assert "models" in printed and "shift * sigmas / (1" in printed and printed.count("\n-") >= 1
 
 
 @pytest.mark.parametrize(("script", "other"), [SCRIPTS, SCRIPTS[::-1]])
@@ -55,8 +55,8 @@ def test_taking_in_either_direction_changes_nothing_when_both_are_in_step(copies
 
 
 def test_a_missing_region_is_an_error_and_nothing_is_copied(copies):
-    change(copies, IMAGE_TO_IMAGE, "# region shared: optimizer\n", "")
-    change(copies, IMAGE_TO_IMAGE, "# endregion shared: optimizer\n", "")
+    change(copies, IMAGE_TO_IMAGE, "# region shared: step\n", "")
+    change(copies, IMAGE_TO_IMAGE, "# endregion shared: step\n", "")
     assert sync_regions.main([], copies) == 1
     with pytest.raises(ValueError, match="differ in name or order"):
         sync_regions.main(["--take", TEXT_TO_IMAGE], copies)
@@ -65,8 +65,8 @@ def test_a_missing_region_is_an_error_and_nothing_is_copied(copies):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("# endregion shared: optimizer\n", "", "optimizer is not closed"),
-        ("# region shared: text\n", "# region shared: data\n", "not closed|a second time"),
+        ("# endregion shared: step\n", "", "step is not closed"),
+        ("# region shared: models\n", "# region shared: listing\n", "not closed|a second time"),
     ],
 )
 def test_a_region_that_is_not_closed_or_comes_twice_is_an_error(copies, old, new, message):
@@ -78,7 +78,7 @@ def test_a_region_that_is_not_closed_or_comes_twice_is_an_error(copies, old, new
 def test_scripts_that_drop_their_markers_fail_the_share(capsys, copies):
     for script in SCRIPTS:
         text = (copies / script).read_text(encoding="utf-8")
-        for name in ("training", "data", "samples"):
+        for name in ("results", "run"):
             text = text.replace(f"# region shared: {name}\n", "").replace(f"# endregion shared: {name}\n", "")
         (copies / script).write_text(text, encoding="utf-8")
     assert sync_regions.main([], copies) == 1
