@@ -288,7 +288,23 @@ OWN_FLAGS = [
 ]  # fmt: skip
 
 
-# region shared: parsing
+# differs: prior preservation is a text-to-image technique
+def check_own(args: Args) -> Iterator[str]:
+    """Problems with the prior preservation flags."""
+    given = args.with_prior_preservation, bool(args.class_data_dir), bool(args.class_prompt)
+    if any(given) and not all(given):
+        yield "--with_prior_preservation, --class_data_dir, --class_prompt: go together; give all three or none"
+    elif all(given) and args.class_prompt == args.instance_prompt:
+        yield "--class_prompt: is the same as --instance_prompt; leave out the name of yours, as in 'a photo of a dog'"
+
+
+# differs: the image-to-image script has folders of references too
+def data_folders(args: Args) -> list[str]:
+    """The folders that images are read from; nothing is written there."""
+    return [*(args.instance_data_dir or []), *(args.validation_data_dir or [])]
+
+
+# region shared: run
 FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
@@ -473,26 +489,6 @@ def results_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
 
-# endregion shared: parsing
-
-
-# differs: prior preservation is a text-to-image technique
-def check_own(args: Args) -> Iterator[str]:
-    """Problems with the prior preservation flags."""
-    given = args.with_prior_preservation, bool(args.class_data_dir), bool(args.class_prompt)
-    if any(given) and not all(given):
-        yield "--with_prior_preservation, --class_data_dir, --class_prompt: go together; give all three or none"
-    elif all(given) and args.class_prompt == args.instance_prompt:
-        yield "--class_prompt: is the same as --instance_prompt; leave out the name of yours, as in 'a photo of a dog'"
-
-
-# differs: the image-to-image script has folders of references too
-def data_folders(args: Args) -> list[str]:
-    """The folders that images are read from; nothing is written there."""
-    return [*(args.instance_data_dir or []), *(args.validation_data_dir or [])]
-
-
-# region shared: run
 def flag_notes(args: Args) -> list[str]:
     """A line for each flag whose effect, or lack of one, is easily overlooked."""
     rate, usual = args.learning_rate, 1.0 if args.optimizer == "prodigy" else 1e-4
@@ -1330,7 +1326,27 @@ class Sample:
         return self.image.sha256, *self.captions, self.image.target, *masks
 
 
-# region shared: listing
+# differs: metadata files of the image-to-image script name references too
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column with the images in a metadata file (a dict of rows) or a data set. Raises UserError."""
+    usual = ("file_name", "image_file_name", "image") if isinstance(table, dict) else ("image",)
+    if column := find_column(columns, *(usual if args.image_column == "image" else [args.image_column])):
+        return [column]
+    advice = "in metadata every row needs a 'file_name'"
+    raise UserError(f"--image_column {args.image_column}: not in {origin}, {advice}; columns: {', '.join(columns)}")
+
+
+# differs: data sets of the image-to-image script have references too
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    return [[image] for image in column_images(args, table, columns[0])]
+
+
+# differs: samples of the image-to-image script have references
+def list_samples(args: Args) -> list[Sample]:
+    return [Sample(image, texts, origin, repeats) for [image], texts, origin, repeats in list_rows(args)]
+
+
+# region shared: data
 Row = tuple[list[Image], Captions, str, int]  # the image (and its references), captions, their origin, repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # if a folder has both, the second is read
@@ -1581,30 +1597,6 @@ def list_dataset(args: Args) -> list[Row]:
     return [(*row, f"column {caption}", 1) for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
-# endregion shared: listing
-
-
-# differs: metadata files of the image-to-image script name references too
-def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
-    """The column with the images in a metadata file (a dict of rows) or a data set. Raises UserError."""
-    usual = ("file_name", "image_file_name", "image") if isinstance(table, dict) else ("image",)
-    if column := find_column(columns, *(usual if args.image_column == "image" else [args.image_column])):
-        return [column]
-    advice = "in metadata every row needs a 'file_name'"
-    raise UserError(f"--image_column {args.image_column}: not in {origin}, {advice}; columns: {', '.join(columns)}")
-
-
-# differs: data sets of the image-to-image script have references too
-def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
-    return [[image] for image in column_images(args, table, columns[0])]
-
-
-# differs: samples of the image-to-image script have references
-def list_samples(args: Args) -> list[Sample]:
-    return [Sample(image, texts, origin, repeats) for [image], texts, origin, repeats in list_rows(args)]
-
-
-# region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills in --instance_prompt where captions are missing and for [trigger]; logs. Raises UserError without it."""
     prompt = args.instance_prompt or ""
@@ -1825,7 +1817,7 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
-# endregion shared: samples
+# endregion shared: data
 
 
 # differs: samples of the image-to-image script have references
@@ -3142,16 +3134,6 @@ def generate(
     return decode_tokens(codec, pipeline.vae, tokens_BLC, *(side // run.token_size for side in size))
 
 
-# endregion shared: step
-
-
-# differs: images of the image-to-image script have references
-def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
-    """(height, width) of the images of this prompt: as asked, or the first size that is trained at."""
-    return (parse_sizes(run.args.validation_size) if run.args.validation_size else choose_buckets(run))[0], {}
-
-
-# region shared: images
 def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
     """Generates --num_validation_images of each prompt in `folder`, by all processes, in lockstep if they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
@@ -3264,7 +3246,13 @@ def validate(run: Run, training: Training) -> dict[str, float]:
     return values
 
 
-# endregion shared: images
+# endregion shared: step
+
+
+# differs: images of the image-to-image script have references
+def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
+    """(height, width) of the images of this prompt: as asked, or the first size that is trained at."""
+    return (parse_sizes(run.args.validation_size) if run.args.validation_size else choose_buckets(run))[0], {}
 
 
 # differs: the image-to-image script has references and no class images

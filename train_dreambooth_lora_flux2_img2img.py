@@ -290,7 +290,38 @@ OWN_FLAGS = [
 ]  # fmt: skip
 
 
-# region shared: parsing
+# differs: references are an image-to-image matter
+def check_own(args: Args) -> Iterator[str]:
+    """Problems with the flags that name references."""
+    for folder in args.cond_data_dir or []:
+        if os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
+            yield f"--cond_data_dir {folder}: is also --instance_data_dir; references need a folder of their own"
+    if args.cond_data_dir and args.validation_data_dir:
+        yield "--validation_data_dir: name its references in metadata, --cond_data_dir is for --instance_data_dir alone"
+    if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
+        yield "--cond_data_dir: needs exactly one --instance_data_dir; for others use metadata, see --cond_image_column"
+    prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
+    if len(images) > prompts:
+        yield f"--validation_image: {len(images)} for {prompts} prompt(s); join those of one prompt with a comma"
+    for path in itertools.chain(*map(split_paths, images)):
+        if not os.path.isfile(path):
+            yield f"--validation_image {path}: no such file"
+    if args.cond_dropout and args.train_batch_size > 1 and launched_with("ACCELERATE_USE_FSDP"):
+        yield "--cond_dropout: processes may differ in forwards, which FSDP forbids; give --train_batch_size 1"
+
+
+def split_paths(text: str) -> list[str]:
+    """The files of one --validation_image: a path, several separated by commas, or '' for none."""
+    return [text] if os.path.isfile(text) else list(filter(None, text.split(",")))
+
+
+# differs: there are folders of references too
+def data_folders(args: Args) -> list[str]:
+    """The folders that images are read from; nothing is written there."""
+    return [*(args.instance_data_dir or []), *(args.cond_data_dir or []), *(args.validation_data_dir or [])]
+
+
+# region shared: run
 FLAGS = dict(row for row in SHARED_FLAGS + OWN_FLAGS if isinstance(row, tuple))
 DEFAULTS = {name: options["default"] for name, options in FLAGS.items()}
 PATH_FLAGS = [name for name, options in FLAGS.items() if options["type"] is to_path]
@@ -475,41 +506,6 @@ def results_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if re.fullmatch(OWN_FILES, path.relative_to(folder).as_posix()))
 
 
-# endregion shared: parsing
-
-
-# differs: references are an image-to-image matter
-def check_own(args: Args) -> Iterator[str]:
-    """Problems with the flags that name references."""
-    for folder in args.cond_data_dir or []:
-        if os.path.realpath(folder) in map(os.path.realpath, args.instance_data_dir or []):
-            yield f"--cond_data_dir {folder}: is also --instance_data_dir; references need a folder of their own"
-    if args.cond_data_dir and args.validation_data_dir:
-        yield "--validation_data_dir: name its references in metadata, --cond_data_dir is for --instance_data_dir alone"
-    if args.cond_data_dir and (args.dataset_name or args.cond_image_column or len(args.instance_data_dir or []) > 1):
-        yield "--cond_data_dir: needs exactly one --instance_data_dir; for others use metadata, see --cond_image_column"
-    prompts, images = max(len(final_prompts(args)), len(args.validation_prompt or [])), args.validation_image or []
-    if len(images) > prompts:
-        yield f"--validation_image: {len(images)} for {prompts} prompt(s); join those of one prompt with a comma"
-    for path in itertools.chain(*map(split_paths, images)):
-        if not os.path.isfile(path):
-            yield f"--validation_image {path}: no such file"
-    if args.cond_dropout and args.train_batch_size > 1 and launched_with("ACCELERATE_USE_FSDP"):
-        yield "--cond_dropout: processes may differ in forwards, which FSDP forbids; give --train_batch_size 1"
-
-
-def split_paths(text: str) -> list[str]:
-    """The files of one --validation_image: a path, several separated by commas, or '' for none."""
-    return [text] if os.path.isfile(text) else list(filter(None, text.split(",")))
-
-
-# differs: there are folders of references too
-def data_folders(args: Args) -> list[str]:
-    """The folders that images are read from; nothing is written there."""
-    return [*(args.instance_data_dir or []), *(args.cond_data_dir or []), *(args.validation_data_dir or [])]
-
-
-# region shared: run
 def flag_notes(args: Args) -> list[str]:
     """A line for each flag whose effect, or lack of one, is easily overlooked."""
     rate, usual = args.learning_rate, 1.0 if args.optimizer == "prodigy" else 1e-4
@@ -1379,7 +1375,124 @@ class Sample:
         return self.image.sha256, *self.captions, self.image.target, *references, *masks
 
 
-# region shared: listing
+USUAL_TARGETS = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
+REFERENCE_LIKE = r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
+
+
+def holds_images(table: Any, column: str) -> bool:
+    """Whether a column of a data set is of type Image, or one of a metadata file (a dict of rows) names image files."""
+    if not isinstance(table, dict):
+        feature = table.features[column]
+        return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
+    cells = [row.get(column) for row in table.values()]
+    names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
+    return any("://" not in name and Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES for name in names)
+
+
+# differs: metadata files of the text-to-image script name no references
+def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
+    """The column of the targets and those of the references. Raises UserError if there are two possible targets."""
+    in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
+    for name in (*asked, args.image_column):
+        endings = ["_file_name", "_file_names"] if in_metadata else []
+        more = ["file_name"] if in_metadata and name == "image" else []
+        found[name] = find_column(columns, name, *(name + ending for ending in endings), *more)
+    targets, references = [found[args.image_column]], [found[name] for name in asked]
+    if in_metadata and args.image_column == "image":
+        usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
+        holds = {column for column in usual if column and (folded(column) != "image" or holds_images(table, column))}
+        targets = [column for column in usual if column in holds and column not in references]
+    missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
+    missing += [] if any(targets) else [f"--image_column {args.image_column}"]
+    if missing:
+        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
+        raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
+    if len(targets) > 1 or targets[0] in references:
+        raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
+    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", folded(name))]
+    usual = [name for name in columns if re.fullmatch(REFERENCE_LIKE, folded(name)) and holds_images(table, name)]
+    return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
+
+
+# differs: data sets of the text-to-image script have no references
+def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
+    """The target of each row and its references: none if a cell is empty, several if it holds a list."""
+    rows = [[image] for image in column_images(args, table, columns[0])]
+    for column in columns[1:]:
+        lists, counts = hasattr(table.features[column], "feature"), []
+        for chunk in table.data.column(column).chunks:  # from the Arrow table, without reading images
+            if lists:
+                counts += chunk.value_lengths().to_pylist()
+            else:  # some writers store a struct of two nulls instead of a null
+                fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
+                counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
+        for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
+            name = f"{image.name}, {column}"
+            if lists:
+                cells = [functools.partial(image.cell, item) for item in range(count or 0)]
+                row += [Image(f"{name} {item}", cell=cell) for item, cell in enumerate(cells)]
+            elif count:
+                row.append(replace(image, name=name))
+    return rows
+
+
+# differs: samples of the text-to-image script have no references
+def list_samples(args: Args) -> list[Sample]:
+    """Target, references and captions of every row, wherever they come from."""
+    samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
+    samples = add_references(args, samples) if args.cond_data_dir else samples
+    counts = Counter(len(sample.references) for sample in samples)
+    if len(counts) > 1:
+        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
+        log.info(f"data: references per row: {listed}; if one is missing, the next takes its place")
+    if counts[0]:
+        level = log.info if len(counts) > 1 else log.warning
+        level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
+    return samples
+
+
+def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
+    """Adds the references of the same stem in each --cond_data_dir. Raises UserError if a file has no partner."""
+    listed, found = {sample.image.path: sample for sample in samples}, []
+    if any(sample.references for sample in samples):
+        raise UserError("--cond_data_dir: the metadata name references, too; leave one of them out")
+    for folder in (Path(os.path.abspath(path)) for path in args.instance_data_dir + args.cond_data_dir):
+        files, images = list_files(folder)
+        if found:
+            report_unused(folder, files, images)
+        stems: dict[str, Path] = {}
+        for path in images if found else listed:
+            stem = folded(path.relative_to(folder).with_suffix(""))
+            if stems.setdefault(stem, path) != path:
+                raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
+        found.append(stems)
+    targets, *found = found
+    alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
+    alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
+    if alone:
+        advice = "add it or remove them (rows without references: see metadata.jsonl)"
+        reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
+        raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
+    paired = []
+    for stem, path in targets.items():
+        partners = [stems[stem] for stems in found if stem in stems]
+        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
+        paired.append(replace(listed[path], references=images))
+    return paired
+
+
+def reference_problem(size: Size, target: Size | None = None) -> str | None:
+    """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
+    height, width = size
+    if min(size) < MIN_REFERENCE_SIDE or max(size) > MAX_REFERENCE_ASPECT * min(size):
+        limits = f"{MIN_REFERENCE_SIDE} pixels a side and {MAX_REFERENCE_ASPECT}:1 at most"
+        return f"a reference needs {limits}, it has {width} x {height}"
+    if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
+        return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
+    return None
+
+
+# region shared: data
 Row = tuple[list[Image], Captions, str, int]  # the image (and its references), captions, their origin, repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # if a folder has both, the second is read
@@ -1630,127 +1743,6 @@ def list_dataset(args: Args) -> list[Row]:
     return [(*row, f"column {caption}", 1) for row in zip(dataset_images(args, table, images), texts, strict=True)]
 
 
-# endregion shared: listing
-
-
-USUAL_TARGETS = ("file_name", *(f"{name}_file_name" for name in ("image", "target", "output", "edited")), "image")
-REFERENCE_LIKE = r"(cond(ition(ing)?)?|control|reference|source|input|original|before)(_?images?)?(_?\d+)?|edit_images?"
-
-
-def holds_images(table: Any, column: str) -> bool:
-    """Whether a column of a data set is of type Image, or one of a metadata file (a dict of rows) names image files."""
-    if not isinstance(table, dict):
-        feature = table.features[column]
-        return type(getattr(feature, "feature", feature)).__name__ == "Image"  # or a list of them
-    cells = [row.get(column) for row in table.values()]
-    names = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
-    return any("://" not in name and Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES for name in names)
-
-
-# differs: metadata files of the text-to-image script name no references
-def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> list[str]:
-    """The column of the targets and those of the references. Raises UserError if there are two possible targets."""
-    in_metadata, asked, found = isinstance(table, dict), args.cond_image_column or [], {}
-    for name in (*asked, args.image_column):
-        endings = ["_file_name", "_file_names"] if in_metadata else []
-        more = ["file_name"] if in_metadata and name == "image" else []
-        found[name] = find_column(columns, name, *(name + ending for ending in endings), *more)
-    targets, references = [found[args.image_column]], [found[name] for name in asked]
-    if in_metadata and args.image_column == "image":
-        usual = dict.fromkeys(find_column(columns, name) for name in USUAL_TARGETS)
-        holds = {column for column in usual if column and (folded(column) != "image" or holds_images(table, column))}
-        targets = [column for column in usual if column in holds and column not in references]
-    missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
-    missing += [] if any(targets) else [f"--image_column {args.image_column}"]
-    if missing:
-        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
-        raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
-    if len(targets) > 1 or targets[0] in references:
-        raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
-    named = [name for name in columns if in_metadata and re.fullmatch(r"(.+_)?file_names?", folded(name))]
-    usual = [name for name in columns if re.fullmatch(REFERENCE_LIKE, folded(name)) and holds_images(table, name)]
-    return [targets[0], *(references or [name for name in columns if name in named + usual and name != targets[0]])]
-
-
-# differs: data sets of the text-to-image script have no references
-def dataset_images(args: Args, table: Any, columns: list[str]) -> list[list[Image]]:
-    """The target of each row and its references: none if a cell is empty, several if it holds a list."""
-    rows = [[image] for image in column_images(args, table, columns[0])]
-    for column in columns[1:]:
-        lists, counts = hasattr(table.features[column], "feature"), []
-        for chunk in table.data.column(column).chunks:  # from the Arrow table, without reading images
-            if lists:
-                counts += chunk.value_lengths().to_pylist()
-            else:  # some writers store a struct of two nulls instead of a null
-                fields = chunk.flatten() if hasattr(chunk, "field") else [chunk]
-                counts += map(any, zip(*(field.is_valid().to_pylist() for field in fields), strict=True))
-        for row, image, count in zip(rows, column_images(args, table, column, lists), counts, strict=True):
-            name = f"{image.name}, {column}"
-            if lists:
-                cells = [functools.partial(image.cell, item) for item in range(count or 0)]
-                row += [Image(f"{name} {item}", cell=cell) for item, cell in enumerate(cells)]
-            elif count:
-                row.append(replace(image, name=name))
-    return rows
-
-
-# differs: samples of the text-to-image script have no references
-def list_samples(args: Args) -> list[Sample]:
-    """Target, references and captions of every row, wherever they come from."""
-    samples = [Sample(image, texts, origin, (*others,), n) for (image, *others), texts, origin, n in list_rows(args)]
-    samples = add_references(args, samples) if args.cond_data_dir else samples
-    counts = Counter(len(sample.references) for sample in samples)
-    if len(counts) > 1:
-        listed = ", ".join(f"{number}: {count} rows" for number, count in sorted(counts.items()))
-        log.info(f"data: references per row: {listed}; if one is missing, the next takes its place")
-    if counts[0]:
-        level = log.info if len(counts) > 1 else log.warning
-        level(f"data: {counts[0]} of {len(samples)} rows have no reference and train as text-to-image")
-    return samples
-
-
-def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
-    """Adds the references of the same stem in each --cond_data_dir. Raises UserError if a file has no partner."""
-    listed, found = {sample.image.path: sample for sample in samples}, []
-    if any(sample.references for sample in samples):
-        raise UserError("--cond_data_dir: the metadata name references, too; leave one of them out")
-    for folder in (Path(os.path.abspath(path)) for path in args.instance_data_dir + args.cond_data_dir):
-        files, images = list_files(folder)
-        if found:
-            report_unused(folder, files, images)
-        stems: dict[str, Path] = {}
-        for path in images if found else listed:
-            stem = folded(path.relative_to(folder).with_suffix(""))
-            if stems.setdefault(stem, path) != path:
-                raise UserError(f"{folder}: {stems[stem].name} and {path.name} have the same stem; keep one of them")
-        found.append(stems)
-    targets, *found = found
-    alone = [path for stem, path in targets.items() if not any(stem in stems for stems in found)]
-    alone += [path for stems in found for stem, path in stems.items() if stem not in targets]
-    if alone:
-        advice = "add it or remove them (rows without references: see metadata.jsonl)"
-        reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
-        raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
-    paired = []
-    for stem, path in targets.items():
-        partners = [stems[stem] for stems in found if stem in stems]
-        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
-        paired.append(replace(listed[path], references=images))
-    return paired
-
-
-def reference_problem(size: Size, target: Size | None = None) -> str | None:
-    """Why a reference of (height, width) cannot be used, as the pipelines say or for its `target`'s shape, or None."""
-    height, width = size
-    if min(size) < MIN_REFERENCE_SIDE or max(size) > MAX_REFERENCE_ASPECT * min(size):
-        limits = f"{MIN_REFERENCE_SIDE} pixels a side and {MAX_REFERENCE_ASPECT}:1 at most"
-        return f"a reference needs {limits}, it has {width} x {height}"
-    if target and abs(height * target[1] / (width * target[0]) - 1) > 0.01:
-        return f"{width} x {height} is not the shape of its target, {target[1]} x {target[0]}; see --align_cond_image"
-    return None
-
-
-# region shared: samples
 def fill_captions(args: Args, samples: list[Sample]) -> list[Sample]:
     """Fills in --instance_prompt where captions are missing and for [trigger]; logs. Raises UserError without it."""
     prompt = args.instance_prompt or ""
@@ -1971,7 +1963,7 @@ def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[S
     return [sample for turn in rounds for sample in rest if turn < sample.repeats], held_out
 
 
-# endregion shared: samples
+# endregion shared: data
 
 
 # differs: samples of the text-to-image script have no references
@@ -3374,28 +3366,6 @@ def generate(
     return decode_tokens(codec, pipeline.vae, tokens_BLC, *(side // run.token_size for side in size))
 
 
-# endregion shared: step
-
-
-# differs: images of the text-to-image script have no references
-def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
-    """(height, width) of the images of this prompt, and its references for the pipeline.
-
-    The size is as asked, or the one trained at that is nearest in shape to the first reference. With --align_cond_image
-    references are brought to it, as in training.
-    """
-    images, buckets = validation_references(run.args, row), choose_buckets(run)
-    size = buckets[0]
-    if run.args.validation_size:
-        size = parse_sizes(run.args.validation_size)[0]
-    elif images:
-        size = nearest_bucket((images[0].height, images[0].width), buckets)
-    if run.args.align_cond_image:
-        images = [ImageOps.fit(image, size[::-1], PIL.Image.Resampling.LANCZOS) for image in images]
-    return size, {"image": images} if images else {}
-
-
-# region shared: images
 def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path) -> None:
     """Generates --num_validation_images of each prompt in `folder`, by all processes, in lockstep if they shard."""
     everything = list(itertools.product(enumerate(prompts), range(run.args.num_validation_images)))
@@ -3508,7 +3478,25 @@ def validate(run: Run, training: Training) -> dict[str, float]:
     return values
 
 
-# endregion shared: images
+# endregion shared: step
+
+
+# differs: images of the text-to-image script have no references
+def validation_inputs(run: Run, row: int) -> tuple[Size, dict[str, Any]]:
+    """(height, width) of the images of this prompt, and its references for the pipeline.
+
+    The size is as asked, or the one trained at that is nearest in shape to the first reference. With --align_cond_image
+    references are brought to it, as in training.
+    """
+    images, buckets = validation_references(run.args, row), choose_buckets(run)
+    size = buckets[0]
+    if run.args.validation_size:
+        size = parse_sizes(run.args.validation_size)[0]
+    elif images:
+        size = nearest_bucket((images[0].height, images[0].width), buckets)
+    if run.args.align_cond_image:
+        images = [ImageOps.fit(image, size[::-1], PIL.Image.Resampling.LANCZOS) for image in images]
+    return size, {"image": images} if images else {}
 
 
 # differs: the text-to-image script has class images and no references
