@@ -1491,7 +1491,7 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
     files, images = ([p for p in paths if not any(map(p.is_relative_to, others))] for paths in list_files(folder))
     found = {path: path.stem.removesuffix(args.mask_suffix or "") for path in images}
     found = {path: stem for path, stem in found.items() if stem not in ("", path.stem)}
-    masks = {path.with_name(stem): path for path, stem in found.items()}
+    masks = {key: path for path, stem in found.items() for key in (folded(path.with_name(stem)), path.with_name(stem))}
     images = [path for path in images if path not in found]
     names = {key: path for path in reversed(files) for key in (path, folded(path))}
     metadata = {path.parent: path for name in METADATA for path in files if folded(path.name) == name}
@@ -1518,7 +1518,7 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         if not texts and (file := next((beside[key] for key in keys if key in beside), None)):
             texts, origin = caption_texts(read_text(file), f"{file}: "), "caption files"
             used += [file] * len(texts)
-        mask = masks.get(paths[0].with_suffix(""))
+        mask = masks.get(keys[0]) or masks.get(keys[2])
         used += [*paths, mask]
         images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
         images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)

@@ -204,6 +204,17 @@ def test_of_two_masks_the_same_one_is_taken_at_every_start_and_the_other_is_name
     assert samples[0].image.mask.path.suffix == ".webp" and any("1 .png file(s) not used" in line for line in lines)
 
 
+def test_a_mask_is_found_by_a_name_of_another_case_or_unicode_form(script, tiny, masked, tmp_path):
+    """As captions are: archives from other systems change both."""
+    first, second = sorted(masked.glob("*-mask.png"))[:2]
+    first.rename(first.with_stem(f"{first.stem.removesuffix('-mask').upper()}-mask"))
+    image = next(path for path in masked.glob(f"{second.stem.removesuffix('-mask')}.*") if path.suffix != ".txt")
+    image.rename(image.with_stem("caf\u00e9"))
+    second.rename(second.with_stem("cafe\u0301-mask"))
+    samples, _ = script.check_data(start_run(script, tiny, tmp_path, "--instance_data_dir", masked, *MASKS))
+    assert all(sample.image.mask for sample in samples)
+
+
 def test_a_suffix_that_is_a_whole_name_makes_no_mask(script, tiny, masked, tmp_path):
     flags = ("--instance_data_dir", masked, "--mask_suffix=-mask")
     (masked / "-mask.png").write_bytes(sorted(masked.glob("*-mask.png"))[0].read_bytes())

@@ -305,10 +305,11 @@ def listed(i2i, folder: Path, *flags) -> list[tuple]:
 
 
 def test_metadata_with_file_name_columns_gives_rows_with_several_one_and_no_reference(i2i, pairs):
-    """`file_name` is the target; every other *_file_name column is a reference, an empty cell is none."""
+    """`file_name` is the target; other *_file_name columns but the mask's are references, an empty cell is none."""
+    both = {"first_file_name": "a0.jpg", "second_file_name": "b0.jpg", "mask_file_name": "a1.jpg", "text": "both"}
     write_metadata(
         pairs,
-        {"file_name": "t0.jpg", "first_file_name": "a0.jpg", "second_file_name": "b0.jpg", "text": "both"},
+        {"file_name": "t0.jpg", **both},
         {"file_name": "t1.jpg", "first_file_name": "a1.jpg", "second_file_name": None, "text": "one"},
         {"file_name": "t2.jpg", "text": "plain"},
     )
@@ -316,6 +317,7 @@ def test_metadata_with_file_name_columns_gives_rows_with_several_one_and_no_refe
         rows = listed(i2i, pairs)
     assert rows == [("t0.jpg", "both", ["a0.jpg", "b0.jpg"]), ("t1.jpg", "one", ["a1.jpg"]), ("t2.jpg", "plain", [])]
     assert any("1 of 3 rows have no reference and train as text-to-image" in line for line in lines)
+    assert any("columns not used: mask_file_name" in line for line in lines)
 
 
 def test_metadata_columns_can_be_named_and_hold_lists(i2i, pairs):
