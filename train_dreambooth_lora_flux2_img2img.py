@@ -7,18 +7,18 @@
 #     "bitsandbytes>=0.50.2", "torchao>=0.18.0", "wandb>=0.31.0", "psutil>=7.2.2", "requests>=2.34.2", "urllib3>=2.8.0",
 # ]
 # ///
-"""Train a FLUX.2 LoRA that edits images: reference images and an instruction in, the edited image out.
+"""Train a FLUX.2 LoRA that edits images: references and an instruction in, image out.
 
-    python train_dreambooth_lora_flux2_img2img.py @configs/runs/demo_edit_cpu.args         CPU, embedded tiny model
-    accelerate launch --config_file configs/accelerate/one_gpu.yaml \\
-        train_dreambooth_lora_flux2_img2img.py @configs/runs/relighting.args               one GPU, FLUX.2 [dev]
+    python train_dreambooth_lora_flux2_img2img.py @configs/runs/demo_edit_cpu.args
+    accelerate launch train_dreambooth_lora_flux2_img2img.py @configs/runs/relighting.args
 
+The first trains the embedded tiny model on the CPU, the second FLUX.2 [dev] on a GPU.
 Rows without a reference train as plain text-to-image in the same run.
 
 The file reads in the order of a run: Arguments, The run, Model families, Data, Text and latents (encoded once), Models
 and LoRA, Flow matching (the loss), The step, Checkpoints, Images while training, Results, Main.
 
-examples/minimal_flux2_lora.py is the same training in 261 lines without references, to read first.
+examples/minimal_flux2_lora.py is the same training without references in 261 lines: read it first.
 
 Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
 """
@@ -87,7 +87,8 @@ def parse_number(kind: tuple, text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid {cast.__name__} value: '{text}'") from None
     if not minimum <= value <= maximum:
-        raise argparse.ArgumentTypeError(f"must be from {minimum} to {maximum}, not {text}")
+        limits = f"at least {minimum}" if maximum == 1e18 else f"from {minimum} to {maximum}"
+        raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
     return value
 
 
@@ -146,8 +147,8 @@ SHARED_FLAGS = [
     flag("dataset_config_name", str, None, "configuration of that data set"),
     flag("dataset_split", str, "train", "split of that data set"),
     flag("image_column", str, "image", "column with the images to train on; in metadata files image is file_name"),
-    flag("caption_column", str, None, "column of captions; None: text, caption, prompt, instruction, description"),
-    flag("instance_data_dir", to_path, None, "or folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
+    flag("caption_column", str, None, "column of captions; None: one with a usual name, such as text or caption"),
+    flag("instance_data_dir", to_path, None, "folder(s) of images, with NAME.txt captions or metadata", nargs="+"),
     flag("instance_prompt", str, None, "caption of images without one; replaces [trigger] in all texts"),
     flag("caption_dropout", SHARE, 0.0, "probability of training a sample on the empty prompt", resume=True),
     flag("repeats", COUNT, None, "visits of each image in one epoch, one number per folder; None: 1", nargs="+"),
@@ -171,17 +172,18 @@ SHARED_FLAGS = [
     flag("max_sequence_length", (int, 1, 512), 512, "text tokens, with those of the template", resume=True),
     flag("text_encoder_out_layers", int, None, "hidden states to use; None: the model's", nargs="+"),
     flag("remote_text_encoder", bool, False, "encode prompts on a server instead of loading the encoder"),
-    flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its URL"),
+    flag("remote_text_encoder_url", str, "https://remote-text-encoder-flux-2.huggingface.co/predict", "its address"),
     flag("fsdp_text_encoder", bool, False, "shard the text encoder over the processes of the run"),
     flag("text_encoder_bnb_config_path", to_path, None, "JSON for bitsandbytes: load the encoder in NF4 or int8"),
     "LoRA",
     flag("rank", COUNT, None, "rank r of the LoRA matrices; None: 16, or as in --init_lora_from"),
-    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: the rank, or as there"),
+    flag("lora_alpha", (float, 0.01), None, "the update is scaled by alpha / rank; None: rank, or the file's"),
     flag("lora_dropout", (float, 0, 0.99), 0.0, "dropout on the LoRA's input", resume=True),
-    flag("lora_layers", str, None, "Linear modules, comma separated, or attention, fal, ai-toolkit (= --lora_blocks)"),
+    flag("lora_layers", str, None, "Linear modules, or attention, fal, ai-toolkit; None: all attention projections"),
     flag("init_lora_from", to_path, None, "start from this .safetensors LoRA with its rank, alpha and modules"),
     "Flow matching",
-    flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none", "density of u", resume=True),
+    flag("weighting_scheme", "none|logit_normal|mode|cosmap|sigma_sqrt", "none",
+         "how sigmas are drawn (logit_normal, mode) or weighted (cosmap, sigma_sqrt)", resume=True),
     flag("logit_mean", (float, -10, 10), 0.0, "mean of logit(u); below 0 means more noise", resume=True),
     flag("logit_std", POSITIVE, 1.0, "standard deviation of logit(u)", resume=True),
     flag("mode_scale", (float, -1e18), 1.29, "scale of the mode density", resume=True),
@@ -197,7 +199,7 @@ SHARED_FLAGS = [
     "Optimizer",
     flag("optimizer", "adamw|prodigy", "adamw", "AdamW or Prodigy", resume=True),
     flag("learning_rate", POSITIVE, None, "peak learning rate; None: 1e-4, for Prodigy 1.0"),
-    flag("scale_lr", bool, False, "multiply it by batch size x accumulation x processes"),
+    flag("scale_lr", bool, False, "multiply the learning rate by batch size x accumulation x processes"),
     flag("use_8bit_adam", bool, False, "AdamW with 8-bit moments (bitsandbytes)", resume=True),
     flag("adam_beta1", BETA, 0.9, "decay of the first moment (AdamW, Prodigy)", resume=True),
     flag("adam_beta2", BETA, 0.999, "decay of the second moment (AdamW, Prodigy)", resume=True),
@@ -224,13 +226,13 @@ SHARED_FLAGS = [
     flag("do_fp8_training", bool, False, "keep the frozen blocks in FP8, in half the memory", resume=True),
     flag("bnb_quantization_config_path", to_path, None, "JSON for bitsandbytes: frozen blocks in NF4 or int8"),
     flag("allow_tf32", bool, False, "use TF32 for fp32 matmuls (Ampere and later)"),
-    flag("compile_blocks", bool, None, "torch.compile the blocks; None: on a GPU with 500 steps or more to go"),
+    flag("compile_blocks", bool, None, "torch.compile blocks; None: in bf16, FP8, NF4 on CUDA, if 500 steps are left"),
     flag("attention_backend", str, None, "attention backend of diffusers, such as flash or _native_cudnn"),
     "Checkpoints",
     flag("output_dir", to_path, "flux2-lora", "folder for everything the run writes"),
     flag("overwrite_output_dir", bool, False, "remove an earlier run's files there, but not the cache"),
     flag("checkpointing_steps", COUNT, 500, "optimizer steps between checkpoints; the last step is always saved"),
-    flag("checkpoints_total_limit", COUNT, None, "checkpoints to keep; an old one goes when a new one is verified"),
+    flag("checkpoints_total_limit", COUNT, None, "checkpoints to keep; the oldest goes once a new one is verified"),
     flag("resume_from_checkpoint", to_path, None, "'latest', a path, or the name of a folder in OUTPUT_DIR"),
     flag("upcast_before_saving", bool, False, "save the LoRA in fp32 instead of the compute dtype"),
     flag("comfyui_lora", bool, True, "also write comfyui_lora.safetensors, with BFL's names, for ComfyUI and others"),
@@ -239,7 +241,7 @@ SHARED_FLAGS = [
     flag("num_validation_images", NATURAL, 4, "images per prompt"),
     flag("validation_epochs", COUNT, 50, "epochs between validations"),
     flag("validation_split", NATURAL, 0, "number of images to hold out for the validation loss", resume=True),
-    flag("validation_data_dir", to_path, None, "or folder(s) of images for the validation loss alone", nargs="+"),
+    flag("validation_data_dir", to_path, None, "folder(s) of images for the validation loss alone", nargs="+"),
     flag("validation_steps", COUNT, None, "optimizer steps between validations, instead of epochs"),
     flag("num_inference_steps", COUNT, 28, "denoising steps per image"),
     flag("validation_guidance_scale", NOT_NEGATIVE, 4.0, "guidance scale of those images"),
@@ -276,6 +278,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", 
 
 # differs: the two scripts do different tasks
 TASK = "image-to-image"
+# differs: an editing data set may describe the image beside the instruction
+USUAL_CAPTIONS = ("text", "instruction", "edit_prompt", "caption", "captions", "prompt", "description")
 
 # differs: references are an image-to-image matter
 OWN_FLAGS = [
@@ -348,7 +352,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser, with the flags in their groups."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(Path(__file__).name, argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False)
+    about = __doc__.partition("\n\nThe file reads")[0]
+    parser = Parser(Path(__file__).name, argparse.SUPPRESS, about, formatter_class=style, allow_abbrev=False)
     groups = {row: parser.add_argument_group(row) for row in SHARED_FLAGS if isinstance(row, str)}
     for row in SHARED_FLAGS + OWN_FLAGS:
         if isinstance(row, str):
@@ -415,9 +420,8 @@ def check_values(args: Args) -> Iterator[str]:
             yield f"--{name} {folder}: no such folder"
     if args.repeats and len(args.repeats) != max(1, count := len(args.instance_data_dir or [])):
         yield f"--repeats: {len(args.repeats)} number(s) for {count} --instance_data_dir; give one for each"
-    sides = itertools.zip_longest([args.resolution, *(args.train_resolutions or [])], ["resolution"])
-    for side, name in (pair for pair in sides if pair[0] % 16):
-        near, name = max(16, round(side / 16) * 16), name or "train_resolutions"
+    for side in (side for side in (args.resolution, *(args.train_resolutions or [])) if side % 16):
+        near, name = max(16, round(side / 16) * 16), "resolution" if side == args.resolution else "train_resolutions"
         yield f"--{name} {side}: must be a multiple of 16 (one token is 16 x 16 pixels); nearest: {near}"
     if not re.fullmatch(r"linear|none|empirical|[1-9]\d?(\.\d*)?|0?\.\d?[1-9]\d*", args.timestep_shift):
         yield f"--timestep_shift {args.timestep_shift}: use linear, none, empirical or a number from 0.01 to 99"
@@ -488,8 +492,9 @@ def check_folders(args: Args) -> Iterator[str]:
         except OSError as error:
             yield f"--{name} {given}: cannot write there ({error}); choose another folder"
             return
-        if path in (Path.home(), Path("/").resolve()) or not data.isdisjoint((path, *path.parents)):
-            yield f"--{name} {path}: is the root, your home or in a data folder; choose a folder of its own"
+        holds_data = name == "class_data_dir" and any(path in folder.parents for folder in data)
+        if path in (Path.home(), Path("/").resolve()) or not data.isdisjoint((path, *path.parents)) or holds_data:
+            yield f"--{name} {path}: is the root, your home, or in or above a data folder; choose one of its own"
     folder, written = Path(args.output_dir), results_in(Path(args.output_dir))
     settings, listed = folder / "config.args", ", ".join(path.name for path in written[:3])
     own = settings.is_file() and settings.read_bytes().startswith(CONFIG_HEAD.encode())
@@ -513,8 +518,11 @@ def flag_notes(args: Args) -> list[str]:
         "--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup":
             args.lr_warmup_steps and args.lr_scheduler == "constant",
         f"--learning_rate {rate}: with --optimizer {args.optimizer} {usual:g} is usual":
-            rate is not None and not usual / 100 <= rate <= usual * 100,
+            rate is not None and not usual / 10 <= rate <= usual * 100,
+        "--use_8bit_adam has no effect with --optimizer prodigy": args.use_8bit_adam and args.optimizer == "prodigy",
         "--cache_latents fixes the crop to the centre": args.cache_latents and not args.center_crop,
+        "--unmasked_weight: no masks are used": args.unmasked_weight and not (args.mask_suffix or args.alpha_as_mask),
+        "--logit_mean is for logit_normal alone": args.logit_mean and args.weighting_scheme != "logit_normal",
         **{f"--{name} has no effect": getattr(args, name) != DEFAULTS[name] for name in ACCEPTED_NO_EFFECT},
     }  # fmt: skip
     return [note for note, holds in notes.items() if holds]
@@ -548,7 +556,7 @@ if __name__ == "__main__":
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     with contextlib.suppress(OSError):
-        print(f"{time.strftime('%T')} INFO    start: importing torch and diffusers, some seconds", file=sys.stderr)
+        print(f"{time.strftime('%T')} INFO    start: importing torch and diffusers takes some seconds", file=sys.stderr)
 
 # messages of libraries to their own maintainers, at import and at each step
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
@@ -620,7 +628,8 @@ class Run:
     resume: Checkpoint | None
     started: float  # time.monotonic()
     sharding: bool = False  # FSDP2 splits the frozen blocks over the processes; otherwise each holds all of them
-    hub_repo: str | None = None  # created when all checks have passed
+    hub_repo: str | None = None  # created when all checks have passed, like the next one
+    trigger: str = ""  # --instance_prompt, if a caption contains it
     said_once: set[str] = field(default_factory=set)  # what `warn_once` has warned about
 
     @property
@@ -765,17 +774,17 @@ def explain_out_of_memory(run: Run, error: Exception) -> None:
     called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     phase = next((name for caller, name in itertools.pairwise(called) if caller == "main"), "start").replace("_", " ")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    peak, free = max(peak_memory(run).values(), default=math.nan), free_memory(run) / 1e9
-    flags = memory_flags(run, phase)
+    peak, free = max(peak_memory(run).values(), default=math.nan), free_bytes(run) / 1e9
+    flags = memory_flags(run, phase)[:2]
     text = f"out of memory in phase '{phase}' ({said}); peak {peak:.2f} GB, free now {free:.2f} GB\n"
     text += f"  what would help, most first: {', '.join(flags)}\n"
     if any(verify_checkpoint(folder) is None for folder in list_checkpoints(run.output_dir)):
-        same = [flag for flag in flags[:2] if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
+        same = [flag for flag in flags if flag in ("--gradient_checkpointing", "--stream_blocks", "--offload")]
         text += f"  other flags may make it another run. Continue this one with\n    {resume_line(run, *same)}"
     raise OutOfMemory(text.rstrip()) from error
 
 
-def free_memory(run: Run) -> int:
+def free_bytes(run: Run) -> int:
     """Free bytes of the device; of the host when training on the CPU or if the device does not say."""
     if run.device.type != "cpu":
         with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
@@ -945,10 +954,6 @@ class Progress(tqdm):
         options |= {"bar_format": "{desc}: {n_fmt}/{total_fmt}" + end, "smoothing": 0}
         super().__init__(total=total, initial=done, desc=phase, disable=not log.isEnabledFor(logging.INFO), **options)
 
-    def advance(self, note: str = "") -> None:
-        self.set_postfix_str(note, refresh=False)
-        self.update()
-
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar, or writes a line where there is no terminal."""
         if not self.in_lines:
@@ -1050,10 +1055,6 @@ class ModelFiles:
     def public_name(self) -> str:  # without local folders
         return self.name if self.remote else Path(self.name).absolute().name
 
-    @property
-    def index(self) -> dict[str, Any]:
-        return self.config(".", "model_index.json")
-
 
 def find_model(args: Args) -> ModelFiles:
     """Finds the checkpoint and downloads its configs, no weights. Raises UserError if it cannot be reached."""
@@ -1076,8 +1077,9 @@ def find_model(args: Args) -> ModelFiles:
 
 def find_family(model: ModelFiles) -> ModelFamily:
     """The family of the checkpoint, from model_index.json. Raises UserError for any other pipeline class."""
-    found, widths = model.index.get("_class_name"), (None, model.config("transformer")["joint_attention_dim"])
-    if model.index.get("is_distilled"):
+    index = model.config(".", "model_index.json")
+    found, widths = index.get("_class_name"), (None, model.config("transformer")["joint_attention_dim"])
+    if index.get("is_distilled"):
         log.warning(f"{model.name} is a DISTILLED checkpoint: LoRAs trained on it come out weak; use the base model")
     for family in FAMILIES:
         if family.pipeline == found and family.text_width in widths:
@@ -1405,7 +1407,7 @@ def image_columns(args: Args, origin: Any, columns: list[str], table: Any) -> li
     missing = [f"--cond_image_column {name}" for name in asked if found[name] is None]
     missing += [] if any(targets) else [f"--image_column {args.image_column}"]
     if missing:
-        advice = f"in metadata every row needs a 'file_name'; columns: {', '.join(columns)}"
+        advice = "every row needs a 'file_name'; " * in_metadata + f"columns: {', '.join(columns)}"
         raise UserError(f"{' and '.join(missing)}: not in {origin}, {advice}")
     if len(targets) > 1 or targets[0] in references:
         raise UserError(f"{origin}: is {' or '.join(targets)} the target? Give --image_column, or --cond_image_column")
@@ -1453,7 +1455,7 @@ def list_samples(args: Args) -> list[Sample]:
 
 def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
     """Adds the references of the same stem in each --cond_data_dir. Raises UserError if a file has no partner."""
-    listed, found = {sample.image.path: sample for sample in samples}, []
+    listed, found = dict.fromkeys(sample.image.path for sample in samples), []
     if any(sample.references for sample in samples):
         raise UserError("--cond_data_dir: the metadata name references, too; leave one of them out")
     for folder in (Path(os.path.abspath(path)) for path in args.instance_data_dir + args.cond_data_dir):
@@ -1473,12 +1475,13 @@ def add_references(args: Args, samples: list[Sample]) -> list[Sample]:
         advice = "add it or remove them (rows without references: see metadata.jsonl)"
         reason = f"{len(alone)} file(s) without a partner of the same stem; {advice}"
         raise UserError(f"--cond_data_dir: {reason}:{as_lines([*map(str, alone)])}")
-    paired = []
-    for stem, path in targets.items():
-        partners = [stems[stem] for stems in found if stem in stems]
-        images = tuple(Image(printable(str(partner)), partner) for partner in partners)
-        paired.append(replace(listed[path], references=images))
-    return paired
+    for folder, stems in zip(args.cond_data_dir, found, strict=True):
+        if lacking := [path.name for stem, path in targets.items() if stem not in stems]:
+            reason = f"{len(lacking)} targets have no reference there; that of the next folder takes its place"
+            log.warning(f"--cond_data_dir {folder}: {reason}: {first_few(lacking)}")
+    images = {path: [stems[stem] for stems in found if stem in stems] for stem, path in targets.items()}
+    images = {path: tuple(Image(printable(str(p)), p) for p in partners) for path, partners in images.items()}
+    return [replace(sample, references=images[sample.image.path]) for sample in samples]
 
 
 def reference_problem(size: Size, target: Size | None = None) -> str | None:
@@ -1496,7 +1499,6 @@ def reference_problem(size: Size, target: Size | None = None) -> str | None:
 Row = tuple[list[Image], Captions, str, int]  # the image (and its references), captions, their origin, repeats
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl")  # if a folder has both, the second is read
-USUAL_CAPTIONS = ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "description")
 NAMES_ELSEWHERE = {  # names that mean something to other trainers, but not here
     r".*[-_. ]mask(label)?(\.\w+)?|(.*/)?masks?/[^/]*": "image(s) look like masks (see --mask_suffix)",
     r"(.*/)?(reg|class|regulari[sz]ation)([-_ ]images)?/.*": "image(s) lie in a folder for class images",
@@ -1520,7 +1522,7 @@ def as_lines(problems: list[str]) -> str:
 def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """All files and links below `folder`, sorted, without hidden ones, and those that have an image's suffix."""
     found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = [p for p in sorted(found) if not any(n.startswith((".", "@eaDir")) for n in p.relative_to(folder).parts)]
     return files, [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
 
 
@@ -1549,7 +1551,8 @@ def caption_texts(cell: Any, where: str = "", classes: Iterable[str] = ()) -> Ca
         values = [[*classes, None][value] for value in values if value is not None]  # -1: no class
     if wrong := [value for value in values if not isinstance(value, str | None)]:
         raise UserError(f"{where}the caption is of type {type(wrong[0]).__name__}, it must be text or a list of texts")
-    texts = [text.strip() for text in values if text and text.strip()]
+    # JSON may hold half an emoji, which is not UTF-8
+    texts = [clean for text in values if text and (clean := text.encode("utf-8", "ignore").decode().strip())]
     if wrong := [text for text in texts if re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)]:
         raise UserError(f"{where}the caption is a list written as text: {wrong[0][:60]}; use metadata.jsonl")
     return tuple(texts)
@@ -1577,9 +1580,13 @@ def read_metadata(path: Path) -> dict[int, dict[str, Any]]:
     """The rows of a metadata file, by the line where each ends. Raises UserError if one cannot be read."""
     rows, content, header = {}, read_text(path), []
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(content))
-        header = reader.fieldnames or []
-        rows = dict((reader.line_num, row) for row in reader)
+        separator = max(",;\t", key=content.partition("\n")[0].count)
+        reader = csv.DictReader(io.StringIO(content), delimiter=separator, strict=True)
+        try:
+            header = reader.fieldnames or []
+            rows = dict((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: {error}; is a quotation mark missing?") from None
     for line, text in enumerate([] if header else content.split("\n"), start=1):
         try:
             rows |= {line: json.loads(text)} if text.strip() else {}
@@ -1669,6 +1676,7 @@ def list_folder(args: Args, path: str, repeats: int) -> list[tuple[list[Image], 
         images = [Image(printable(str(path.relative_to(root))).replace("\n", "\\n"), path) for path in paths]
         images[0] = replace(images[0], mask=Image(f"mask {mask.name}", mask) if mask else None)
         listed.append((images, texts, origin))
+    log.info(f"data: {path}: {len(listed)} row(s)")
     report_unused(folder, files, used)
     inner = [paths[0].relative_to(folder.parent).as_posix() for paths, *_ in found]
     for pattern, meaning in NAMES_ELSEWHERE.items():
@@ -1734,9 +1742,11 @@ def list_dataset(args: Args) -> list[Row]:
         raise UserError(f"--dataset_name {name} --dataset_split {split}: cannot be loaded ({reason})") from None
     images = image_columns(args, name, table.column_names, table)
     caption = caption_column(args, name, len(table), table.column_names, images)
-    files = list_files(path)[0] if caption is None and path.is_dir() else []
-    if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
+    files, found = list_files(path) if path.is_dir() else ([], [])
+    if caption is None and any(file.suffix.lower() in CAPTION_SUFFIXES for file in files):
         log.warning(f"data: {name}: its caption files are not read; use --instance_data_dir for that")
+    if len(found) > len(table) * len(images):
+        log.warning(f"data: {name}: has {len(found)} images, its rows have fewer; --instance_data_dir takes all")
     cells, feature = table[caption][:] if caption else [None] * len(table), table.features.get(caption)
     classes, where = getattr(getattr(feature, "feature", feature), "names", ()), f"{name}: column {caption}, row"
     texts = [caption_texts(cell, f"{where} {row}: ", classes) for row, cell in enumerate(cells)]
@@ -1785,7 +1795,7 @@ def inspect_images(images: Iterable[Image], cache_dir: Path) -> tuple[dict[Image
             else:
                 facts = {"sha256": key, "size": (height, width), "darkest": darkest, "light": (*light,)}
                 good[image] = replace(image, **facts, mask=mask)
-            progress.advance()
+            progress.update()
     if len(index) > known:
         write_atomically(file, json.dumps({policy: index}).encode())
     return good, bad
@@ -1795,7 +1805,7 @@ def inspect_image(index: dict[str, list], image: Image) -> list:
     """[sha256, height, width, darkest, light, what is wrong or None]; only what is new is read and decoded."""
     try:
         stat = image.path.stat() if image.path else None
-        stamp = f"{stat.st_mtime_ns} {stat.st_size} {image.alpha_only} {image.path}" if stat else None
+        stamp = stat and f"{stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_size} {image.alpha_only} {image.path}"
         if stamp in index:
             return index[stamp]
         data = image.read()
@@ -1936,8 +1946,14 @@ def report_samples(run: Run, samples: list[Sample]) -> None:
         if lost := [image.name for image in masks if outside == 0 and not image.shows_mask(centre)]:
             where = "in the centre crop" if centre else "all over"
             raise UserError(f"{len(lost)} mask(s) are black or clear {where}: {first_few(lost)}; change or remove them")
+    images = [*{image.name: image for image in images}.values()]  # each once, whatever the number of sizes
     if blurred := [image.name for image in images if cover_size(image.size, image.target)[0] > 4 * image.size[0]]:
         log.warning(f"data: {len(blurred)} image(s) are enlarged more than four times: {first_few(blurred)}")
+    if cut := [i.name for i in images if 2 * math.prod(i.target) < math.prod(cover_size(i.size, i.target))]:
+        log.warning(f"data: {len(cut)} image(s) lose over half to the crop, see docs/data.md: {first_few(cut)}")
+    first = {image.sha256: image.path for image in reversed(images)}
+    if copies := [image.name for image in images if image.path and image.path != first[image.sha256]]:
+        log.warning(f"data: {len(copies)} image(s) are copies of others, and trained on as well: {first_few(copies)}")
 
 
 def split_samples(run: Run, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -2195,7 +2211,7 @@ def load_text_encoder(run: Run) -> nn.Module:
         settings = transformers.BitsAndBytesConfig(**run.text_quantization)
         options = {"device_map": {"": run.device}, "quantization_config": settings}
     if spread and run.processes > 1:  # the other GPUs belong to other processes
-        options["max_memory"] = {run.device.index: free_memory(run) - 2**30, "cpu": 2**62}
+        options["max_memory"] = {run.device.index: free_bytes(run) - 2**30, "cpu": 2**62}
     encoder, report = read_text_encoder(run, **options)
     refuse_misfits(run, "text_encoder", report)
     encoder.eval().requires_grad_(False)
@@ -2287,7 +2303,7 @@ def encode_prompts(run: Run, prompts: list[str], limit: int | None = None) -> Te
             with Progress("encode prompts", len(mine)) as progress:
                 for prompt in mine:
                     cache.put(encode(prompt), f"prompt {prompt[:80]!r}", prompt)
-                    progress.advance()
+                    progress.update()
             del encode
             training_utils.free_memory()
     return cache
@@ -2389,7 +2405,7 @@ def encode_images(run: Run, codec: LatentCodec, images: list[Image]) -> Autoenco
                 for key, image, flip in mine:
                     moments = encode_pixels(vae, image.pixels(flip=flip)[None])[0]
                     codec.cache.put(moments, f"image {image.name}", *key)
-                    progress.advance()
+                    progress.update()
     draws = bool(final_prompts(run.args)) and run.args.num_validation_images > 0
     vae = rest_vae(vae or load_vae(run)) if draws or not run.args.cache_latents else None
     training_utils.free_memory()
@@ -2764,17 +2780,18 @@ def compile_blocks(run: Run, transformer: Flux2Transformer2DModel, several_sizes
         problem = "torch.compile needs a C compiler, such as gcc, and Python's headers"
     elif backend == "inductor" and run.device.type == "cuda" and not importlib.util.find_spec("triton"):
         problem = "torch.compile needs the package triton"
-    if problem and run.args.compile_blocks:
-        raise UserError(f"--compile_blocks: {problem}; leave the flag out")
+    if problem and asked_to_compile(run.args):
+        raise UserError(f"--compile_blocks: {problem}; remove the flag, or dynamo_config from the accelerate config")
     if problem:
         log.warning(f"compile: {problem}; this run is not compiled")
         return 0
-    log.info("compile: before the first step; on an H200 it takes 93 s and pays off in 204 steps ([dev]) or 446 (9B)")
+    log.info("compile: before the first step; on an H200 it took 93 s and paid off in 204 steps ([dev]) or 446 (9B)")
     torch._dynamo.reset()  # forget an earlier run in this process
     torch.compiler.set_stance("default")
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of silently running eager from there on
+    dynamic = several_sizes or launched_with("ACCELERATE_DYNAMO_USE_DYNAMIC") or None
     for block in blocks_of(transformer):  # not diffusers' compile_repeated_blocks: FSDP changes the class names it uses
-        block.compile(backend=backend, dynamic=several_sizes or None, mode=mode or None)
+        block.compile(backend=backend, dynamic=dynamic, mode=mode or None)
     return len(blocks_of(transformer))
 
 
@@ -2877,7 +2894,7 @@ def save_lora(run: Run, parameters: dict[str, nn.Parameter], folder: Path, for_c
 
 def describe_lora(run: Run) -> dict[str, str]:
     """What user interfaces show about a LoRA file. Without a date, so that equal runs give equal files."""
-    trigger, size = run.args.instance_prompt or "", run.resolutions[-1]
+    trigger, size = run.trigger, run.resolutions[-1]
     facts = {"sai_model_spec": "1.0.0", "architecture": f"{run.family.architecture}/lora", "trigger_phrase": trigger}
     facts |= {"implementation": "diffusers", "title": f"{trigger or 'LoRA'} ({run.family.name})"}
     facts = {f"modelspec.{name}": value for name, value in {**facts, "resolution": f"{size}x{size}"}.items()}
@@ -3125,10 +3142,9 @@ def average_over_processes(run: Run, parameters: list[nn.Parameter], per_sample:
 
 def name_bad_samples(run: Run, step: int, names: list[str], losses: list[float], sigmas: list[float]) -> None:
     """Logs a skipped step and the samples of this process whose loss is not finite, or all of them."""
-    own = slice(run.process_index * len(names), (run.process_index + 1) * len(names))
-    described = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas[own], strict=True)]
-    bad = [text for text, loss in zip(described, losses[own], strict=True) if not math.isfinite(loss)]
-    bad = bad or described * all(map(math.isfinite, losses))
+    own, all_finite = slice(run.process_index * len(names), None), all(map(math.isfinite, losses))
+    rows = zip(names, losses[own], sigmas[own], strict=False)
+    bad = [f"{name} (sigma {sigma:.3f})" for name, loss, sigma in rows if all_finite or not math.isfinite(loss)]
     where = f" (process {run.process_index})" * (run.processes > 1)
     if bad or run.is_main:
         log.error(f"step {step}: not finite, the weights are not changed; samples{where}: {', '.join(bad) or 'none'}")
@@ -3229,13 +3245,14 @@ def check_resume(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     then, lines = checkpoint.state["fingerprint"], ""
     changed = [key for key in now if then.get(key, DEFAULTS.get(key)) != now[key]]  # it may be older than a flag
     for key in changed:
-        is_hash = re.fullmatch("[0-9a-f]{32}", str(now[key]))
-        lines += f"\n    {key}: " + ("has changed" if is_hash else f"was {then.get(key)}, is {now[key]}")
+        is_hash, what = re.fullmatch("[0-9a-f]{32}", str(now[key])), " (images, order, captions, masks or sizes)"
+        said = "has changed" + what * key.endswith(" data") if is_hash else f"was {then.get(key)}, is {now[key]}"
+        lines += f"\n    {key}: {said}"
     if {"rank", "lora_alpha", "lora_layers", "LoRA modules", "transformer"}.isdisjoint(changed):
         new = ["--init_lora_from", str(checkpoint.folder / LORA_FILE), "--output_dir", f"{checkpoint.folder.parent}-2"]
         lines += f"\n  Or start a new run from this LoRA: replace --resume_from_checkpoint with\n    {shlex.join(new)}"
     if changed:
-        raise UserError(f"{checkpoint.folder}: is of a run with other settings. Restore these:{lines}")
+        raise UserError(f"{checkpoint.folder}: belongs to a run with other settings. Restore these:{lines}")
 
 
 def save_checkpoint(run: Run, training: Training) -> Path:
@@ -3306,7 +3323,7 @@ def rewind(run: Run) -> None:
         aside = folder.with_name(f"abandoned-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        log.warning(f"checkpoint: {folder.name} is newer than the one resumed from: it is now {aside}")
+        log.warning(f"checkpoint: {folder.name} is newer than the checkpoint resumed from, and is now {aside}")
     if path.is_file():
         for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -3339,7 +3356,7 @@ def restore(run: Run, training: Training) -> None:
 # sharding, where the other processes wait for this one's part of the weights.
 def make_pipeline(run: Run, transformer: nn.Module, vae: AutoencoderKLFlux2) -> Any:
     """The installed pipeline around models that are on the device, without text encoder; it changes neither."""
-    distilled = bool(run.model.index.get("is_distilled"))
+    distilled = bool(run.model.config(".", "model_index.json").get("is_distilled"))
     klein = {"is_distilled": distilled} if run.family.pipeline == "Flux2KleinPipeline" else {}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.model.folder / "scheduler")
     models = {"transformer": transformer, "vae": vae, "text_encoder": None, "tokenizer": None}
@@ -3377,7 +3394,7 @@ def draw_samples(run: Run, training: Training, prompts: list[str], folder: Path)
                 seeds = [("validation", row, number)]
                 image = generate(run, training.codec, pipeline, prompt, seeds, size, **inputs)[0]
                 write_image(image, folder / f"prompt-{row}_image-{number}.png")
-                progress.advance()
+                progress.update()
 
 
 def write_image(image: PIL.Image.Image, path: Path, **facts: str) -> None:
@@ -3588,7 +3605,7 @@ def draw_final_images(run: Run, training: Training) -> list[tuple[str, str]]:
 
 def write_card(run: Run, training: Training, gallery: list[tuple[str, str]]) -> None:
     """Writes the model card, README.md: YAML head, gallery of (prompt, path), how to use the LoRA, and its training."""
-    base, trigger, data = run.model.public_name, run.args.instance_prompt, run.args.dataset_name
+    base, trigger, data = run.model.public_name, run.trigger or None, run.args.dataset_name
     adapted = {"base_model": base, "base_model_relation": "adapter"} if run.model.remote else {}
     adapted |= {"datasets": [data]} if data and not Path(data).exists() else {}
     tags = [TASK, "diffusers-training", "diffusers", "lora", "flux2", "flux2-diffusers", "template:sd-lora"]
@@ -3762,8 +3779,10 @@ def check_plan(run: Run, samples: list[Sample]) -> None:
     log.info(f"plan: {run.family.name} ({run.model.name}), LoRA on {len(run.lora.targets)} modules, {steps} steps")
 
 
-def begin_output(run: Run) -> Run:
+def begin_output(run: Run, samples: list[Sample]) -> Run:
     """Clears what earlier runs left, creates the repository, writes settings, starts trackers; returns the new run."""
+    trigger = run.args.instance_prompt or ""
+    run = replace(run, trigger=trigger * any(trigger in text for sample in samples for text in sample.captions))
     if run.is_main and run.args.push_to_hub:  # before training, so that a missing permission is noticed now
         name = run.args.hub_model_id or run.output_dir.absolute().name
         try:
@@ -3878,7 +3897,7 @@ def announce_training(run: Run, training: Training, steps: int) -> None:
         pinned = sum(home.nbytes for home in pinned_blocks) / 1e9
         log.info(f"train: {len(pinned_blocks)} blocks stream from host memory, {pinned:.1f} GB pinned by each process")
     if run.sharding:
-        whole = "; bitsandbytes' weights are not, only --do_fp8_training's would be" * (run.quantization is not None)
+        whole = "; bitsandbytes' weights stay whole, FP8 weights would be split" * (run.quantization is not None)
         log.info(f"train: the frozen blocks are split over {run.processes} processes (FSDP2){whole}")
     if steps < 100 and not run.args.max_train_steps:
         log.warning(f"train: only {steps} steps; a LoRA needs hundreds: see --max_train_steps, --num_train_epochs")
@@ -3912,7 +3931,7 @@ def try_compiled(run: Run, training: Training, batches: tuple[dict, ...]) -> Non
         log.info(f"compile: {training.compiled} blocks are compiled, after {time.perf_counter() - started:.0f} s")
         return
     if asked_to_compile(run.args):
-        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or dynamo_config, out")
+        raise UserError(f"--compile_blocks: the trial failed ({problem}); leave it, or the config's dynamo_config, out")
     training.compiled = 0
     torch.compiler.set_stance("force_eager")
     log.warning(f"compile: the trial failed ({problem}); this run is not compiled, nor is it when resumed")
@@ -3926,16 +3945,16 @@ def train(run: Run, training: Training) -> None:
     drawing = run.args.validation_prompt and run.args.num_validation_images
     period = (run.args.validation_steps or math.ceil(epochs)) if drawing or training.held_out else math.inf
     if steps < period < math.inf:
-        log.warning(f"validation: one is due every {period} steps, this run has {steps}; see --validation_steps")
-    if training.step == 0 and period < math.inf:
-        values = validate(run, training)
-        track(run, lambda tracker: tracker.log(values, step=0))
+        log.warning(f"validation: runs every {period} steps, but this run has only {steps}; see --validation_steps")
     batches = make_loaders(run, training)
     training.transformer.train()
     if training.compiled and training.step < steps:
         first = next(batches)
         try_compiled(run, training, first)
         batches = itertools.chain([first], batches)
+    if training.step == 0 and period < math.inf:
+        values = validate(run, training)
+        track(run, lambda tracker: tracker.log(values, step=0))
     with Progress("train", steps, done=training.step) as progress:
         while training.step < steps and stop.agreed is None:
             values = train_step(run, training, batches)
@@ -3943,7 +3962,9 @@ def train(run: Run, training: Training) -> None:
             if math.isfinite(values["loss"]):  # an average over about 50 steps
                 last = values["loss"] if training.smoothed_loss is None else training.smoothed_loss
                 training.smoothed_loss = 0.98 * last + 0.02 * values["loss"]
-            progress.advance(f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}")
+            note = f"loss (running mean) {training.smoothed_loss or math.nan:.4f}, lr {values['lr']:.1e}"
+            progress.set_postfix_str(note, refresh=False)
+            progress.update()
             stop.agree(run, training.signal)
             if stop.agreed is None and training.step % period == 0:
                 values |= validate(run, training)
@@ -4025,7 +4046,7 @@ def main(args: Args) -> None:
         check_plan(run, samples)
         if args.dry_run:
             return
-        run = begin_output(run)
+        run = begin_output(run, samples)
         codec = LatentCodec(run)
         encode_prompts(run, all_prompts(run, samples + held_out))
         streams, images = make_streams(run, codec, samples, held_out)

@@ -77,7 +77,7 @@ def go_on(script: ModuleType, run: Any, training: Any, train: Callable) -> None:
     """What a new start does once everything is loaded."""
     args = type(run.args)(**{**vars(run.args), "resume_from_checkpoint": "latest"})
     run = replace(run, resume=script.find_checkpoint(args))
-    script.begin_output(run)
+    script.begin_output(run, training.samples)
     if run.resume:
         script.restore(run, training)
     train(run, training)

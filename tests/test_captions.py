@@ -306,13 +306,39 @@ def test_a_csv_row_whose_image_is_missing_names_the_line_after_cells_of_several_
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])
-def test_a_csv_with_other_separators_shows_what_was_read_as_its_columns(script, tmp_path, mark):
+def test_a_csv_may_have_the_separators_of_other_spreadsheets(script, tmp_path, mark):
     fill(tmp_path, "a.jpg")
     write(tmp_path, "metadata.csv", f"file_name{mark}text\na.jpg{mark}a cat, a hat\n")
-    with pytest.raises(
-        script.UserError, match=rf"metadata\.csv: line 2 has more cells than columns \(file_name{mark}text\)"
-    ):
+    assert listed(script, tmp_path) == {"a.jpg": "a cat, a hat"}
+
+
+@pytest.mark.parametrize("text", ['"a dog\nb.jpg,"b dog"\n', '"a dog\nb.jpg,b dog\n', f'"{160_000 * "a"}"\n'])
+def test_a_quotation_mark_that_is_missing_in_a_csv_is_told_with_the_line(script, tmp_path, text):
+    """The rest of the file would become one caption."""
+    fill(tmp_path, "a.jpg", "b.jpg")
+    write(tmp_path, "metadata.csv", f"file_name,text\na.jpg,{text}")
+    with pytest.raises(script.UserError, match=r"metadata\.csv: line \d: .*; is a quotation mark missing\?"):
         listed(script, tmp_path)
+
+
+def test_half_an_emoji_in_a_caption_is_left_out(script, tmp_path):
+    """Texts that were cut by another program; the tokenizer would end in a traceback."""
+    fill(tmp_path, "a.jpg", "b.jpg")
+    write(
+        tmp_path,
+        "metadata.jsonl",
+        '{"file_name": "a.jpg", "text": "nice \\ud83d"}\n{"file_name": "b.jpg", "text": "x"}',
+    )
+    assert listed(script, tmp_path) == {"a.jpg": "nice", "b.jpg": "x"}
+
+
+@pytest.mark.scripts("t2i", "i2i")
+def test_of_several_usual_columns_the_one_that_fits_the_task_is_taken(script, tmp_path):
+    """Data sets of edits have a description of the image beside the instruction."""
+    fill(tmp_path, "a.jpg")
+    write_jsonl(tmp_path, {"file_name": "a.jpg", "caption": "a house at night", "instruction": "make it night"})
+    expected = "a house at night" if script.TASK == "text-to-image" else "make it night"
+    assert listed(script, tmp_path) == {"a.jpg": expected}
 
 
 def test_two_columns_of_one_name_are_an_error(script, tmp_path):
@@ -484,6 +510,14 @@ def test_caption_files_in_a_data_set_are_told(script, tmp_path):
     assert any("caption files are not read; use --instance_data_dir for that" in line for line in lines)
 
 
+def test_images_of_a_folder_that_are_in_no_row_are_told(script, tmp_path):
+    """`datasets` reads words such as test in file names as the name of a split."""
+    folder = fill(tmp_path / "d", "train_1.jpg", "train_2.jpg", "dog-test.jpg")
+    with log_lines(logging.WARNING) as lines:
+        assert len(table_rows(script, tmp_path, folder)) == 2
+    assert any("has 3 images, its rows have fewer; --instance_data_dir takes all" in line for line in lines)
+
+
 def test_a_split_can_be_chosen_and_a_wrong_one_names_those_there_are(script, tmp_path, photos):
     folder = in_folder(make_table(photos, text=["x", "y"]), tmp_path / "d", "test.parquet")
     assert len(table_rows(script, tmp_path, folder, "--dataset_split", "test")) == 2
@@ -576,6 +610,18 @@ def test_images_that_are_enlarged_a_lot_are_named(script, tiny, tmp_path):
     with log_lines(logging.WARNING) as lines:
         visits(script, tiny, tmp_path, data)
     assert any("1 image(s) are enlarged more than four times: strip.png" in line for line in lines)
+
+
+def test_images_that_lose_much_to_the_crop_and_copies_are_named(script, tiny, tmp_path):
+    data = fill(tmp_path / "data", "a.jpg")
+    (data / "a (1).jpg").write_bytes((data / "a.jpg").read_bytes())
+    draw_photo(data / "wide.png", (300, 100), 5)
+    draw_photo(data / "photo.png", (160, 90), 6)
+    with log_lines(logging.WARNING) as lines:
+        visits(script, tiny, tmp_path, data, "--train_resolutions", "32", "64")
+    assert any("1 image(s) lose over half to the crop, see docs/data.md: wide.png" in line for line in lines)
+    [told] = [line for line in lines if "copies" in line]
+    assert "1 image(s) are copies of others" in told and "a.jpg" in told and "photo" not in told
 
 
 def test_a_strip_shows_the_place_that_the_crop_asks_for(script, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 import sys
 
 import diffusers
@@ -128,6 +129,20 @@ def test_the_header_names_the_size_of_klein_and_what_the_lora_is_of(script, tiny
         assert facts["modelspec.implementation"] == "diffusers" and facts["modelspec.resolution"] == "64x64"
         assert str(tmp_path) not in str(facts)
     assert [family.architecture for family in script.FAMILIES if family.text_width == 12288] == ["Flux.2-klein-9b"]
+
+
+def test_a_prompt_that_no_caption_contains_is_no_trigger(script, quick, tmp_path, photos):
+    """Every image has a caption of its own."""
+    data = shutil.copytree(photos, tmp_path / "data")
+    for path in [path for path in data.iterdir() if path.suffix != ".txt"]:
+        path.with_suffix(".txt").write_text("a red cube of sks", encoding="utf-8")
+    for prompt, known in (("unused words", False), ("sks", True)):
+        flags = ("--instance_data_dir", data, "--instance_prompt", prompt, "--max_train_steps", "1")
+        folder = quick(*flags, output=prompt)
+        with safe_open(folder / script.LORA_FILE, "pt") as file:
+            header = file.metadata()
+        assert (header["modelspec.trigger_phrase"] == prompt) == known == (prompt in header["modelspec.title"])
+        assert (f'Write "{prompt}" in the prompt.' in (folder / "README.md").read_text(encoding="utf-8")) == known
 
 
 def test_the_tool_converts_the_lora_of_a_checkpoint(script, quick):

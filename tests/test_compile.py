@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,33 @@ def test_a_failure_of_what_was_asked_for_is_an_error(script, quick, monkeypatch)
         quick("--compile_blocks", "--max_train_steps", "2", output="out")
 
 
+@pytest.mark.e2e
+@pytest.mark.scripts("t2i")
+def test_the_trial_comes_before_the_first_validation_which_is_eager_if_it_fails(script, quick, monkeypatch):
+    """Else the images of the base model would be lost, and the first LoRA would be the one to beat."""
+    original = script.compile_blocks
+
+    def compile_as_on_a_gpu(run, *rest):
+        return original(replace(run, args=script.Args(**vars(run.args) | {"compile_blocks": True})), *rest)
+
+    monkeypatch.setattr(script, "compile_blocks", compile_as_on_a_gpu)
+    compile_with(monkeypatch, broken_backend)
+    flags = ("--validation_prompt", "a toy", "--num_validation_images", "1", "--num_inference_steps", "1")
+    folder = quick("--max_train_steps", "2", "--validation_split", "1", *flags, output="out")
+    assert (folder / "samples" / "step-000000").is_dir() and column(folder, "compiled_blocks") == [0, 0]
+
+
+def test_the_accelerate_config_can_ask_for_dynamic_shapes(script, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Linear, "compile", lambda module, **options: asked.append(options["dynamic"]))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    for value in ("false", "true"):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", value)
+        with pytest.raises(AssertionError):  # nothing is compiled here
+            compiled_blocks(script, device="cpu")
+    assert asked == [None] * 3 + [True] * 3
+
+
 def compiled_blocks(
     script, steps=500, device="cuda", dtype=torch.bfloat16, flag=None, stored=None, bits8=False, fp8=False, sizes=1
 ) -> int:
@@ -125,8 +153,11 @@ def test_what_cannot_compile_is_told_and_is_an_error_where_it_was_asked_for(scri
         compiled_blocks(script, flag=True, bits8=True)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(script.shutil, "which", lambda _: None)
-    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; leave the flag out"):
+    with pytest.raises(script.UserError, match="torch.compile needs a C compiler.*; remove the flag, or dynamo_config"):
         compiled_blocks(script, flag=True)
+    with monkeypatch.context() as patch, pytest.raises(script.UserError, match="or dynamo_config from the accelerate"):
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+        compiled_blocks(script)
     with log_lines() as lines:
         assert compiled_blocks(script) == 0
     assert any("needs a C compiler" in line and "this run is not compiled" in line for line in lines)

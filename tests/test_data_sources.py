@@ -3,11 +3,13 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import draw_photo
+from PIL import Image
 from unit_parts import caption_of, check_samples, log_lines
 
 
@@ -42,8 +44,8 @@ def test_a_folder_lists_images_only_and_sorted(script, tmp_path):
 
 
 def test_hidden_files_and_folders_are_skipped(script, tmp_path):
-    """What `snapshot_download` and macOS leave behind; a hidden folder above the data is no reason to find nothing."""
-    data = fill(tmp_path / ".hidden" / "data", "a.jpg", ".cache/huggingface/b.jpg", "._c.jpg")
+    """What `snapshot_download`, macOS and network drives leave; a hidden folder above is no reason to find nothing."""
+    data = fill(tmp_path / ".hidden" / "data", "a.jpg", ".cache/huggingface/b.jpg", "._c.jpg", "@eaDir/a.jpg/thumb.jpg")
     (data / ".DS_Store").write_bytes(b"\0")
     assert list(listed(script, data)) == ["a.jpg"]
 
@@ -154,7 +156,7 @@ def test_a_metadata_csv_without_file_names_is_an_error_with_its_path(script, tmp
     """The column is called otherwise."""
     fill(tmp_path, "a.jpg")
     (tmp_path / "metadata.csv").write_text("photo,text\na.jpg,x\n")
-    with pytest.raises(script.UserError, match=r"metadata\.csv, in metadata every row needs a 'file_name'"):
+    with pytest.raises(script.UserError, match=r"metadata\.csv, every row needs a 'file_name'"):
         listed(script, tmp_path)
 
 
@@ -353,6 +355,20 @@ def test_a_changed_image_is_read_and_decoded_again(script, tmp_path, counted):
     after = check(script, data, tmp_path / "cache")
     assert counted == {"read": 3, "decoded": 3}
     assert after[0] == before[0] and after[1].sha256 != before[1].sha256 and after[1].size == (50, 60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="of POSIX: the time of the last change of a file")
+def test_an_image_of_the_same_size_and_time_is_read_again(script, tmp_path):
+    """Programs that unpack archives set the times."""
+    data = fill(tmp_path / "data", "a.jpg", "b.jpg")
+    for path, colour in ((data / "a.bmp", "red"), (data / "b.bmp", "blue")):
+        Image.new("RGB", (64, 64), colour).save(path)
+        os.utime(path, (10**9, 10**9))
+    before = {image.name: image.sha256 for image in check(script, data, tmp_path / "cache")}
+    for old, new in (("a.bmp", "c"), ("b.bmp", "a.bmp"), ("c", "b.bmp")):
+        (data / old).rename(data / new)
+    after = {image.name: image.sha256 for image in check(script, data, tmp_path / "cache")}
+    assert (after["a.bmp"], after["b.bmp"]) == (before["b.bmp"], before["a.bmp"])
 
 
 def test_known_content_under_another_name_is_read_but_not_decoded_again(script, tmp_path, counted):

@@ -175,6 +175,20 @@ def test_each_line_by_gpu_is_parsed_and_fits():
         assert found.do_fp8_training == (row["base"] == "fp8")
 
 
+def test_the_table_of_sharded_runs_has_the_planners_numbers():
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks" / "plan_memory.json").read_text(encoding="utf-8"))["processes"]
+    one, two = ([row for row in rows if row["resolution"] == 1024 and row["nodes"] == count] for count in (1, 2))
+    for row, double in zip(one, two, strict=True):
+        [line] = [line for line in text.splitlines() if line.casefold().startswith(f"| {row['base']} |")]
+        sums = [f"{each['all_reduced_gb_per_step']:.2f}" for each in (row, double)]
+        expected = [row["unsharded_gb"], row["per_gpu_gb"], round(row["gathered_gb_per_step"]), *map(float, sums)]
+        assert [float(number) for number in re.findall(r"\d+\.?\d*", line.partition("|")[2].partition("|")[2])] == [
+            pytest.approx(number, abs=0.05) for number in expected
+        ]
+    assert f"{round(one[0]['tflop'])} TFLOP" in text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_uses_the_words_of_the_field(page):
     """`image` and `VAE`; class names of the libraries in code spans keep theirs."""

@@ -101,8 +101,8 @@ WRONG_FLAGS = {
     "a bucket with x": (["--aspect_ratio_buckets", "512x768"], ["--aspect_ratio_buckets", "512x768", "height,width"]),
     "a bucket off the grid": (["--aspect_ratio_buckets", "64,64;500,64"], ["--aspect_ratio_buckets", "500,64", "16"]),
     "an empty bucket list": (["--aspect_ratio_buckets", ";"], ["--aspect_ratio_buckets", "height,width"]),
-    "a rank of zero": (["--rank", "0"], ["--rank", "from 1", "0"]),
-    "a negative learning rate": (["--learning_rate", "-1"], ["--learning_rate", "must be from"]),
+    "a rank of zero": (["--rank", "0"], ["--rank", "at least 1", "0"]),
+    "a negative learning rate": (["--learning_rate", "-1"], ["--learning_rate", "must be at least"]),
     "a learning rate that is not a number": (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
     "an infinite learning rate": (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
     "a probability above one": (["--caption_dropout", "1.5"], ["--caption_dropout", "1.5", "0 ", " 1"]),
@@ -185,7 +185,7 @@ OWN_WRONG_FLAGS = {
     "class images that would count for nothing": (
         "t2i",
         ["--prior_loss_weight", "0"],
-        ["--prior_loss_weight", "must be from"],
+        ["--prior_loss_weight", "must be at least"],
     ),
     "a validation image without a prompt": ("i2i", ["--validation_image", INDEX], ["--validation_image", "0 prompt"]),
     "more validation images than prompts": (
@@ -633,6 +633,9 @@ NOTES = {
     "a decay for a text encoder that is not trained": ["--adam_weight_decay_text_encoder", "1e-3"],
     "the launcher's rank": ["--local_rank", "0"],
     "the NPU switch": ["--enable_npu_flash_attention"],
+    "8-bit Adam with Prodigy": ["--use_8bit_adam", "--optimizer", "prodigy"],
+    "the weight outside of masks that there are not": ["--unmasked_weight", "0.1"],
+    "a mean of another density": ["--logit_mean", "-1"],
 }
 
 

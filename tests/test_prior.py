@@ -7,7 +7,19 @@ import pytest
 import torch
 from conftest import draw_photo
 from PIL import Image
-from runs import LORA, around_updates, assert_close_runs, assert_same_run, column, files_of, lora, metrics, sha256, spy
+from runs import (
+    LORA,
+    around_updates,
+    assert_close_runs,
+    assert_same_run,
+    column,
+    files_of,
+    forbid,
+    lora,
+    metrics,
+    sha256,
+    spy,
+)
 
 # Class images are the text-to-image script's alone.
 pytestmark = [pytest.mark.e2e, pytest.mark.scripts("t2i")]
@@ -204,6 +216,42 @@ def test_another_weight_of_the_class_is_refused_by_name_on_resuming(script, quic
     quick("--checkpointing_steps", "1", class_dir=class_dir)
     with pytest.raises(script.UserError, match="prior_loss_weight"):
         quick("--prior_loss_weight", "0.5", "--resume_from_checkpoint", "checkpoint-1", class_dir=class_dir)
+
+
+def test_a_run_with_class_images_is_not_resumed_without_them(script, quick, class_dir):
+    quick("--checkpointing_steps", "1", class_dir=class_dir)
+    with pytest.raises(script.UserError, match="with_prior_preservation: was True, is False"):
+        quick("--resume_from_checkpoint", "checkpoint-1")
+
+
+def test_a_bad_class_image_is_refused_before_anything_is_encoded(script, quick, class_dir, monkeypatch):
+    (class_dir / "mine.png").write_bytes(b"no image")
+    forbid(monkeypatch, script, "begin_output")
+    with pytest.raises(script.UserError, match=r"mine\.png: not an image"):
+        quick("--dry_run", class_dir=class_dir)
+
+
+def test_the_class_folder_cannot_hold_the_instance_images(script, photos, tmp_path, capsys):
+    """They would be trained on as images of the class."""
+    data = shutil.copytree(photos, tmp_path / "data" / "dog")
+    words = [
+        "--pretrained_model_name_or_path",
+        "tiny_flux2",
+        "--instance_data_dir",
+        str(data),
+        "--instance_prompt",
+        "x",
+    ]
+    words += ["--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", str(data.parent)]
+    with pytest.raises(SystemExit):
+        script.parse_args(words)
+    assert "in or above a data folder" in capsys.readouterr().err
+
+
+def test_class_images_have_the_most_square_of_the_buckets(quick, tmp_path):
+    flags = ("--aspect_ratio_buckets", "32,96;64,64;96,32", "--num_inference_steps", "1")
+    quick(*flags, class_dir=tmp_path / "new")
+    assert {pixels(path).shape for path in (tmp_path / "new").glob("*.png")} == {(64, 64, 3)}
 
 
 def test_cached_class_images_train_like_uncached_ones(quick, class_dir):

@@ -1,6 +1,7 @@
 """References of the image-to-image script: prepared, encoded and placed as the installed pipelines do at inference."""
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -461,12 +462,26 @@ def test_two_folders_are_matched_by_stem_whatever_the_ending(i2i, folders):
 
 def test_several_reference_folders_give_different_numbers_of_references(i2i, folders):
     target, first, second = folders
-    rows = listed(i2i, target, "--cond_data_dir", first, second)
+    with log_lines(logging.WARNING) as lines:
+        rows = listed(i2i, target, "--cond_data_dir", first, second)
     assert [references for _, _, references in rows] == [
         ["first/a.jpeg"],
         ["first/b.jpeg", "second/b.jpg"],
         ["first/sub/c.jpeg"],
     ]
+    [told] = [line for line in lines if "its place" in line]
+    assert "second: 2 targets have no reference there" in told and told.endswith("a.jpg, c.jpg")
+
+
+def test_each_row_of_metadata_keeps_its_caption_beside_reference_folders(i2i, folders):
+    """Two rows for one target; a column other than file_name gives rows, not captions of the folder's images."""
+    target, first, _ = folders
+    rows = [{"image": "a.jpg", "text": text} for text in ("one", "two")]
+    write_metadata(target, *rows, {"image": "b.jpg", "text": "x"}, {"image": "sub/c.jpg", "text": "y"})
+    found = listed(i2i, target, "--cond_data_dir", first)
+    assert [(caption, references) for _, caption, references in found] == [
+        ("one", ["first/a.jpeg"]), ("two", ["first/a.jpeg"]), ("x", ["first/b.jpeg"]), ("y", ["first/sub/c.jpeg"]),
+    ]  # fmt: skip
 
 
 def test_references_inside_the_data_folder_are_no_targets(i2i, folders):

@@ -38,8 +38,9 @@ from helpers import (
 )
 from mutations import MUTATIONS
 
-MAX_CODE_LINES = 3051
-MAX_EDITOR_LINES = 4048
+MAX_CODE_LINES = 3074
+MAX_EDITOR_LINES = 4069
+SHORTER_SCRIPT = 2908, 3862  # lines of code and in the editor, below which the text-to-image script stays
 MAX_MAIN_LINES = 50
 MAX_FUNCTION_LINES = 90
 MAX_NESTING = 4
@@ -234,6 +235,12 @@ def script_is_short_enough(source: str) -> list[str]:
     return violations
 
 
+def test_the_text_to_image_script_stays_the_shorter_one():
+    source = read_script(TEXT_TO_IMAGE)
+    code, editor = SHORTER_SCRIPT
+    assert count_code_lines(source) < code and len(source.splitlines()) < editor
+
+
 @rule(
     bad=("x = 1  # fmt: skip\n" * (MAX_HAND_FORMATTED + 1), "# fmt: off\nx = 1\n# fmt: on\n"),
     good=("x = 1  # fmt: skip\n" * MAX_HAND_FORMATTED, 'x = "# fmt: off"\n'),
@@ -258,7 +265,7 @@ def formatting_by_hand_is_rare(source: str) -> list[str]:
     ),
 )
 def functions_are_short(source: str) -> list[str]:
-    """`main` has fewer than 80 lines, any other function fewer than 90, from `def` to the end with its docstring."""
+    """`main` has fewer than 50 lines, any other function fewer than 90, from `def` to the end with its docstring."""
     violations = []
     for node in functions_of(parsed(source)):
         limit = MAX_MAIN_LINES if node.name == "main" else MAX_FUNCTION_LINES

@@ -254,7 +254,7 @@ def test_dropouts_do_not_change_the_validation_loss(quick):
 def test_a_run_too_short_for_a_validation_says_so(quick):
     with log_lines() as lines:
         quick("--validation_split", "1", "--max_train_steps", "2")
-    assert any("one is due every 200 steps, this run has 2" in line for line in lines)
+    assert any("runs every 200 steps, but this run has only 2" in line for line in lines)
 
 
 def test_other_held_out_images_begin_a_new_search_for_the_lowest(script, quick, tmp_path, monkeypatch):

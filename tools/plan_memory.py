@@ -453,8 +453,8 @@ def sharded(job: Job, base: str, share: float, processes: int, nodes: int) -> di
     others = (processes - 1) / processes
     gathered = 0 if base in ("nf4", "int8") else training.blocks  # bitsandbytes' weights stay whole on each GPU
     kept = training.blocks - others * gathered + (2 * training.largest_block if gathered else 0)
-    parts, loading = host(job), training.blocks / GB if base == "fp8" else 0.0
-    each = parts["process"] + max(parts["workers"], loading)
+    parts = host(job)  # a block is quantised right before it is split, so nothing else peaks while loading
+    each = parts["process"] + parts["workers"]
     total, gradient = processes * nodes, 4 * training.lora_parameters
     return {
         "model": job.model, "base": base, "share": share, "resolution": job.resolution, "references": job.references,
