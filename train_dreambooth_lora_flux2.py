@@ -1842,8 +1842,8 @@ def check_data(run: Run) -> tuple[list[Sample], list[Sample]]:
     samples, held_out = split_samples(run, make_samples(run, fill_captions(run.args, list_samples(run.args))))
     report_samples(run, [*dict.fromkeys(samples + held_out)])
     folder, asked = run.args.class_data_dir, run.args.class_prompt
-    make_samples(run, list_class_images(run))  # only to refuse bad ones now
-    for path in sorted(Path(folder).glob("class-*.png")) if folder else []:
+    classes = make_samples(run, listed) if (listed := list_class_images(run)) else []  # bad ones are refused now
+    for path in dict.fromkeys(sample.image.path for sample in classes):
         with contextlib.suppress(OSError), PIL.Image.open(path) as image:
             if (prompt := image.info.get("class_prompt", asked)) != asked:
                 was = f"{path.name} was generated from '{prompt}', not from --class_prompt '{asked}'"
