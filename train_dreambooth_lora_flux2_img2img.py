@@ -18,7 +18,7 @@ Rows without a reference train as plain text-to-image in the same run.
 The file reads in the order of a run: Arguments, The run, Model families, Data, Text and latents (encoded once), Models
 and LoRA, Flow matching (the loss), The step, Checkpoints, Images while training, Results, Main.
 
-examples/minimal_flux2_lora.py is the same training without references in 261 lines: read it first.
+examples/minimal_flux2_lora.py is the same training in 261 lines, without references: read it first.
 
 Shapes in names: B batch, C channels, H W rows and columns, L tokens (one per 16 x 16 pixels), D width of the text.
 """

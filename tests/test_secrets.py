@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,7 @@ def card_of(script, tiny, tmp_path_factory):
     def write(prompt: str) -> tuple[dict, str, ast.Module]:
         folder = tmp_path_factory.mktemp("card")
         run = start_run(script, tiny, folder, f"--instance_prompt={prompt}", f"--final_validation_prompt={prompt}")
+        run = replace(run, trigger=prompt)  # as a run whose captions contain it
         script.write_card(run, SimpleNamespace(step=3), [(prompt, "samples/x.png")])
         text = (run.output_dir / "README.md").read_bytes().decode()
         head, body = text.removeprefix("---\n").split("\n---\n", 1)
