@@ -470,7 +470,7 @@ def test_a_run_with_a_quantised_encoder_trains_a_plain_base_and_is_not_resumed_w
     assert {type(module) for module in frozen_layers(bases[0].result).values()} == {torch.nn.Linear}
     assert column(folder, "loss") != column(train(*flags, output="b"), "loss")
     again = ("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
-    with pytest.raises(script.UserError, match="text encoder and tokenizer: has changed"):
+    with pytest.raises(script.UserError, match=r"text encoder and tokenizer: has changed($|\n)"):
         train(*flags[:1], *again, output="a")
     train(*flags[:1], *again, *encoder_flag("nf4"), output="a")
 

@@ -167,6 +167,8 @@ def test_sharding_adds_up(small):
     assert row["gathered_gb_per_step"] == pytest.approx(2 * training.blocks * 7 / 8 / GB)
     assert row["all_reduced_gb_per_step"] == pytest.approx(2 * 4 * training.lora_parameters * 15 / 16 / GB)
     assert sharded(job, "nf4", 1.0, 8, 1)["gathered_gb_per_step"] == 0
+    hosts = {sharded(job, base, 1.0, 8, 1)["host_gb_per_node"] for base in ("bf16", "fp8")}
+    assert len(hosts) == 1, "blocks are quantised one by one, right before they are split"
 
 
 @pytest.mark.slow

@@ -228,21 +228,14 @@ def test_a_bad_class_image_is_refused_before_anything_is_encoded(script, quick, 
     (class_dir / "mine.png").write_bytes(b"no image")
     forbid(monkeypatch, script, "begin_output")
     with pytest.raises(script.UserError, match=r"mine\.png: not an image"):
-        quick("--dry_run", class_dir=class_dir)
+        quick(class_dir=class_dir)
 
 
 def test_the_class_folder_cannot_hold_the_instance_images(script, photos, tmp_path, capsys):
     """They would be trained on as images of the class."""
     data = shutil.copytree(photos, tmp_path / "data" / "dog")
-    words = [
-        "--pretrained_model_name_or_path",
-        "tiny_flux2",
-        "--instance_data_dir",
-        str(data),
-        "--instance_prompt",
-        "x",
-    ]
-    words += ["--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", str(data.parent)]
+    words = f"--pretrained_model_name_or_path tiny_flux2 --instance_prompt x --instance_data_dir {data}".split()
+    words += f"--with_prior_preservation --class_prompt dog --class_data_dir {data.parent}".split()
     with pytest.raises(SystemExit):
         script.parse_args(words)
     assert "in or above a data folder" in capsys.readouterr().err

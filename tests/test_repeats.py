@@ -75,7 +75,9 @@ def test_a_folder_inside_another_one_counts_for_itself_alone(script, folders, tm
 
 def test_a_folder_may_have_metadata_beside_one_with_caption_files(script, folders):
     write_jsonl(folders[1], {"file_name": "a.jpg", "text": "from metadata"})
-    found = script.list_samples(arguments(script, "--instance_data_dir", *folders))
+    with log_lines() as lines:
+        found = script.list_samples(arguments(script, "--instance_data_dir", *folders))
+    assert all(any(f"data: {folder}: " in line and "row(s)" in line for line in lines) for folder in folders)
     assert {sample.origin for sample in found} == {"caption files", "metadata.jsonl"}
     assert listed(script, folders[1])["a.jpg"] == "from metadata"
 
